@@ -1,0 +1,25 @@
+# `make demo` runs the whole pipeline, `make test` the tests. Both make .venv first, if it is not there.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+
+.PHONY: demo test photos bugs lint
+demo: $(VENV)/ready
+	PATH="$(BIN):$$PATH" bash recipes/demo.sh runs/demo
+
+test: $(VENV)/ready
+	PATH="$(BIN):$$PATH" python -m pytest
+
+photos: $(VENV)/ready
+	PATH="$(BIN):$$PATH" bash recipes/photos.sh runs/photos
+
+bugs: $(VENV)/ready
+	PATH="$(BIN):$$PATH" python tests/plant_bugs.py
+
+lint:
+	ruff check .
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@

@@ -1,0 +1,311 @@
+"""Preference pairs by self-distillation, the data of the cold start (SPECS, arXiv 2510.25801, stage 1).
+
+    python distill.py --policy runs/zero --base DIR --data records.jsonl --out pairs.jsonl
+    torchrun --nproc_per_node=8 distill.py …
+
+For each question, the policy (a short GRPO run on the base) and the base itself answer the same prompt:
+
+    chosen    a policy reply that is well-formed, right, and not contradicted by its own reasoning
+    rejected  a base reply that is right too, with its format broken in one of five ways
+
+Both answers are right, so a pair differs in the shape of the reply only: it teaches the format and says nothing about
+what to answer. Questions that give no pair are counted by reason.
+
+Choices where the paper is silent or cannot be followed here: the five corruptions are equally likely; the judge model
+is a rule that looks for a contradiction (rewards.contradicts); a base reply that is malformed already, and that no
+corruption changes, is rejected as it is. A reply that was cut at --max-new-tokens is not used.
+"""
+
+import argparse
+import gc
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import model as m
+import rewards
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs: pure functions of text
+
+
+CORRUPTIONS = ("all_tags", "answer_tags", "think_tags", "answer_tags_think_end", "answer_text")
+BOX_RIGHT = 0.5  # from this intersection over union on, a box counts as right
+
+
+def corrupt(reply: str, kind: str) -> str:
+    """Break the format of `<think>R</think><answer>A</answer>` and keep every character of its content.
+
+    all_tags               remove all four tags
+    answer_tags            remove <answer> and </answer>
+    think_tags             remove <think> and </think>
+    answer_tags_think_end  remove <answer> and </answer>, move </think> to the very end of the reply
+    answer_text            replace <answer> by "Answer:", drop </answer>
+    A reply without the tags in question comes back unchanged.
+    """
+    if kind == "all_tags":
+        return remove(reply, "<think>", "</think>", "<answer>", "</answer>")
+    if kind == "answer_tags":
+        return remove(reply, "<answer>", "</answer>")
+    if kind == "think_tags":
+        return remove(reply, "<think>", "</think>")
+    if kind == "answer_tags_think_end":
+        return remove(reply, "<answer>", "</answer>", "</think>") + "</think>" if "</think>" in reply else reply
+    if kind == "answer_text":
+        return remove(reply.replace("<answer>", "Answer:"), "</answer>") if "<answer>" in reply else reply
+    raise ValueError(f"corruption {kind!r} is not one of {', '.join(CORRUPTIONS)}")
+
+
+def remove(text: str, *parts: str) -> str:
+    for part in parts:
+        text = text.replace(part, "")
+    return text
+
+
+def is_right(answer, record: dict) -> bool:
+    """Whether an answer passes the filter: wholly right; a box with an overlap of BOX_RIGHT or more."""
+    if answer is None:
+        return False
+    return rewards.accuracy(answer, record) >= (BOX_RIGHT if record["answer_type"] == "box" else 1.0)
+
+
+def make_pair(
+    record: dict,
+    policy_replies: list[str],
+    base_replies: list[str],
+    rng: random.Random,
+    *,
+    judge: str = "rule",
+    coupled: bool = False,
+    reject_from: str = "base",
+) -> tuple[dict | None, str | None]:
+    """One question's replies -> (record + chosen, rejected, corruption; None), or (None, why there is no pair).
+
+    judge: "rule" refuses a chosen reply whose reasoning contradicts its answer, "none" does not look. coupled: the
+    rejected reply may be wrong, so that pairs also differ in correctness. reject_from "chosen": the rejected reply is
+    the chosen one, corrupted, instead of a base reply. The first replies that pass are taken.
+    """
+    chosen, why = choose(record, policy_replies, judge)
+    if chosen is None:
+        return None, why
+    if reject_from == "chosen":
+        candidates = [chosen]
+    else:
+        if not base_replies:
+            return None, "base never finished"
+        candidates = [
+            reply for reply in base_replies if coupled or is_right(rewards.find_answer(reply, record), record)
+        ]
+        if not candidates:
+            return None, "base never right"
+    for reply in candidates:
+        rejected, corruption = break_format(reply, record, rng)
+        if rejected is not None and rejected != chosen:
+            return {**record, "chosen": chosen, "rejected": rejected, "corruption": corruption}, None
+    return None, "rejected cannot be broken"
+
+
+def choose(record: dict, replies: list[str], judge: str) -> tuple[str | None, str | None]:
+    """The first well-formed and right reply whose reasoning does not contradict it, or (None, what was missing)."""
+    if not replies:
+        return None, "policy never finished"
+    scores = [(reply, rewards.score(reply, record)) for reply in replies]
+    formed = [(reply, score["answer"]) for reply, score in scores if score["format"]]
+    if not formed:
+        return None, "policy never well-formed"
+    right = [(reply, answer) for reply, answer in formed if is_right(answer, record)]
+    if not right:
+        return None, "policy never right"
+    for reply, answer in right:
+        reason = rewards.read_reply(reply, rewards.reply_format(record))[0]
+        if judge == "none" or not rewards.contradicts(reason, answer, record):
+            return reply, None
+    return None, "reasoning contradicts"
+
+
+def break_format(reply: str, record: dict, rng: random.Random) -> tuple[str | None, str | None]:
+    """(malformed reply, corruption): one of the kinds that change the reply and break its format, all equally likely.
+
+    (reply, None) if no kind does but the reply is malformed as it is; (None, None) if it is well-formed.
+    """
+    broken = {}
+    for kind in CORRUPTIONS:
+        text = corrupt(reply, kind)
+        if text != reply and text.strip() and not rewards.score(text, record)["format"]:
+            broken[kind] = text
+    if broken:
+        kind = rng.choice(list(broken))
+        return broken[kind], kind
+    if reply.strip() and not rewards.score(reply, record)["format"]:
+        return reply, None
+    return None, None
+
+
+def account(outcomes: list[tuple[dict | None, str | None]]) -> str:
+    """How many questions gave a pair, why the others did not, and how the rejected replies were broken."""
+    total = len(outcomes)
+    pairs = [pair for pair, _ in outcomes if pair is not None]
+    reasons = Counter(reason for _, reason in outcomes if reason is not None)
+    kinds = Counter(pair["corruption"] or "malformed already" for pair in pairs)
+    lines = [f"{total} questions"]
+    for count, name in [(len(pairs), "gave a pair")] + [
+        (count, f"none: {name}") for name, count in reasons.most_common()
+    ]:
+        lines.append(f"{count:7d}  {100 * count / total:5.1f} %  {name}")
+    if pairs:
+        lines.append("rejected replies, broken by")
+    for kind in [kind for kind in (*CORRUPTIONS, "malformed already") if kinds[kind]]:
+        lines.append(f"{kinds[kind]:7d}  {100 * kinds[kind] / len(pairs):5.1f} %  {kind}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--policy", required=True, help="model of the chosen replies (directory or hub id): GRPO-zero, a teacher, …")
+    add("--base", help="model of the rejected replies: the one the cold start trains; unused with --reject-from chosen")
+    add("--data", required=True, nargs="+", help="records.jsonl files: prompts, images and gold answers")
+    add("--out", required=True, help="pairs.jsonl to write: records with chosen and rejected")
+    add(
+        "--samples",
+        type=int,
+        default=4,
+        help="replies per question from each model; more samples, fewer lost questions",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="sampling temperature of both models; 0: greedy, --samples 1 only",
+    )
+    add("--max-new-tokens", type=int, default=512, help="longest reply in tokens; a reply cut there is not used")
+    add("--reject-from", default="base", choices=["base", "chosen"],
+        help="what is corrupted: a reply of the base, or the chosen reply itself")  # fmt: skip
+    add("--coupled", action="store_true", help="the rejected reply may be wrong: pairs also differ in correctness")
+    add("--judge", default="rule", choices=["rule", "none"],
+        help="refuse chosen replies whose reasoning contradicts their answer, by rule; none: take them")  # fmt: skip
+    add("--limit", type=int, default=0, help="use the first N records only; 0: all")
+    add(
+        "--batch", type=int, default=64, help="questions encoded at a time; the memory of sampling is bounded by itself"
+    )
+    add("--max-pixels", type=int, default=None, help="largest image area in pixels; default: the checkpoint's own")
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="type of weights and compute")
+    add("--attn", default="auto", choices=["auto", "sdpa", "flash"], help="attention kernels of the vision tower")
+    add("--seed", type=int, default=0, help="fixes every draw, whatever --batch and the number of processes")
+    args = parser.parse_args(argv)
+    for name in ("samples", "max_new_tokens", "batch"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.seed < 0 or args.limit < 0 or args.temperature < 0:
+        parser.error("--seed, --limit and --temperature must not be below 0")
+    if args.temperature == 0 and args.samples > 1:
+        parser.error("--temperature 0 gives the same reply each time: it needs --samples 1")
+    if args.reject_from == "base" and args.base is None:
+        parser.error("--base is required, unless --reject-from chosen")
+    if args.reject_from == "chosen" and args.coupled:
+        parser.error("--coupled needs --reject-from base: a copy of the chosen reply has the same answer")
+    return args
+
+
+def sample_texts(
+    name, path, world, records, seeds, *, samples, temperature, max_new_tokens, batch, **loading
+) -> list[list[str]]:
+    """Finished replies of the model at `path` to each record, as text. The model is gone from memory afterwards."""
+    policy, encoder = m.load(path, world, **loading)
+    texts = []
+    bar = tqdm(total=len(records), desc=name, disable=not world.main)
+    for start in range(0, len(records), batch):
+        prompts = [encoder.prompt(record) for record in records[start : start + batch]]
+        replies = m.sample(
+            policy, prompts, samples, seeds=seeds[start : start + batch],
+            temperature=temperature, max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+        texts += [[encoder.decode(reply.ids) for reply in group if reply.finished] for group in replies]
+        bar.update(len(prompts))
+    bar.close()
+    del policy, encoder
+    gc.collect()  # a module tree holds cycles: without this it would stay while the next model is loaded
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return texts
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    world = m.setup()
+
+    # 1. Read: everything that can be wrong is found before a model is loaded
+    out = Path(args.out)
+    if out.is_dir():
+        raise m.DataError(f"--out {out}: is a directory; name the file to write, such as {out / 'pairs.jsonl'}")
+    for flag, path in (("--policy", args.policy), ("--base", args.base)):
+        if (
+            path is not None
+            and not Path(path, "config.json").is_file()
+            and (Path(path).exists() or path.count("/") != 1)
+        ):
+            raise m.DataError(f"{flag} {path}: no model directory (nor a hub id, which reads owner/name)")
+    records = m.read_records(args.data, rewards.check_gold)[: args.limit or None]
+    places = range(world.rank, len(records), world.size)
+    mine = [records[place] for place in places]
+
+    # 2. Sample the policy
+    options = {name: getattr(args, name) for name in ("samples", "temperature", "max_new_tokens", "batch")}
+    options |= {name: getattr(args, name) for name in ("dtype", "attn", "max_pixels")}
+    # Even and odd seeds: the two models must not draw the same random numbers.
+    seeds = [2 * (args.seed * 10**9 + place) for place in places]
+    policy_texts = sample_texts("policy", args.policy, world, mine, seeds, **options)
+
+    # 3. Sample the base
+    base_texts = [[] for _ in mine]
+    if args.reject_from == "base":
+        base_texts = sample_texts("base", args.base, world, mine, [seed + 1 for seed in seeds], **options)
+
+    # 4. Pair, write, account
+    outcomes = [None] * len(records)
+    found = [
+        make_pair(
+            record,
+            *texts,
+            random.Random(f"{args.seed}/{place}"),
+            judge=args.judge,
+            coupled=args.coupled,
+            reject_from=args.reject_from,
+        )  # fmt: skip
+        for place, record, *texts in zip(places, mine, policy_texts, base_texts, strict=True)
+    ]
+    for rank, part in enumerate(world.gather(found)):
+        outcomes[rank :: world.size] = part
+    pairs = [
+        {
+            **pair,
+            "images": [os.path.relpath(image, out.resolve().parent) for image in pair["images"]],
+            "chosen_from": args.policy,
+            "rejected_from": args.base if args.reject_from == "base" else args.policy,
+        }
+        for pair, _ in outcomes
+        if pair is not None
+    ]
+    if world.main:
+        print(account(outcomes), flush=True)
+    if not pairs:
+        raise m.DataError(f"no pairs: none of the {len(records)} questions gave one, {out} is not written")
+    if world.main:
+        m.write_jsonl(out, pairs)
+        print(f"{out}: {len(pairs)} pairs written")
+
+
+if __name__ == "__main__":
+    m.run(main)

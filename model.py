@@ -1,0 +1,1131 @@
+"""The one module every stage shares: records, models, prompt-once groups, sampling, sharding, checkpoints.
+
+Read it in this order, one section per noun:
+
+    1. records       JSONL in and out, with errors that name file and line
+    2. world         one process or many: rank, device, sums over ranks
+    3. encoder       a record -> token ids, patches and M-RoPE positions; text <-> reply ids
+    4. groups        prompt once: `[prompt | reply 1 | … | reply G]` in one row
+    5. policy        the wrapped Hugging Face model: a batch -> log-probs or logits
+    6. sampler       prefill once per prompt, one KV cache for its G replies
+    7. optimisation  learning-rate schedule, micro-batches, gradient clipping
+    8. runs          a run directory: log, checkpoints, --resume, export
+    9. tiny          `python model.py --tiny DIR`: a small Qwen2.5-VL from nothing
+
+Nothing here knows a loss or a reward, and nothing branches on the size of the model.
+
+Shapes: P prompts, G replies each, B = P·G replies, T tokens of the longest reply, L tokens of a packed row,
+N reply tokens of a batch, H hidden size, V vocabulary. Log-probs are natural logarithms (nats), fp32.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+IGNORE = -1  # segment number of padding in a packed row; the prompt is 0, reply g is g
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Records
+
+
+class DataError(Exception):
+    """The user's input is wrong. `run` prints the message as one line and exits with status 2."""
+
+
+REQUIRED = {"id": str, "images": list, "prompt": str, "answer": object, "answer_type": str, "think": bool, "source": str}
+ANSWER_TYPES = ("letter", "digit", "grid", "box", "point", "math", "text")
+
+
+def read_jsonl(path):
+    """Yield (line number, object) for every non-empty line of a JSONL file. DataError names file and line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: a JSON object is needed, this is {type(row).__name__}")
+        yield number, row
+
+
+def write_jsonl(path, rows):
+    """Write one JSON object a line, under a temporary name first. Keys that start with "_" are ours and are dropped."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        for row in rows:
+            public = {key: value for key, value in row.items() if not key.startswith("_")}
+            file.write(json.dumps(public, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def read_records(paths, check=None, text_fields=()):
+    """Read and validate records.jsonl files (the README's record table). Everything is checked before it returns.
+
+    paths: one path or a list. check(record): raises ValueError with a cause when the stage cannot use the record
+    (rewards.check_gold). text_fields: further fields that must be non-empty text ("chosen", "rejected" for pairs).
+    Returns a list of dicts; `images` holds absolute paths, `_where` is "file:line". Raises DataError.
+    """
+    records, seen, pictures = [], {}, {}
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        for number, record in read_jsonl(path):
+            where = f"{path}:{number}"
+            for name, kind in REQUIRED.items():
+                if name not in record:
+                    raise DataError(f'{where}: the field "{name}" is missing')
+                if not isinstance(record[name], kind):
+                    raise DataError(f'{where}: "{name}" must be {kind.__name__}, it is {json.dumps(record[name])[:60]}')
+            for name in text_fields:
+                if not isinstance(record.get(name), str) or not record[name].strip():
+                    raise DataError(f'{where}: the field "{name}" must be text, it is {json.dumps(record.get(name))[:60]}')
+            if record["answer_type"] not in ANSWER_TYPES:
+                raise DataError(f'{where}: answer_type "{record["answer_type"]}" is not one of {", ".join(ANSWER_TYPES)}')
+            if record["id"] in seen:
+                raise DataError(f'{where}: id "{record["id"]}" stands already at {seen[record["id"]]}')
+            seen[record["id"]] = where
+            marks = record["prompt"].count("<image>")
+            if marks not in (0, len(record["images"])):
+                raise DataError(f"{where}: {marks} <image> markers in the prompt, {len(record['images'])} images")
+            if not all(isinstance(name, str) for name in record["images"]):
+                raise DataError(f'{where}: "images" must be a list of paths')
+            record["images"] = [str((Path(path).parent / name).resolve()) for name in record["images"]]
+            for name in record["images"]:
+                pictures.setdefault(name, where)
+            if check is not None:
+                try:
+                    check(record)
+                except ValueError as error:
+                    raise DataError(f"{where}: {error}") from error
+            records.append({**record, "_where": where})
+    if not records:
+        raise DataError(f"{paths if isinstance(paths, str | Path) else ', '.join(map(str, paths))}: no records")
+
+    def broken(item):  # decode wholly: a truncated file passes every shorter check
+        name, where = item
+        try:
+            with Image.open(name) as image:
+                image.load()
+        except FileNotFoundError:
+            return f'{where}: image "{name}" is missing'
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f'{where}: image "{name}" is broken ({error})'
+
+    with ThreadPoolExecutor(8) as pool:
+        for message in pool.map(broken, pictures.items()):
+            if message:
+                raise DataError(message)
+    return records
+
+
+def epoch_order(seed, size, start, count):
+    """Indices of the `count` samples from position `start` of an endless stream that shuffles `size` items each epoch.
+
+    A pure function of its arguments, so a resumed run sees exactly the data an unbroken one would have seen.
+    """
+    shuffled, indices = {}, []
+    for position in range(start, start + count):
+        epoch, offset = divmod(position, size)
+        if epoch not in shuffled:
+            shuffled[epoch] = list(range(size))
+            random.Random(f"{seed}/{epoch}").shuffle(shuffled[epoch])
+        indices.append(shuffled[epoch][offset])
+    return indices
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. World
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: rank of size, its device. One process without torchrun is rank 0 of 1."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def sum(self, *values):
+        """Sum numbers over all ranks: floats in, floats out."""
+        if self.size == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather(self, thing):
+        """A list with every rank's `thing` (picklable, between our own processes only), on every rank."""
+        if self.size == 1:
+            return [thing]
+        things = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+
+def setup():
+    """Join the process group torchrun started, if any, and choose the device: CUDA when there, else CPU."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available()
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return World(dist.get_rank() if size > 1 else 0, size, device)
+
+
+def alone():
+    """The environment for a child process that must not join this process group."""
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {key: value for key, value in os.environ.items() if key not in ours and not key.startswith("TORCHELASTIC")}
+
+
+def run(main):
+    """Run a stage's main() and turn its end into an exit status: 0 done, 2 bad input (one line), 1 anything else."""
+    status = 0
+    try:
+        main()
+    except DataError as error:
+        status = 2
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as stop:
+        status = 130
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"\n{stop or 'stopped'}", file=sys.stderr, flush=True)
+    except SystemExit:
+        raise
+    except Exception:
+        status = 1
+        traceback.print_exc()
+    if dist.is_initialized() and status == 0:
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    if status and dist.is_initialized():
+        os._exit(status)  # other ranks may be waiting for us in a collective: do not wait for them
+    sys.exit(status)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Encoder
+
+
+@dataclass
+class Prompt:
+    """One encoded question. ids (Lp,) with image tokens expanded; positions (3, Lp) M-RoPE; next: the position of the
+    first reply token; patches (n, D) fp32 and grid (images, 3) of its pictures, or None; plain_ids: one token per
+    image, what an engine with its own image processor takes."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    next: int
+    patches: torch.Tensor | None
+    grid: torch.Tensor | None
+    plain_ids: list
+
+
+class Encoder:
+    """Turns records into prompts and texts into replies with the checkpoint's own tokenizer and image settings.
+
+    Each image is resized once, here, to multiples of patch × merge within max_pixels, so whatever engine reads the
+    result sees the same pixels. Encoded pictures are kept (up to cache_bytes) because epochs come back to them.
+    """
+
+    def __init__(self, path, config, rope_index, max_pixels=None, min_pixels=None, cache_bytes=512 * 2**20):
+        from transformers import AutoTokenizer
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        # Not AutoProcessor: it needs torchvision for its video half, which no CPU-only installation has.
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        self.factor = self.image_processor.patch_size * self.image_processor.merge_size
+        size = self.image_processor.size
+        self.min_pixels = min_pixels or size["shortest_edge"]
+        self.max_pixels = max_pixels or size["longest_edge"]
+        if self.max_pixels < self.factor**2:
+            raise DataError(f"--max-pixels {self.max_pixels} is below one image token ({self.factor}² = {self.factor**2})")
+        self.min_pixels = min(self.min_pixels, self.max_pixels)
+        self.rope_index = rope_index
+        self.image_id, self.video_id = config.image_token_id, config.video_token_id
+        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
+        self.max_length = config.get_text_config().max_position_embeddings
+        self.end_id = self.tokenizer.eos_token_id
+        if self.tokenizer.chat_template is None:  # older hub repositories keep it beside the tokenizer
+            for name in ("chat_template.jinja", "chat_template.json"):
+                if (Path(path) / name).exists():
+                    text = (Path(path) / name).read_text()
+                    self.tokenizer.chat_template = json.loads(text)["chat_template"] if name.endswith("json") else text
+        self._cache, self._room = OrderedDict(), cache_bytes
+
+    def resize(self, image):
+        """An RGB picture whose sides are multiples of patch × merge and whose area is within min and max pixels."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        height, width = smart_resize(image.height, image.width, self.factor, self.min_pixels, self.max_pixels)
+        image = image.convert("RGB")
+        return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+
+    def picture(self, path):
+        """(patches (n, D) fp32, grid (3,)) of one image file, from the cache when it was seen before."""
+        if path in self._cache:
+            self._cache.move_to_end(path)
+            return self._cache[path]
+        with Image.open(path) as image:
+            out = self.image_processor(images=[self.resize(image)], do_resize=False, return_tensors="pt")
+        entry = out["pixel_values"], out["image_grid_thw"][0]
+        self._cache[path] = entry
+        self._room -= entry[0].nbytes
+        while self._room < 0 and len(self._cache) > 1:
+            self._room += self._cache.popitem(last=False)[1][0].nbytes
+        return entry
+
+    def chat(self, record):
+        """The prompt as text, image tokens in place (one each), ready for the assistant's first token."""
+        count, text = len(record["images"]), record["prompt"]
+        pieces = text.split("<image>") if "<image>" in text else [""] * count + [text]
+        content = []
+        for index, piece in enumerate(pieces):
+            if piece:
+                content.append({"type": "text", "text": piece})
+            if index < count:
+                content.append({"type": "image"})
+        if self.tokenizer.chat_template is not None:
+            turn = [{"role": "user", "content": content}]
+            return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        frame = f"<|vision_start|>{self.image_token}<|vision_end|>"  # a base model without a template: a plain dialogue
+        return f"User: {''.join(part.get('text', frame) for part in content)}\nAssistant:"
+
+    def prompt(self, record):
+        """Encode a record's question into a Prompt. DataError when text and images do not fit each other."""
+        where = record.get("_where", record["id"])
+        plain = self.tokenizer(self.chat(record), add_special_tokens=False)["input_ids"]
+        if plain.count(self.image_id) != len(record["images"]) or self.video_id in plain:
+            raise DataError(f"{where}: the prompt's text holds image or video tokens of its own")
+        pictures = [self.picture(path) for path in record["images"]]
+        ids, images = [], iter(pictures)
+        for token in plain:
+            repeat = int(next(images)[1].prod()) // self.image_processor.merge_size**2 if token == self.image_id else 1
+            ids += [token] * repeat
+        if len(ids) >= self.max_length:
+            raise DataError(f"{where}: {len(ids)} prompt tokens, the model takes {self.max_length}; lower --max-pixels")
+        ids = torch.tensor(ids)
+        if not pictures:
+            positions = torch.arange(len(ids)).expand(3, -1)
+            return Prompt(ids, positions, len(ids), None, None, plain)
+        grid = torch.stack([grid for _, grid in pictures])
+        kinds = (ids == self.image_id).long()[None]
+        positions = self.rope_index(ids[None], mm_token_type_ids=kinds, image_grid_thw=grid)[0][:, 0]
+        patches = torch.cat([patches for patches, _ in pictures])
+        return Prompt(ids, positions, int(positions.max()) + 1, patches, grid, plain)
+
+    def encode_reply(self, text):
+        """Token ids (T,) of a reply's text with the end token appended: what a model would have sampled."""
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.end_id])
+
+    def decode(self, ids):
+        """Text of reply ids. The end token is dropped; any other special token stays visible, so it can be punished."""
+        ids = [int(token) for token in ids]
+        return self.tokenizer.decode(ids[:-1] if ids and ids[-1] == self.end_id else ids, skip_special_tokens=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Groups: the prompt once
+
+
+@dataclass
+class Batch:
+    """Packed rows, ready for Policy.forward. K = L in training and prefill, cache length when decoding.
+
+    ids (R, L); positions (3, R, L); mask (R, 1, L, K) True where attention is allowed; patches, grid: all pictures of
+    the rows in order, or None; read (N,): flat indices into R·L of the hidden states somebody reads;
+    targets (N,): the token each of them must predict, or None when the caller wants logits;
+    place (2, N): reply number and token number of each target, to lay the results out as (B, T)."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    patches: torch.Tensor | None
+    grid: torch.Tensor | None
+    read: torch.Tensor
+    targets: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+
+    def to(self, device):
+        moved = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in vars(self).items()}
+        return Batch(**moved)
+
+
+def pack(groups):
+    """Lay groups out as rows `[prompt | reply 1 | … | reply G]`, one group a row.
+
+    groups: list of (Prompt, list of reply ids (T_g,), each with its end token). A reply sees the prompt and itself;
+    its positions continue from the prompt's end, so to the model it looks as if it stood there alone. The last token
+    of a reply is only ever predicted, never read from, so it is not fed.
+    Returns a Batch with targets: replies are numbered through all groups, `place` says where each token belongs.
+    """
+    width = max(len(prompt.ids) + sum(len(reply) - 1 for reply in replies) for prompt, replies in groups)
+    ids = torch.zeros(len(groups), width, dtype=torch.long)
+    positions = torch.zeros(3, len(groups), width, dtype=torch.long)
+    segment = torch.full((len(groups), width), IGNORE)
+    read, targets, place, number = [], [], [], 0
+    for row, (prompt, replies) in enumerate(groups):
+        end = len(prompt.ids)
+        ids[row, :end], positions[:, row, :end], segment[row, :end] = prompt.ids, prompt.positions, 0
+        start = end
+        for which, reply in enumerate(replies, 1):
+            size = len(reply) - 1
+            ids[row, start : start + size] = reply[:-1]
+            positions[:, row, start : start + size] = prompt.next + torch.arange(size)
+            segment[row, start : start + size] = which
+            # token 0 is predicted by the prompt's last token, token t by the reply's token t-1
+            read.append(row * width + torch.cat([torch.tensor([end - 1]), start + torch.arange(size)]))
+            targets.append(reply)
+            place.append(torch.stack([torch.full((size + 1,), number), torch.arange(size + 1)]))
+            start, number = start + size, number + 1
+    mask = group_mask(segment)
+    patches, grid = pictures_of([prompt for prompt, _ in groups])
+    return Batch(ids, positions, mask, patches, grid, torch.cat(read), torch.cat(targets), torch.cat(place, 1))
+
+
+def group_mask(segment):
+    """(R, L) segment numbers -> (R, 1, L, L) bool: token i may see token j if j is not later and j lies in the prompt or
+    in i's own reply. Padding sees only itself (a row of all False would be NaN)."""
+    query, key = segment[:, :, None], segment[:, None, :]
+    allowed = ((key == 0) | (key == query)) & (key != IGNORE)
+    allowed = allowed.tril() | torch.eye(segment.shape[1], dtype=torch.bool)
+    return allowed[:, None]
+
+
+def pictures_of(prompts):
+    """(patches, grid) of all prompts in order, (None, None) when none has a picture."""
+    seen = [prompt for prompt in prompts if prompt.patches is not None]
+    if not seen:
+        return None, None
+    return torch.cat([prompt.patches for prompt in seen]), torch.cat([prompt.grid for prompt in seen])
+
+
+def lay_out(values, place, fill=0.0):
+    """Put per-token values (N,) at their (reply, token) places: -> (B, T). Differentiable."""
+    shape = int(place[0].max()) + 1, int(place[1].max()) + 1
+    out = values.new_full(shape, fill)
+    return out.index_put((place[0], place[1]), values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Policy
+
+
+class Policy(nn.Module):
+    """A Hugging Face vision language model behind one forward, so that FSDP's hooks see every use of its weights.
+
+    hf: Qwen2-VL, Qwen2.5-VL or Qwen3-VL ForConditionalGeneration. end_ids: tokens that end a reply. forbidden: tokens
+    that are never sampled (image and video pads: one of them in a reply would ask for pixels that do not exist).
+    """
+
+    def __init__(self, hf, end_ids, forbidden, chunk=4096):
+        super().__init__()
+        self.hf = hf
+        self.end_ids, self.chunk = tuple(end_ids), chunk
+        self.register_buffer("forbidden", torch.tensor(forbidden), persistent=False)
+        self.must_see = False  # sharded: every rank must run the vision tower in every forward, or none returns
+
+    def forward(self, batch, cache=None, temperature=1.0):
+        """Log-probs (N,) of batch.targets at `temperature`; without targets, logits (N, V).
+
+        Only the hidden states in batch.read go through lm_head, `chunk` at a time, recomputed in the backward pass.
+        """
+        outputs = self.hf.model(
+            input_ids=batch.ids,
+            position_ids=batch.positions,
+            attention_mask=batch.mask,
+            pixel_values=batch.patches,
+            image_grid_thw=batch.grid,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        hidden = outputs.last_hidden_state.flatten(0, 1)[batch.read]  # (N, H)
+        if self.must_see and batch.patches is None and cache is None:
+            hidden = hidden + 0.0 * self.blank_picture().sum()
+        if batch.targets is None:
+            return self.logits(hidden, temperature)
+        parts = []
+        for part, target in zip(hidden.split(self.chunk), batch.targets.split(self.chunk), strict=True):
+            if torch.is_grad_enabled():
+                parts.append(recompute(self.token_log_probs, part, target, temperature, use_reentrant=False))
+            else:
+                parts.append(self.token_log_probs(part, target, temperature))
+        return torch.cat(parts)
+
+    def logits(self, hidden, temperature):
+        """(n, H) -> (n, V) fp32 logits divided by temperature (0: not divided), forbidden tokens at -inf."""
+        logits = self.hf.lm_head(hidden).float()
+        if temperature not in (0.0, 1.0):
+            logits = logits / temperature
+        return logits.index_fill(-1, self.forbidden, -math.inf)
+
+    def token_log_probs(self, hidden, targets, temperature):
+        """Log-prob of each target (n,) under the very distribution the sampler draws from (before top-k and top-p)."""
+        logits = self.logits(hidden, temperature)
+        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+    def blank_picture(self):
+        """Features of the smallest black picture: keeps ranks in step when a batch holds no image."""
+        vision = self.hf.config.vision_config
+        merge = vision.spatial_merge_size
+        size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        grid = torch.tensor([[1, merge, merge]], device=self.forbidden.device)
+        blank = torch.zeros(merge * merge, size, device=self.forbidden.device)
+        out = self.hf.model.get_image_features(blank, grid, return_dict=True)
+        return torch.cat(out.pooler_output).float()
+
+
+def load(path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False, freeze_vision=False):
+    """Load a checkpoint directory or hub id: -> (Policy on world.device, Encoder). Only safetensors are read.
+
+    dtype: "fp32", "bf16" or "auto" (bf16 on CUDA, fp32 on CPU). A model that is trained keeps fp32 master weights; with
+    bf16 its compute is cast (FSDP mixed precision). attn: "auto", "sdpa" or "flash" for the vision tower; the
+    prompt-once rows always run on SDPA, whose dense mask flash-attn does not take. train: shard with FSDP2 when
+    there is more than one process (or CUDA), recompute activations on CUDA. Raises DataError when it cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+    from transformers.utils import is_flash_attn_2_available, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if attn == "flash" and not is_flash_attn_2_available():
+        raise DataError("--attn flash: the package flash-attn is not installed (or there is no GPU); use --attn sdpa")
+    flash = attn == "flash" or (attn == "auto" and is_flash_attn_2_available() and world.device.type == "cuda")
+    if dtype == "auto":
+        dtype = "bf16" if world.device.type == "cuda" else "fp32"
+    weights = torch.float32 if train or dtype == "fp32" else torch.bfloat16
+    if not Path(path).is_dir() and str(path).count("/") != 1:
+        raise DataError(f"--model {path}: no such directory (nor a hub id, which reads owner/name)")
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+            raise DataError(f"{path}: model_type {config.model_type} is not supported (qwen2_vl, qwen2_5_vl, qwen3_vl)")
+        hf = AutoModelForImageTextToText.from_pretrained(
+            path,
+            config=config,
+            dtype=weights,
+            use_safetensors=True,
+            attn_implementation={"": "sdpa", "vision_config": "flash_attention_2" if flash else "sdpa"},
+        )
+        encoder = Encoder(path, config, hf.model.get_rope_index, max_pixels)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: no model could be loaded ({str(error).splitlines()[0]})") from error
+    end_ids = {encoder.end_id}
+    try:
+        listed = GenerationConfig.from_pretrained(path).eos_token_id
+        end_ids |= {listed} if isinstance(listed, int) else set(listed or ())
+    except OSError:
+        pass  # a model without generation_config.json ends on the tokenizer's end token alone
+    policy = Policy(hf, sorted(end_ids), [encoder.image_id, encoder.video_id])
+    if freeze_vision:
+        hf.model.visual.requires_grad_(False)
+    if train and (world.size > 1 or world.device.type == "cuda"):
+        if world.device.type == "cuda":
+            hf.gradient_checkpointing_enable({"use_reentrant": False})
+            hf.train()
+        shard(policy, world, torch.bfloat16 if dtype == "bf16" else None)
+    return policy.to(world.device), encoder
+
+
+def shard(policy, world, compute_dtype):
+    """FSDP2: one unit per decoder block, one for the vision tower, the root for embeddings, norm and lm_head."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if not dist.is_initialized():  # one CUDA process without torchrun
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    policy.to(world.device)
+    options = {"mesh": init_device_mesh(world.device.type, (world.size,))}
+    if compute_dtype is not None:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for block in policy.hf.model.language_model.layers:
+        fully_shard(block, **options)
+    fully_shard(policy.hf.model.visual, **options)
+    fully_shard(policy, **options)
+    policy.must_see = True
+
+
+def log_probs(policy, groups, temperature=1.0):
+    """Log-probs of all replies of some groups: -> (logp (B, T), mask (B, T) bool).
+
+    groups as for `pack`. mask is True on every token of a reply, its end token included; logp is 0 elsewhere.
+    """
+    batch = pack(groups).to(policy.forbidden.device)
+    values = policy(batch, temperature=temperature)
+    mask = lay_out(torch.ones_like(values, dtype=torch.bool), batch.place, False)
+    return lay_out(values, batch.place), mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Sampler
+
+
+@dataclass
+class Reply:
+    """One sampled reply: ids (T,) with its end token if it reached one (finished), logps (T,) of its tokens under the
+    sampling temperature over the whole vocabulary (forbidden tokens excluded), before top-k and top-p cut it."""
+
+    ids: torch.Tensor
+    logps: torch.Tensor
+    finished: bool
+
+
+class SharedCache:
+    """A KV cache of fixed room in the form transformers calls: update() appends in place and returns what is filled.
+
+    One row per prompt: its keys once, then the keys of step 0 of all G replies, then of step 1, …
+    """
+
+    is_compileable = False
+
+    def __init__(self, room):
+        self.room, self.layers, self.length = room, {}, 0
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        if layer not in self.layers:
+            rows, heads, _, size = keys.shape
+            self.layers[layer] = [keys.new_zeros(rows, heads, self.room, size) for _ in range(2)]
+        end = self.length + keys.shape[2]
+        for buffer, new in zip(self.layers[layer], (keys, values), strict=True):
+            buffer[:, :, self.length : end] = new
+        return [buffer[:, :, :end] for buffer in self.layers[layer]]
+
+    def advance(self, count):
+        """Called once per forward, after every layer has stored its `count` new keys."""
+        self.length += count
+
+    def keep(self, rows):
+        """Drop all prompts but these: (rows,) indices."""
+        self.layers = {layer: [buffer[rows] for buffer in pair] for layer, pair in self.layers.items()}
+
+    def get_seq_length(self, layer_idx=0):
+        return self.length
+
+
+@torch.no_grad()
+def sample(
+    policy,
+    prompts,
+    n,
+    *,
+    seeds,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    max_new_tokens=256,
+    batch_tokens=32768,
+):
+    """Draw n replies per prompt: -> list (P) of lists (n) of Reply, on the CPU.
+
+    seeds: one int per prompt. Reply g of a prompt is a function of the weights, its prompt, its seed and g: neither the
+    batch it is drawn in nor the number of processes matters. temperature 0 is greedy (n must be 1). top_k 0 and
+    top_p 1.0 switch those cuts off. batch_tokens bounds the KV cache of one round (tokens).
+    """
+    if temperature == 0 and n != 1:
+        raise ValueError("greedy decoding gives one reply: n must be 1")
+    out = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+    gather_weights(policy)
+    while order:
+        rows, longest = [], 0
+        while order and (not rows or (len(rows) + 1) * (len(prompts[order[0]].ids) + n * max_new_tokens) <= batch_tokens):
+            rows.append(order.pop(0))
+            longest = len(prompts[rows[-1]].ids)
+        drawn = sample_rows(
+            policy, [prompts[row] for row in rows], n, [seeds[row] for row in rows], temperature, top_k, top_p,
+            max_new_tokens, longest,
+        )  # fmt: skip
+        for row, replies in zip(rows, drawn, strict=True):
+            out[row] = replies
+    release_weights(policy)
+    return out
+
+
+def sample_rows(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens, longest):
+    """One round of `sample`: prefill R prompts, then decode all R·n replies together, one token a step."""
+    device = policy.forbidden.device
+    rows = len(prompts)
+    lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
+    segment = torch.where(torch.arange(longest) < lengths[:, None], 0, IGNORE)  # (R, longest)
+    ids = torch.zeros(rows, longest, dtype=torch.long)
+    positions = torch.zeros(3, rows, longest, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, : lengths[row]] = prompt.ids
+        positions[:, row, : lengths[row]] = prompt.positions
+    cache = SharedCache(longest + n * (max_new_tokens - 1))
+    read = torch.arange(rows) * longest + lengths - 1
+    batch = Batch(ids, positions, group_mask(segment), *pictures_of(prompts), read).to(device)
+    logits = policy(batch, cache=cache, temperature=temperature)  # (R, V)
+    cache.advance(longest)
+    logits = logits[:, None].expand(-1, n, -1)  # every reply starts from its prompt's last token
+
+    # One uniform number per token, from (seed, reply): the draw does not depend on who else is in the batch.
+    uniform = np.stack([[np.random.default_rng([seed, g]).random(max_new_tokens) for g in range(n)] for seed in seeds])
+    uniform = torch.from_numpy(uniform).to(device)  # (R, n, T) fp64
+    start = torch.tensor([prompt.next for prompt in prompts], device=device)
+    prompt_key = (segment == 0).to(device)[:, None, None, :].expand(-1, 1, n, -1)  # (R, 1, n, longest)
+    own_key = torch.eye(n, dtype=torch.bool, device=device)[None, None].expand(rows, 1, -1, -1)  # (R, 1, n, n)
+    end_ids = torch.tensor(policy.end_ids, device=device)
+    tokens = torch.zeros(rows, n, max_new_tokens, dtype=torch.long, device=device)
+    logps = torch.zeros(rows, n, max_new_tokens, device=device)
+    size = torch.full((rows, n), max_new_tokens, device=device)
+    finished = torch.zeros(rows, n, dtype=torch.bool, device=device)
+    alive = torch.arange(rows, device=device)  # rows still in the cache
+    for step in range(max_new_tokens):
+        token, logp = draw(logits, uniform[alive, :, step], temperature, top_k, top_p)  # (r, n) each
+        tokens[alive, :, step], logps[alive, :, step] = token, logp
+        ended = torch.isin(token, end_ids) & ~finished[alive]
+        size[alive] = torch.where(ended, step + 1, size[alive])
+        finished[alive] |= ended
+        open_rows = ~finished[alive].all(1)
+        if step + 1 == max_new_tokens or not open_rows.any():
+            break
+        if open_rows.sum() * 4 <= 3 * len(alive):  # a quarter of the prompts is done: stop carrying them along
+            cache.keep(open_rows)
+            alive, token = alive[open_rows], token[open_rows]
+        mask = torch.cat([prompt_key[alive]] + [own_key[: len(alive)]] * (step + 1), -1)
+        where = (start[alive] + step)[None, :, None].expand(3, -1, n)
+        batch = Batch(token, where, mask, None, None, torch.arange(token.numel(), device=device))
+        logits = policy(batch, cache=cache, temperature=temperature).view(len(alive), n, -1)
+        cache.advance(n)
+    tokens, logps, size, finished = tokens.cpu(), logps.cpu(), size.tolist(), finished.tolist()
+    return [
+        [Reply(tokens[r, g, : size[r][g]], logps[r, g, : size[r][g]], finished[r][g]) for g in range(n)] for r in range(rows)
+    ]
+
+
+def draw(logits, uniform, temperature, top_k, top_p):
+    """Draw a token from each (…, V) row of logits by inverting its cumulative distribution at `uniform` (…).
+
+    Returns (token (…), log-prob (…) over the uncut distribution). temperature 0: the largest logit.
+    """
+    log_probs = logits.log_softmax(-1)
+    if temperature == 0:
+        token = log_probs.argmax(-1)
+        return token, log_probs.gather(-1, token[..., None])[..., 0]
+    kept = log_probs
+    if top_k and top_k < kept.shape[-1]:
+        kept = kept.masked_fill(kept < kept.topk(top_k, -1).values[..., -1:], -math.inf)
+    if top_p < 1.0:  # the smallest set of likeliest tokens whose mass reaches top_p
+        ordered, index = kept.softmax(-1).sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p
+        kept = kept.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), -math.inf)
+    mass = kept.double().softmax(-1).cumsum(-1)
+    token = torch.searchsorted(mass, (uniform * mass[..., -1])[..., None], right=True)[..., 0]
+    token = token.clamp_max(logits.shape[-1] - 1)
+    return token, log_probs.gather(-1, token[..., None])[..., 0]
+
+
+def gather_weights(policy):
+    """Sharded policy: collect every unit's weights once, so that ranks can decode without waiting for each other."""
+    for module in sharded_units(policy):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+
+
+def release_weights(policy):
+    for module in sharded_units(policy):
+        module.reshard()
+        module.set_reshard_after_forward(module is not policy, recurse=False)
+
+
+def sharded_units(policy):
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Optimisation
+
+
+def adamw(policy, lr):
+    """AdamW without weight decay over the weights that learn."""
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=trained[0].is_cuda)
+
+
+def learning_rate(step, steps, peak, schedule, warmup):
+    """Learning rate of update `step` (from 0): linear warm-up over `warmup` updates, then constant or linear to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak if schedule == "constant" else peak * (steps - step) / max(1, steps - warmup)
+
+
+def micro_batches(world, groups, budget):
+    """Cut a list of groups into micro-batches of at most `budget` padded tokens: -> list of lists of indices.
+
+    Groups of similar size share a batch. Every rank gets the same number (FSDP's collectives need that): a rank that runs
+    out gets empty lists, and its caller runs any group at weight 0 there.
+    """
+    size = [len(prompt.ids) + sum(len(reply) - 1 for reply in replies) for prompt, replies in groups]
+    batches = []
+    for index in sorted(range(len(groups)), key=lambda index: -size[index]):
+        if not batches or size[batches[-1][0]] * (len(batches[-1]) + 1) > budget:
+            batches.append([])
+        batches[-1].append(index)
+    most = max(world.gather(len(batches)))
+    return batches + [[] for _ in range(most - len(batches))]
+
+
+def backward(policy, world, loss, last):
+    """Add a micro-batch's gradient. `loss` is this rank's share of the sum over all ranks; FSDP averages, so undo it."""
+    if sharded_units(policy):
+        policy.set_requires_gradient_sync(last)
+    (loss * world.size).backward()
+
+
+def update(policy, optimizer, lr, max_norm):
+    """Clip the global gradient norm to max_norm (0: no clipping), step, clear. Returns the norm before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm or math.inf)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Runs
+
+
+@dataclass
+class Run:
+    """A training run's directory: args.json, log.jsonl, samples.jsonl, checkpoints/, LATEST, and at the end the model.
+
+    Open it before anything expensive; it refuses to mix two runs. `step` is the number of finished steps.
+    """
+
+    out: Path
+    world: World
+    step: int = 0
+    stop: bool = False
+    started: float = field(default_factory=time.time)
+
+    FREE = ("resume", "overwrite", "steps", "save_every", "keep")  # may differ between a run and its resumption
+
+    @classmethod
+    def open(cls, args, world):
+        """Create or reopen args.out. DataError if it holds a run already and neither --resume nor --overwrite is given."""
+        run = cls(Path(args.out), world)
+        settings = {key: value for key, value in sorted(vars(args).items()) if key not in ("resume", "overwrite")}
+        problem = run._prepare(args, settings) if world.main else None
+        problem = world.gather(problem)[0]
+        if problem:
+            raise DataError(problem)
+        if args.resume and (run.out / "LATEST").exists():
+            run.step = int((run.out / "LATEST").read_text().split("_")[-1])
+        world.barrier()
+        if world.main:
+            (run.out / "args.json").write_text(json.dumps(settings, indent=1, default=str) + "\n")
+            for name in ("log.jsonl", "samples.jsonl"):  # drop what a killed run wrote after its last checkpoint
+                path = run.out / name
+                rows = [row for row in run._whole_rows(path) if row["step"] <= run.step] if path.exists() else []
+                write_jsonl(path, rows)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, run._ask_to_stop)
+        return run
+
+    def _prepare(self, args, settings):
+        """On rank 0: make the directory or say in one line why not."""
+        log = self.out / "log.jsonl"
+        used = (self.out / "LATEST").exists() or (log.exists() and log.stat().st_size > 0)
+        if used and args.overwrite:
+            for name in ("args.json", "log.jsonl", "samples.jsonl", "LATEST", "checkpoints"):
+                path = self.out / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        elif used and not args.resume:
+            return f"{self.out}: holds a run already; add --resume to go on with it or --overwrite to start anew"
+        elif used and (self.out / "args.json").exists():
+            before = json.loads((self.out / "args.json").read_text())
+            for key, value in json.loads(json.dumps(settings, default=str)).items():
+                if key not in self.FREE and before.get(key, value) != value:
+                    return f"{self.out}: --{key.replace('_', '-')} was {before[key]}, now {value}; a resumed run keeps its settings"
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return f"{self.out}: cannot be made ({error})"
+
+    @staticmethod
+    def _whole_rows(path):
+        for line in path.read_text().split("\n"):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return  # the half line of a killed process: everything from here on is repeated
+
+    def _ask_to_stop(self, number, frame):
+        if self.stop:  # asked twice: do not wait for the step to end
+            raise KeyboardInterrupt
+        self.stop = True
+
+    def log(self, row, samples=()):
+        """Append one step's numbers (and some decoded replies) to the logs; rank 0 only writes."""
+        if self.world.main:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            with open(self.out / "samples.jsonl", "a") as file:
+                file.writelines(json.dumps({"step": row["step"], **item}, ensure_ascii=False) + "\n" for item in samples)
+
+    def checkpoint_due(self, step, steps, every):
+        """Is a checkpoint to be written after this step: the last one, every so many, or when asked to stop?
+
+        The wish to stop (Ctrl-C or SIGTERM on any rank) is shared here, so that all ranks act on it together.
+        """
+        self.stop = self.world.sum(self.stop)[0] > 0
+        return self.stop or step == steps or (every > 0 and step % every == 0)
+
+    def leave_if_asked(self, step, steps):
+        if self.stop and step < steps:
+            raise KeyboardInterrupt(f"stopped after step {step} of {steps}; --resume goes on from there")
+
+    def save(self, step, policy, optimizer, keep=2):
+        """Write checkpoints/step_000123 (weights and optimizer as safetensors), then point LATEST at it."""
+        name = f"step_{step:06d}"
+        weights, moments = full_weights(policy), full_moments(policy, optimizer)
+        if self.world.main:
+            folder, partial = self.out / "checkpoints" / name, self.out / "checkpoints" / f"{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_file(weights, partial / "weights.safetensors")
+            save_file(moments, partial / "optimizer.safetensors")
+            partial.replace(folder)
+            (self.out / "LATEST.partial").write_text(name)
+            (self.out / "LATEST.partial").replace(self.out / "LATEST")
+            for old in sorted(folder.parent.glob("step_??????"))[:-keep]:
+                shutil.rmtree(old)
+        self.world.barrier()
+
+    def restore(self, policy, optimizer):
+        """Load the checkpoint LATEST names into policy and optimizer, if this run has one (step > 0)."""
+        if not self.step:
+            return
+        folder = self.out / "checkpoints" / f"step_{self.step:06d}"
+        weights, moments = load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors")
+        with torch.no_grad():
+            for name, weight in policy.named_parameters():
+                copy_full(weight, weights[name])
+                if weight.requires_grad and f"{name}/step" in moments:
+                    state = optimizer.state[weight]
+                    state["step"] = moments[f"{name}/step"].to(weight.device if weight.is_cuda else "cpu")
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        state[key] = torch.zeros_like(weight)
+                        copy_full(state[key], moments[f"{name}/{key}"])
+
+    def export(self, policy, encoder):
+        """Make the run directory a Hugging Face model directory: config, safetensors, tokenizer, image settings."""
+        weights = full_weights(policy)
+        if self.world.main:
+            save_model(policy, encoder, self.out, weights)
+        self.world.barrier()
+
+
+def full(tensor):
+    """The whole tensor on the CPU, gathered from its shards (a collective: call it on every rank)."""
+    tensor = tensor.detach()
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.cpu().contiguous()
+
+
+def copy_full(target, source):
+    """Copy a whole CPU tensor into a plain or sharded one, each rank taking its shard."""
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
+    target.copy_(source)
+
+
+def full_weights(policy):
+    """{name: whole fp32 tensor}; tied weights once."""
+    return {name: full(weight) for name, weight in policy.named_parameters()}
+
+
+def full_moments(policy, optimizer):
+    """AdamW's state as {"weight name/exp_avg": whole tensor, …}."""
+    out = {}
+    for name, weight in policy.named_parameters():
+        for key, value in optimizer.state.get(weight, {}).items():
+            out[f"{name}/{key}"] = full(value)
+    return out
+
+
+def save_model(policy, encoder, folder, weights=None):
+    """Write a directory that from_pretrained, vLLM and the next stage load (weights: as full_weights gives them)."""
+    folder = Path(folder)
+    weights = weights if weights is not None else full_weights(policy)
+    state = {name.removeprefix("hf."): weight for name, weight in weights.items()}
+    policy.hf.save_pretrained(folder, state_dict=state)
+    encoder.tokenizer.save_pretrained(folder)
+    encoder.image_processor.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Tiny
+
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+           "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_corpus(seed):
+    """Prompts and replies of puzzles of a few sizes: the words a small tokenizer should know whole."""
+    import jigsaw  # its words only, and only here
+
+    rng, texts = random.Random(seed), []
+    picture = jigsaw.scene(rng)
+    for rows, cols in ((2, 1), (1, 2), (3, 1), (4, 1), (2, 2), (3, 3)):
+        for form in jigsaw.REPLY_FORMAT_SENTENCE:
+            for question in jigsaw.QUESTIONS:
+                puzzle, record = jigsaw.make_puzzle(picture, rows, cols, question, rng, reply_format=form)
+                texts.append(record["prompt"])
+        items = jigsaw.primer_items(puzzle, rows, cols, record["order"], 100, rng)
+        texts += [text for item in items for text in (item["prompt"], item["chosen"])]
+    return texts
+
+
+def make_tiny(folder, family="qwen2_5_vl", *, hidden=64, layers=4, heads=2, vocab=0, seed=0):
+    """Write a random small model with the real classes, a byte-level BPE tokenizer and image settings to `folder`.
+
+    family: qwen2_vl, qwen2_5_vl or qwen3_vl. The tokenizer learns its merges from the prompts jigsaw.py writes, so that
+    their words are single tokens; any other text still encodes, byte by byte. head_dim = hidden / heads (32: vLLM's
+    smallest). Same seed, same bytes.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, Qwen2Tokenizer
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tokenizer = Qwen2Tokenizer(eos_token="<|im_end|>", additional_special_tokens=SPECIAL)
+    tokenizer = tokenizer.train_new_from_iterator(tiny_corpus(seed), 1024, show_progress=False)
+    tokenizer.chat_template = CHAT
+    ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
+    size = hidden // heads
+    text = {
+        "vocab_size": vocab or len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": size,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.06,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [size // 2 - 2 * (3 * size // 16), 3 * size // 16, 3 * size // 16],
+        },
+        "bos_token_id": None,
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+    }
+    vision = {"depth": layers, "num_heads": heads, "initializer_range": 0.06}
+    if family == "qwen2_vl":
+        text.pop("head_dim")
+        vision.update(embed_dim=hidden, hidden_size=hidden, mlp_ratio=2)
+    elif family == "qwen2_5_vl":
+        text.pop("head_dim")
+        vision.update(hidden_size=hidden, out_hidden_size=hidden, intermediate_size=2 * hidden)
+        vision.update(fullatt_block_indexes=[layers - 1])
+    elif family == "qwen3_vl":
+        vision.update(hidden_size=hidden, out_hidden_size=hidden, intermediate_size=2 * hidden)
+        vision.update(deepstack_visual_indexes=[0, layers // 2], num_position_embeddings=64)
+        text["rope_parameters"]["mrope_interleaved"] = True
+    else:
+        raise DataError(f"--family {family}: qwen2_vl, qwen2_5_vl or qwen3_vl")
+    config = AutoConfig.for_model(
+        family,
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        hf = AutoModelForImageTextToText.from_config(config)
+    hf.generation_config = GenerationConfig(
+        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"]
+    )
+    hf.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    patch = config.vision_config.patch_size
+    Qwen2VLImageProcessorPil(
+        patch_size=patch, merge_size=2, temporal_patch_size=2, min_pixels=(2 * patch) ** 2, max_pixels=1280 * (2 * patch) ** 2
+    ).save_pretrained(folder)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--tiny", metavar="DIR", required=True, help="write a tiny random model with the real classes here")
+    parser.add_argument("--family", default="qwen2_5_vl", choices=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+    parser.add_argument("--hidden", type=int, default=64, help="hidden size of both towers (multiple of heads x 16)")
+    parser.add_argument("--layers", type=int, default=4, help="blocks in each tower")
+    parser.add_argument("--heads", type=int, default=2, help="attention heads; vLLM wants hidden/heads of 32 or 64")
+    parser.add_argument("--vocab", type=int, default=0, help="rows of the embedding; 0: as many as the tokenizer has")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
+    args = parser.parse_args(argv)
+    if args.hidden % (args.heads * 16):
+        parser.error("--hidden must be a multiple of 16 x --heads")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    make_tiny(
+        args.tiny, args.family, hidden=args.hidden, layers=args.layers, heads=args.heads, vocab=args.vocab, seed=args.seed
+    )
+    print(f"{args.tiny}: a tiny {args.family}, random weights")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,339 @@
+"""Plants bugs, one at a time, and checks that the tests see each of them.
+
+    python tests/plant_bugs.py [--only NAME …]
+    python tests/plant_bugs.py --list             # only whether every bug can still be planted
+
+A test suite goes soft without a sound: a tolerance is widened, an assertion dropped, and it still passes. Here every
+entry of BUGS is a mistake somebody could make. For each one the sources are copied to a temporary folder, one text is
+replaced by another in one file, and the fast tests named with it run there, two bugs at a time. A test must fail.
+
+Ends with status 0 when every bug was caught; 1 when one survived, when its text is not in the file exactly once (the
+code moved on, and the entry has to follow), or when the tests fail without any bug. Tests that run 60 s longer than
+without the bug were made to hang by it; that counts as caught.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKERS = 2
+PATIENCE = 60  # seconds
+
+
+class Bug(NamedTuple):
+    name: str
+    file: str
+    old: str  # must occur exactly once in the file
+    new: str
+    tests: str  # what to run: test files, or file::test, with spaces between
+
+
+LOSSES = "tests/test_losses.py"
+DPO = "tests/test_dpo.py"
+GRPO = "tests/test_grpo.py"
+MODEL = "tests/test_model.py"
+SAMPLER = "tests/test_sampler.py"
+REWARDS = "tests/test_rewards.py"
+JIGSAW = "tests/test_jigsaw.py"
+EVAL = "tests/test_eval.py"
+
+# fmt: off
+BUGS = [Bug(*entry) for entry in (
+    # ---- grpo.py: advantages and loss
+    ("advantages have the wrong sign", "grpo.py",
+     "centred = rewards - rewards.mean(1, keepdim=True)", "centred = rewards.mean(1, keepdim=True) - rewards", LOSSES),
+    ("advantages are taken against the whole batch's mean", "grpo.py",
+     "centred = rewards - rewards.mean(1, keepdim=True)", "centred = rewards - rewards.mean()", LOSSES),
+    ("the std is the biased one", "grpo.py",
+     "std = rewards.std(1, keepdim=True)", "std = rewards.std(1, correction=0, keepdim=True)", LOSSES),
+    ("the std is over the prompts", "grpo.py",
+     "std = rewards.std(1, keepdim=True)", "std = rewards.std(0, keepdim=True)", LOSSES),
+    ("the batch's std is that of the centred rewards", "grpo.py",
+     "std = rewards.std() if", "std = centred.std() if", LOSSES),
+    ("eps is missing", "grpo.py", "centred / (std + eps)", "centred / std", LOSSES),
+    ("padding counts in the loss", "grpo.py", "gain.masked_fill(~mask, 0.0)", "gain", LOSSES),
+    ("padding is masked after the exponential", "grpo.py",
+     "log_ratio = (logp - old_logp).masked_fill(~mask, 0.0)", "log_ratio = logp - old_logp", LOSSES),
+    ("clip low and high are swapped", "grpo.py",
+     "r.clamp(1 - clip_low, 1 + clip_high)", "r.clamp(1 - clip_high, 1 + clip_low)", LOSSES),
+    ("the larger of the two surrogates is taken", "grpo.py", "torch.minimum(", "torch.maximum(", LOSSES),
+    ("the loss has the wrong sign", "grpo.py",
+     "return -(weight[:, None] * gain", "return (weight[:, None] * gain", LOSSES),
+    ("the KL is rewarded", "grpo.py", "gain - kl * k3(", "gain + kl * k3(", LOSSES),
+    ("k3 is of the other direction", "grpo.py", "gap = (ref_logp - logp)", "gap = (logp - ref_logp)", LOSSES),
+    ("the ratio is inverted", "grpo.py", "log_ratio = (logp - old_logp)", "log_ratio = (old_logp - logp)", LOSSES),
+    ("the sequence ratio is a product, not a mean", "grpo.py",
+     " / mask.sum(1, keepdim=True).clamp_min(1)", "", LOSSES),
+    ("the sequence ratio's mean counts padding", "grpo.py",
+     "mask.sum(1, keepdim=True).clamp_min(1)", "mask.shape[1]", LOSSES),
+    ("the weight is ignored", "grpo.py", "weight[:, None] * gain", "gain", LOSSES),
+    ("the normaliser sequence forgets the length", "grpo.py",
+     "return 1.0 / (replies * lengths)", "return 1.0 / (replies * torch.ones_like(lengths))", LOSSES),
+
+    # ---- dpo.py
+    ("chosen and rejected are swapped in the margin", "dpo.py",
+     "((chosen - ref_chosen) - (rejected - ref_rejected))",
+     "((rejected - ref_rejected) - (chosen - ref_chosen))", LOSSES),
+    ("beta is missing", "dpo.py", "margin = beta * (", "margin = (", LOSSES),
+    ("the reference of the rejected reply is missing", "dpo.py", "(rejected - ref_rejected)", "rejected", LOSSES),
+    ("the DPO loss is averaged inside", "dpo.py",
+     "-F.logsigmoid(margin), margin", "-F.logsigmoid(margin).mean(), margin", LOSSES),
+    ("SFT makes the chosen reply less likely", "dpo.py",
+     "return -(weight[:, None] * logp", "return (weight[:, None] * logp", LOSSES),
+    ("SFT counts padding", "dpo.py", "logp.masked_fill(~mask, 0.0)", "logp", LOSSES),
+    ("chosen and rejected are swapped in the batch", "dpo.py",
+     'else ["chosen", "rejected"]', 'else ["rejected", "chosen"]', DPO),
+    ("DPO averages the log-probs over the reply", "dpo.py",
+     "summed = logp.sum(1).view(-1, 2)", "summed = (logp.sum(1) / mask.sum(1)).view(-1, 2)", DPO),
+    ("the SFT part learns the rejected replies too", "dpo.py",
+     'chosen = slice(None, None, 1 if args.loss == "sft" else 2)', "chosen = slice(None, None, 1)", DPO),
+    ("the SFT weight is ignored", "dpo.py", "args.sft_weight * loss_sft", "loss_sft", DPO),
+    ("each micro-batch has its own normaliser", "dpo.py",
+     "loss_dpo = (losses * real).sum() / len(batch)", "loss_dpo = losses.mean()", DPO),
+    ("a resumed run takes the trained model as its reference", "dpo.py",
+     "    reference = {}\n", "    run.restore(policy, m.adamw(policy, args.lr))\n    reference = {}\n", DPO),
+
+    # ---- model.py: prompt-once rows
+    ("a reply sees its siblings", "model.py", "((key == 0) | (key == query))", "((key == 0) | (key <= query))", MODEL),
+    ("tokens see the future", "model.py", "allowed = allowed.tril() |", "allowed = allowed |", MODEL),
+    ("a reply does not see its prompt", "model.py", "((key == 0) | (key == query))", "(key == query)", MODEL),
+    ("replies start one position late", "model.py",
+     "prompt.next + torch.arange(size)", "prompt.next + 1 + torch.arange(size)", MODEL),
+    ("replies start at the prompt's length, not at the end of its M-RoPE", "model.py",
+     "prompt.next + torch.arange(size)", "len(prompt.ids) + torch.arange(size)", MODEL),
+    ("positions continue from one reply to the next", "model.py",
+     "prompt.next + torch.arange(size)", "prompt.next + start - end + torch.arange(size)", MODEL),
+    ("logits are shifted by one token", "model.py",
+     "torch.cat([torch.tensor([end - 1]), start + torch.arange(size)])",
+     "torch.cat([torch.tensor([end - 1]), start - 1 + torch.arange(size)])", MODEL),
+    ("a reply's first token is predicted from its sibling's end", "model.py",
+     "torch.cat([torch.tensor([end - 1]), start", "torch.cat([torch.tensor([start - 1]), start", MODEL),
+    ("the end token is dropped from the mask", "model.py",
+     "mask = lay_out(torch.ones_like(values, dtype=torch.bool), batch.place, False)",
+     "mask = lay_out(batch.targets != policy.end_ids[0], batch.place, False)", MODEL),
+    ("replies are encoded without their end token", "model.py",
+     '["input_ids"] + [self.end_id])', '["input_ids"])', MODEL),
+    ("pictures of a batch are in the wrong order", "model.py",
+     "torch.cat([prompt.patches for prompt in seen])", "torch.cat([prompt.patches for prompt in seen[::-1]])", MODEL),
+    ("the temperature is not applied in log-probs", "model.py",
+     "logits = self.logits(hidden, temperature)", "logits = self.logits(hidden, 1.0)", f"{MODEL} {SAMPLER}"),
+    ("logits are multiplied by the temperature", "model.py",
+     "logits = logits / temperature", "logits = logits * temperature", f"{MODEL} {SAMPLER}"),
+    ("every epoch has the same order", "model.py",
+     'random.Random(f"{seed}/{epoch}")', 'random.Random(f"{seed}")', MODEL),
+    ("the learning rate warms up from zero", "model.py", "peak * (step + 1) / warmup", "peak * step / warmup", MODEL),
+    ("resume does not restore the optimizer", "model.py",
+     'copy_full(state[key], moments[f"{name}/{key}"])', "pass", MODEL),
+    ("gradients are not clipped", "model.py", "max_norm or math.inf", "math.inf", MODEL),
+
+    # ---- model.py: sampler
+    ("image pads can be sampled", "model.py",
+     "logits.index_fill(-1, self.forbidden, -math.inf)", "logits", SAMPLER),
+    ("a sampled reply sees its prompt's padding", "model.py",
+     "prompt_key = (segment == 0)", "prompt_key = (segment <= 0)", SAMPLER),
+    ("a sampled reply sees its siblings", "model.py",
+     "own_key = torch.eye(n, dtype=torch.bool, device=device)",
+     "own_key = torch.ones(n, n, dtype=torch.bool, device=device)", SAMPLER),
+    ("sampled positions are one late", "model.py", "(start[alive] + step)", "(start[alive] + step + 1)", SAMPLER),
+    ("all replies of a group are drawn alike", "model.py",
+     "np.random.default_rng([seed, g])", "np.random.default_rng([seed])", SAMPLER),
+    ("the seed is ignored", "model.py", "np.random.default_rng([seed, g])", "np.random.default_rng([g])", SAMPLER),
+    ("a sampled reply loses its end token", "model.py",
+     "torch.where(ended, step + 1, size[alive])", "torch.where(ended, step, size[alive])", SAMPLER),
+    ("a sampled reply goes on after its end", "model.py",
+     "ended = torch.isin(token, end_ids) & ~finished[alive]", "ended = torch.isin(token, end_ids)", SAMPLER),
+    ("top-k keeps one token too many", "model.py", "kept.topk(top_k, -1)", "kept.topk(top_k + 1, -1)", SAMPLER),
+    ("top-p drops the token that reaches the mass", "model.py", "ordered.cumsum(-1) - ordered >= top_p",
+     "ordered.cumsum(-1) >= top_p", SAMPLER),
+
+    # ---- rewards.py
+    ("the format weight is ignored", "rewards.py", "format_weight * well_formed", "0.5 * well_formed", REWARDS),
+    ("the accuracy weight is ignored", "rewards.py", "accuracy_weight * right", "right", REWARDS),
+    ("without tags the whole reply is the answer", "rewards.py",
+     'read_blocks(reply, "think", "answer")', 'read_blocks(reply, "think", "answer") or ("-", reply)', REWARDS),
+    ("a tag may stand twice", "rewards.py", "reply.count(tag) != 1", "reply.count(tag) < 1", REWARDS),
+    ("words may stand between the blocks", "rewards.py",
+     " or reply[reason_end + len(tags[1]) : answer_start].strip(SPACE)", "", REWARDS),
+    ("an empty block is well-formed", "rewards.py",
+     'if not answer or (not reason and fmt not in ("bare", "boxed")):', "if not answer:", REWARDS),
+    ("a grid counts only as a whole", "rewards.py",
+     "sum(a == g for a, g in zip(answer, gold, strict=True)) / len(gold)", "float(answer == gold)", REWARDS),
+    ("a grid with a repeated index earns its share", "rewards.py",
+     "if len(answer) != len(gold) or sorted(answer) != list(range(1, len(gold) + 1)):",
+     "if len(answer) != len(gold):", REWARDS),
+    ("A or B is an A", "rewards.py", "LETTER.fullmatch(text)", "LETTER.match(text)", REWARDS),
+    ("the union of two boxes counts their intersection twice", "rewards.py",
+     "both / (area + gold_area - both)", "both / (area + gold_area)", REWARDS),
+    ("JSON may hold further keys", "rewards.py",
+     'set(value) != {"reason", "answer"}', 'not set(value) >= {"reason", "answer"}', REWARDS),
+    ("Answer: may stand twice", "rewards.py", 'reply.count("Answer:") != 1', 'reply.count("Answer:") < 1', REWARDS),
+
+    # ---- jigsaw.py
+    ("the order is the inverse of the mix", "jigsaw.py",
+     "pieces[np.array(order) - 1]", "pieces[np.argsort(order)]", JIGSAW),
+    ("rows and columns are swapped in the numbering", "jigsaw.py",
+     "relation(order[k - 1], order[j - 1], cols)", "relation(order[k - 1], order[j - 1], rows)", JIGSAW),
+    ("the relation is asked from the other piece", "jigsaw.py",
+     "relation(order[k - 1], order[j - 1], cols)", "relation(order[j - 1], order[k - 1], cols)", JIGSAW),
+    ("the relation is that after the mix", "jigsaw.py",
+     "relation(order[k - 1], order[j - 1], cols)", "relation(k, j, cols)", JIGSAW),
+    ("options are not shuffled", "jigsaw.py", "rng.sample(texts, len(texts))", "list(texts)", JIGSAW),
+    ("the letter is one off", "jigsaw.py",
+     "LETTERS[options.index(truth)]", "LETTERS[options.index(truth) + 1]", JIGSAW),
+    ("the identity is never drawn", "jigsaw.py",
+     "while derange and any(", "while order == sorted(order) or derange and any(", JIGSAW),
+    ("positions are numbered column by column", "jigsaw.py",
+     "mixed = pieces[np.array(order) - 1].reshape(rows, cols, h, w, 3)",
+     "mixed = pieces[np.array(order) - 1].reshape(cols, rows, h, w, 3).swapaxes(0, 1)", JIGSAW),
+    ("the seed does not reach the puzzles", "jigsaw.py",
+     'random.Random(f"{split} {seed} puzzle {index}")', 'random.Random(f"{split} puzzle {index}")', JIGSAW),
+    ("test scenes are train scenes", "jigsaw.py", '+ (part == "test")', "", JIGSAW),
+    ("copies of a picture can be on both sides", "jigsaw.py", "path.read_bytes()", "str(path).encode()", JIGSAW),
+    ("the primer knows the verdict", "jigsaw.py",
+     'verdict = rng.choice(task["options"])', 'verdict = task["direction"]', JIGSAW),
+    ("the primer's words are false", "jigsaw.py", "values[k] > values[j]", "values[k] < values[j]", JIGSAW),
+
+    # ---- eval.py
+    ("GF: beta is not squared in the denominator", "eval.py",
+     "denominator = beta**2 * gain_id + gain_ood", "denominator = beta * gain_id + gain_ood", EVAL),
+    ("GF: ID and OOD are swapped", "eval.py",
+     "denominator = beta**2 * gain_id + gain_ood", "denominator = beta**2 * gain_ood + gain_id", EVAL),
+    ("pass@k is the biased estimate", "eval.py",
+     "return (draws - math.comb(n - c, k)) / draws", "return 1 - (1 - c / n) ** k", EVAL),
+    ("a partly right grid passes", "eval.py", "value >= 1 for value in", "value > 0 for value in", EVAL),
+    ("the weights of the OOD sources are ignored", "eval.py", "share = weights or dict", "share = dict", EVAL),
+    ("text of the model reaches the page as markup", "eval.py",
+     "html.escape(text + more, quote=True)", "text + more", EVAL),
+)]
+# fmt: on
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def problem_with(bug: Bug) -> str | None:
+    """Why this entry cannot be planted, or None."""
+    path = ROOT / bug.file
+    if not path.exists():
+        return f"there is no {bug.file}"
+    text = path.read_text(encoding="utf-8")
+    if text.count(bug.old) != 1:
+        return f"its text occurs {text.count(bug.old)} times in {bug.file}, not once: {bug.old!r}"
+    try:
+        compile(text.replace(bug.old, bug.new), bug.file, "exec")
+    except SyntaxError as error:
+        return f"with it {bug.file} is not Python any more, so that every test fails, which shows nothing ({error})"
+    missing = [name for name in bug.tests.split() if not (ROOT / name.split("::")[0]).exists()]
+    return f"there is no {', '.join(missing)}" if missing else None
+
+
+def source_files() -> list[str]:
+    """The repository's files, relative to its root: tracked ones and new ones, nothing that .gitignore names."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    return sorted(name for name in listed if name and (ROOT / name).is_file())
+
+
+def run_tests(tests: str, files: list[str], bug: Bug | None, patience: float) -> tuple[int | None, float, str]:
+    """Run tests in a copy of the sources: (pytest's exit status, None when patience ran out; seconds; output)."""
+    with tempfile.TemporaryDirectory(prefix="plant_bugs_") as folder:
+        copy = Path(folder) / "copy"
+        for name in files:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+        if bug:
+            text = (copy / bug.file).read_text(encoding="utf-8")
+            (copy / bug.file).write_text(text.replace(bug.old, bug.new), encoding="utf-8")
+        # "-m pytest" puts the copy first on the import path; PYTHONPATH might put the unchanged sources before it.
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        env |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": folder}
+        start = time.monotonic()
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(command, cwd=copy, env=env, **streams, start_new_session=True)
+        try:
+            output, _ = process.communicate(timeout=patience)
+            status = process.returncode
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its own group: with the training runs that the tests started
+        if status is None:
+            output, _ = process.communicate()
+        return status, time.monotonic() - start, output
+
+
+def first_failure(output: str) -> str:
+    """The name of the test that failed, from pytest's summary."""
+    lines = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return lines[0].split(" - ")[0].split(" ", 1)[1] if lines else output.strip()[-100:]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="plant only these (default: all)")
+    parser.add_argument("--list", action="store_true", help="name them and check that each can be planted; run nothing")
+    args = parser.parse_args(argv)
+    names = [bug.name for bug in BUGS]
+    assert len(set(names)) == len(names), "two bugs share a name"
+    for name in args.only or []:
+        if name not in names:
+            parser.error(f'no bug is called "{name}"; --list names them')
+    bugs = [bug for bug in BUGS if not args.only or bug.name in args.only]
+
+    # 1. Can all of them be planted?
+    problems = {bug.name: problem for bug in bugs if (problem := problem_with(bug))}
+    if args.list:
+        print("\n".join(f"{bug.name:60} {bug.tests}" for bug in bugs))
+    for name, problem in problems.items():
+        print(f"CANNOT BE PLANTED  {name}: {problem}", flush=True)
+    if args.list:
+        return 1 if problems else 0
+    bugs = [bug for bug in bugs if bug.name not in problems]
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        # 2. Without a bug the tests must pass, or their failing says nothing
+        files = source_files()
+        selections = sorted({bug.tests for bug in bugs})
+        results = pool.map(lambda tests: run_tests(tests, files, None, 600), selections)
+        clean = dict(zip(selections, results, strict=True))
+        for tests, (status, seconds, output) in clean.items():
+            print(f"{seconds:4.0f} s without a bug: {tests}", flush=True)
+            if status != 0:
+                print(f"{output}\nFAILS WITHOUT A BUG  {tests}")
+        if any(status != 0 for status, _, _ in clean.values()):
+            return 1
+
+        # 3. With a bug they must fail
+        def plant(bug):
+            return run_tests(bug.tests, files, bug, PATIENCE + 2 * clean[bug.tests][1])
+
+        survivors = []
+        for bug, (status, seconds, output) in zip(bugs, pool.map(plant, bugs), strict=True):
+            if status in (None, 1):  # 1: tests ran and failed
+                print(f"caught {seconds:4.0f} s  {bug.name}", flush=True)
+                print(f"               by {'hanging' if status is None else first_failure(output)}", flush=True)
+            else:  # 0: all passed; anything else: pytest did not get as far as running a test
+                survivors.append(bug)
+                print(f"NOT CAUGHT     {bug.name}", flush=True)
+                if status != 0:
+                    print(f"{output}\npytest ended with status {status}", flush=True)
+    caught = len(bugs) - len(survivors)
+    print(f"\n{caught} planted bugs caught, {len(survivors)} not, {len(problems)} could not be planted")
+    for bug in survivors:
+        print(f"NOT CAUGHT  {bug.name}  ({bug.tests})")
+    return 1 if survivors or problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""distill.py: the five corruptions letter by letter, which replies make a pair, and a real run with tiny models."""
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import distill
+import jigsaw
+import model as m
+import rewards
+
+REPLY = " <think>1 is dark.\nso below</think>\n<answer> (B) </answer>! "
+RECORD = {
+    "answer_type": "letter",
+    "answer": "B",
+    "options": ["above", "below"],
+    "think": True,
+    "reply_format": "think",
+    "prompt": "where?",
+}
+GOOD = "<think>dark, so below</think><answer>B</answer>"
+WRONG = "<think>dark, so above</think><answer>A</answer>"
+TWISTED = "<think>dark, so above</think><answer>B</answer>"  # right, but the reasoning says the other option
+LOOSE = "dark, so below.\nAnswer: B"  # right, and no corruption changes it
+
+
+def pair_of(policy, base, record=RECORD, seed=0, **options):
+    return distill.make_pair(record, policy, base, random.Random(seed), **options)
+
+
+# ---------------------------------------------------------------- corruptions
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [
+        ("all_tags", " 1 is dark.\nso below\n (B) ! "),
+        ("answer_tags", " <think>1 is dark.\nso below</think>\n (B) ! "),
+        ("think_tags", " 1 is dark.\nso below\n<answer> (B) </answer>! "),
+        ("answer_tags_think_end", " <think>1 is dark.\nso below\n (B) ! </think>"),
+        ("answer_text", " <think>1 is dark.\nso below</think>\nAnswer: (B) ! "),
+    ],
+)
+def test_each_corruption_moves_its_tags_and_no_other_character(kind, expected):
+    assert distill.corrupt(REPLY, kind) == expected
+
+
+def test_the_corruptions_are_the_five_of_the_paper():
+    assert distill.CORRUPTIONS == ("all_tags", "answer_tags", "think_tags", "answer_tags_think_end", "answer_text")
+
+
+def test_every_corruption_breaks_the_format_and_leaves_the_answer_to_a_reader():
+    for reply in (GOOD, "<think>R\nR</think>\n\n<answer>The answer is $\\boxed{B}$</answer>\n"):
+        texts = {distill.corrupt(reply, kind) for kind in distill.CORRUPTIONS}
+        assert len(texts) == 5
+        for text in texts:
+            assert rewards.score(text, RECORD)["reward"] == 0.0, text
+
+
+def test_a_reply_without_the_tags_comes_back_unchanged():
+    for kind in distill.CORRUPTIONS:
+        assert distill.corrupt(LOOSE, kind) == LOOSE
+        assert distill.corrupt("", kind) == ""
+    assert distill.corrupt("<think>R</think>B", "answer_tags") == "<think>R</think>B"
+    assert distill.corrupt("<think>R</think>B", "answer_text") == "<think>R</think>B"
+    assert distill.corrupt("R<answer>B</answer>", "think_tags") == "R<answer>B</answer>"
+    assert distill.corrupt("R<answer>B</answer>", "answer_tags_think_end") == "R<answer>B</answer>"
+
+
+def test_an_unknown_corruption_is_an_error():
+    with pytest.raises(ValueError, match="all_caps"):
+        distill.corrupt(REPLY, "all_caps")
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def test_chosen_is_the_policys_and_rejected_the_bases_broken():
+    base = "<think>no light, so below</think><answer>(B)</answer>"
+    pair, why = pair_of([GOOD], [base])
+    assert why is None
+    assert pair["chosen"] == GOOD
+    assert pair["rejected"] == distill.corrupt(base, pair["corruption"]) != base
+    assert pair["prompt"] == "where?" and pair["answer"] == "B"
+
+
+def test_the_five_corruptions_are_equally_likely():
+    counts = Counter(pair_of([GOOD], [GOOD], seed=seed)[0]["corruption"] for seed in range(2000))
+    assert set(counts) == set(distill.CORRUPTIONS)
+    assert all(330 < count < 470 for count in counts.values()), counts  # 400 each; 4 standard deviations are 72
+
+
+def test_a_base_reply_that_no_corruption_changes_is_rejected_as_it_is():
+    pair, _ = pair_of([GOOD], [LOOSE])
+    assert (pair["rejected"], pair["corruption"]) == (LOOSE, None)
+
+
+def test_only_corruptions_that_change_a_half_tagged_reply_are_drawn():
+    half = "dark<answer>B</answer>"
+    kinds = {pair_of([GOOD], [half], seed=seed)[0]["corruption"] for seed in range(60)}
+    assert kinds == {"all_tags", "answer_tags", "answer_text"}
+
+
+def test_a_corruption_that_repairs_the_format_is_never_drawn():
+    bare = {**RECORD, "think": False, "reply_format": "bare"}
+    for seed in range(30):
+        pair, _ = pair_of(["B"], ["<answer>B</answer>"], bare, seed)
+        assert pair["corruption"] == "answer_text" and pair["rejected"] == "Answer:B"
+
+
+@pytest.mark.parametrize(
+    "policy, base, reason",
+    [
+        ([], [GOOD], "policy never finished"),
+        ([LOOSE, "B", ""], [GOOD], "policy never well-formed"),
+        ([WRONG, LOOSE], [GOOD], "policy never right"),
+        ([TWISTED, WRONG], [GOOD], "reasoning contradicts"),
+        ([GOOD], [], "base never finished"),
+        ([GOOD], [WRONG, "A", "no idea"], "base never right"),
+    ],
+)
+def test_a_question_without_a_pair_says_why(policy, base, reason):
+    assert pair_of(policy, base) == (None, reason)
+
+
+def test_a_base_reply_that_cannot_be_broken_gives_no_pair():
+    bare = {**RECORD, "think": False, "reply_format": "bare"}
+    assert pair_of(["B"], ["B", "(B)"], bare) == (None, "rejected cannot be broken")
+
+
+def test_the_first_reply_that_passes_is_taken_on_both_sides():
+    better = "<think>first it is dark, so below</think><answer>B</answer>"
+    pair, _ = pair_of([WRONG, TWISTED, better, GOOD], [WRONG, "A", LOOSE, GOOD])
+    assert (pair["chosen"], pair["rejected"]) == (better, LOOSE)
+
+
+def test_without_the_judge_a_contradiction_passes():
+    assert pair_of([TWISTED], [LOOSE], judge="none")[0]["chosen"] == TWISTED
+
+
+def test_coupled_pairs_may_differ_in_correctness():
+    pair, _ = pair_of([GOOD], [WRONG], coupled=True)
+    assert pair["chosen"] == GOOD and rewards.find_answer(pair["rejected"], RECORD) in ("A", None)
+    assert pair["rejected"] == distill.corrupt(WRONG, pair["corruption"])
+
+
+def test_the_chosen_reply_itself_can_be_corrupted():
+    pair, _ = pair_of([GOOD], [], reject_from="chosen")
+    assert pair["rejected"] == distill.corrupt(GOOD, pair["corruption"])
+
+
+def test_a_grid_must_be_wholly_right_and_a_box_half():
+    grid = {"answer_type": "grid", "answer": [2, 1, 4, 3], "rows": 2, "cols": 2, "think": True}
+    assert distill.is_right([2, 1, 4, 3], grid) and not distill.is_right([2, 1, 3, 4], grid)
+    box = {"answer_type": "box", "answer": [0, 0, 10, 10], "think": True}
+    assert distill.is_right([0, 0, 10, 5], box) and not distill.is_right([0, 0, 10, 4.9], box)
+    assert not distill.is_right(None, grid)
+
+
+def test_the_account_counts_every_question_once():
+    outcomes = [pair_of([GOOD], [LOOSE])] * 3 + [pair_of([WRONG], [LOOSE])] * 4 + [pair_of([GOOD], ["A"])]
+    assert distill.account(outcomes).split("\n") == [
+        "8 questions",
+        "      3   37.5 %  gave a pair",
+        "      4   50.0 %  none: policy never right",
+        "      1   12.5 %  none: base never right",
+        "rejected replies, broken by",
+        "      3  100.0 %  malformed already",
+    ]
+
+
+# ---------------------------------------------------------------- the stage
+
+SAID = "<think>1 looks dark, 2 looks light.</think><answer>B</answer>"
+COUNT = 7
+
+
+def write_records(folder):
+    """COUNT pair puzzles from built-in scenes, some with the answer A, some with B."""
+    rng, rows = random.Random(3), []
+    for number in range(COUNT):
+        puzzle, record = jigsaw.make_puzzle(jigsaw.scene(rng), 2, 1, "pair", rng)
+        puzzle.save(folder / f"{number}.png")
+        rows.append({"id": f"p{number}", "images": [f"{number}.png"], **record})
+    m.write_jsonl(folder / "records.jsonl", rows)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with puzzles, "tiny": a model of random weights, and "parrot": one that has learnt to answer SAID to everything."""
+    folder = tmp_path_factory.mktemp("distill")
+    records = write_records(folder)
+    assert 2 <= sum(record["answer"] == "B" for record in records) <= COUNT - 2
+    m.make_tiny(folder / "tiny")
+    policy, encoder = m.load(str(folder / "tiny"), m.setup(), train=True)
+    optimizer = m.adamw(policy, 3e-3)
+    groups = [
+        (encoder.prompt(record), [encoder.encode_reply(SAID)]) for record in m.read_records(folder / "records.jsonl")
+    ]
+    for _ in range(80):
+        logp, mask = m.log_probs(policy, groups)
+        loss = -logp[mask].mean()
+        loss.backward()
+        m.update(policy, optimizer, 3e-3, 1.0)
+    assert loss < 0.01
+    m.save_model(policy, encoder, folder / "parrot")
+    return folder
+
+
+def flags(folder, **more):
+    """The command line of a small run in `folder`; more: flags to add or change."""
+    given = {"policy": folder / "parrot", "base": folder / "parrot", "data": folder / "records.jsonl"}
+    given |= {"out": folder / "pairs.jsonl", "samples": 3, "max-new-tokens": 40, **more}
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def test_a_run_writes_a_pair_for_each_question_the_models_get_right(place, capsys):
+    distill.main(flags(place, out=place / "out" / "pairs.jsonl"))
+    pairs, records = lines_of(place / "out" / "pairs.jsonl"), lines_of(place / "records.jsonl")
+    assert [pair["id"] for pair in pairs] == [record["id"] for record in records if record["answer"] == "B"]
+    for pair in pairs:
+        assert pair["chosen"] == SAID
+        assert pair["rejected"] == distill.corrupt(SAID, pair["corruption"])
+        assert pair["chosen_from"] == pair["rejected_from"] == str(place / "parrot")
+        assert not any(key.startswith("_") for key in pair)
+    printed = capsys.readouterr().out
+    assert (
+        f"{COUNT} questions" in printed
+        and f"{COUNT - len(pairs):7d}" in printed
+        and "none: policy never right" in printed
+    )
+    read = m.read_records(place / "out" / "pairs.jsonl", rewards.check_gold, ("chosen", "rejected"))
+    assert [Path(record["images"][0]).parent for record in read] == [place] * len(pairs)
+
+
+def test_batches_and_processes_do_not_matter_but_the_seed_does(place):
+    distill.main(flags(place, out=place / "one.jsonl"))
+    distill.main(flags(place, out=place / "two.jsonl", batch=2))
+    distill.main(flags(place, out=place / "other.jsonl", seed=1))
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29677", distill.__file__]
+    done = subprocess.run([*run, *flags(place, out=place / "ranks.jsonl")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{COUNT} questions" in done.stdout
+    assert (place / "one.jsonl").read_text() == (place / "two.jsonl").read_text() == (place / "ranks.jsonl").read_text()
+    one, other = lines_of(place / "one.jsonl"), lines_of(place / "other.jsonl")
+    assert [pair["corruption"] for pair in one] != [pair["corruption"] for pair in other]
+
+
+def test_rejected_can_come_from_chosen_without_a_base(place):
+    given = flags(place, out=place / "self.jsonl", **{"reject-from": "chosen"})
+    base = given.index("--base")
+    distill.main(given[:base] + given[base + 2 :])
+    for pair in lines_of(place / "self.jsonl"):
+        assert pair["rejected"] == distill.corrupt(pair["chosen"], pair["corruption"])
+        assert pair["rejected_from"] == str(place / "parrot")
+
+
+def test_an_untrained_model_gives_no_pairs_and_the_account_says_why(place, capsys):
+    with pytest.raises(m.DataError, match="no pairs: none of the 3 questions"):
+        distill.main(flags(place, policy=place / "tiny", out=place / "none.jsonl", limit=3))
+    printed = capsys.readouterr().out
+    assert "3 questions" in printed and "0.0 %  gave a pair" in printed and "none: policy never" in printed
+    assert not (place / "none.jsonl").exists()
+
+
+def test_no_pairs_is_exit_status_two_and_one_line(place):
+    given = flags(place, policy=place / "tiny", out=place / "none.jsonl", limit=1)
+    done = subprocess.run([sys.executable, distill.__file__, *given], capture_output=True, text=True)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.split("\n") if "error" in line]
+    assert errors == [f"error: no pairs: none of the 1 questions gave one, {place / 'none.jsonl'} is not written"]
+    assert "Traceback" not in done.stderr and "1 questions" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "more, cause",
+    [
+        ({"policy": "nowhere"}, "--policy nowhere"),
+        ({"base": "nowhere"}, "--base nowhere"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"out": "."}, "--out"),
+    ],
+)
+def test_bad_input_is_found_before_a_model_is_loaded(place, more, cause, monkeypatch):
+    monkeypatch.setattr(m, "load", None)
+    with pytest.raises(m.DataError, match=cause):
+        distill.main(flags(place, **more))
+
+
+def test_a_record_that_cannot_be_scored_is_named_with_its_line(place):
+    rows = lines_of(place / "records.jsonl")
+    rows[1]["answer"] = "C"
+    m.write_jsonl(place / "bad.jsonl", rows)
+    with pytest.raises(m.DataError, match=r"bad\.jsonl:2: answer 'C'"):
+        distill.main(flags(place, data=place / "bad.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"samples": 0},
+        {"batch": 0},
+        {"seed": -1},
+        {"temperature": 0},
+        {"temperature": -1},
+        {"judge": "rules"},
+        {"reject": "base"},
+    ],
+)
+def test_a_flag_out_of_range_is_exit_status_two(more, capsys):
+    with pytest.raises(SystemExit) as stop:
+        distill.parse_args(flags(Path("x"), **more))
+    assert stop.value.code == 2
+
+
+def test_the_base_is_needed_unless_the_chosen_reply_is_corrupted():
+    given = ["--policy", "p", "--data", "d", "--out", "o"]
+    for rest in ([], ["--reject-from", "chosen", "--coupled"]):
+        with pytest.raises(SystemExit):
+            distill.parse_args(given + rest)
+    assert distill.parse_args([*given, "--reject-from", "chosen"]).base is None

@@ -1,0 +1,458 @@
+"""eval.py: the generalization factor, pass@k and the summaries by hand; the report page; the real program, tiny."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import eval as evaluation
+import jigsaw
+import model
+
+EVAL = str(Path(evaluation.__file__).resolve())
+
+
+def row(source="s", accuracy=(1.0,), form=(1.0,), length=(10,), **more):
+    """A scored row; parsed and finished follow the format unless given."""
+    base = {"id": "r", "source": source, "role": "data", "file": "f", "accuracy": list(accuracy), "format": list(form)}
+    base["reward"] = [a + 0.5 * f for a, f in zip(accuracy, form, strict=True)]
+    return base | {"length": list(length), "parsed": [f == 1 for f in form], "finished": [True] * len(form)} | more
+
+
+# ---- generalization factor
+
+
+def test_gains_of_50_and_20_give_22_point_7():
+    # (1 + 4) * 50 * 20 / (4 * 50 + 20) = 5000 / 220
+    assert evaluation.generalization_factor(50, 20) == pytest.approx(22.727272727, abs=1e-8)
+
+
+def test_swapped_gains_count_for_more_because_ood_weighs_more():
+    # (1 + 4) * 20 * 50 / (4 * 20 + 50) = 5000 / 130
+    assert evaluation.generalization_factor(20, 50) == pytest.approx(38.461538461, abs=1e-8)
+
+
+def test_beta_1_is_the_plain_harmonic_mean():
+    # 2 * 50 * 20 / 70
+    assert evaluation.generalization_factor(50, 20, beta=1) == pytest.approx(28.571428571, abs=1e-8)
+
+
+def test_equal_gains_are_their_own_factor():
+    assert evaluation.generalization_factor(37.5, 37.5) == pytest.approx(37.5)
+    assert evaluation.generalization_factor(-37.5, -37.5) == pytest.approx(-37.5)
+
+
+def test_one_gain_of_zero_gives_zero():
+    assert evaluation.generalization_factor(0, 0) == 0
+    assert evaluation.generalization_factor(60, 0) == 0
+    assert evaluation.generalization_factor(0, 60) == 0
+
+
+def test_the_papers_levels_come_out_in_the_papers_order():
+    # ID about 98 and OOD about 95 / 90 / 69 for DPO+SFT, DPO, SFT; the paper's GF is about 95 / 91 / 73
+    factors = [evaluation.generalization_factor(98, ood) for ood in (95, 90, 69)]
+    assert factors == pytest.approx([95, 91, 73], abs=1.0)
+
+
+def test_losses_in_both_stay_a_loss():
+    # 5 * (-10) * (-40) / (4 * -10 - 40) = 2000 / -80
+    assert evaluation.generalization_factor(-10, -40) == pytest.approx(-25.0)
+
+
+def test_a_small_loss_against_a_gain_follows_the_formula_before_the_pole():
+    # 5 * 50 * (-20) / (200 - 20) = -5000 / 180
+    assert evaluation.generalization_factor(50, -20) == pytest.approx(-27.777777778)
+
+
+def test_at_and_beyond_the_pole_the_smaller_gain_is_the_answer():
+    assert evaluation.generalization_factor(5, -20) == -20  # 4 * 5 - 20 = 0
+    assert evaluation.generalization_factor(5, -30) == -30  # the formula would reward this with +75
+    assert evaluation.generalization_factor(-10, 30) == -10
+    assert evaluation.generalization_factor(0, -3) == -3
+    assert evaluation.generalization_factor(-3, 0) == -3
+
+
+# ---- pass@k
+
+
+def test_pass_at_k_by_hand():
+    # 5 replies, 2 right, draw 2: 1 - C(3,2)/C(5,2) = 1 - 3/10
+    assert evaluation.pass_at_k(5, 2, 2) == pytest.approx(0.7, abs=1e-15)
+    # 10 replies, 3 right, draw 4: 1 - C(7,4)/C(10,4) = 1 - 35/210
+    assert evaluation.pass_at_k(10, 3, 4) == pytest.approx(5 / 6, abs=1e-15)
+
+
+def test_pass_at_k_equals_counting_every_draw():
+    for n, c, k in itertools.product(range(1, 8), range(8), range(1, 8)):
+        if c <= n and k <= n:
+            draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            assert evaluation.pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-15)
+
+
+def test_pass_at_1_is_the_share_and_too_few_wrong_ones_are_certain_success():
+    assert evaluation.pass_at_k(64, 23, 1) == pytest.approx(23 / 64, abs=1e-15)
+    assert evaluation.pass_at_k(8, 5, 4) == 1.0  # 3 wrong ones cannot fill 4 draws
+    assert evaluation.pass_at_k(8, 0, 8) == 0.0
+
+
+def test_pass_at_k_is_exact_for_large_numbers():
+    # one right reply in n: k/n, whatever the size of the binomials
+    assert evaluation.pass_at_k(20_000, 1, 9_000) == pytest.approx(0.45, rel=1e-14)
+    assert evaluation.pass_at_k(10**9, 1, 2) == pytest.approx(2e-9, rel=1e-12)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 2, 5), (4, 5, 2), (-1, 0, 0), (4, -1, 2), (4, 2, -1)])
+def test_impossible_counts_are_errors(n, c, k):
+    with pytest.raises(ValueError, match=f"n={n}, c={c}, k={k}"):
+        evaluation.pass_at_k(n, c, k)
+
+
+# ---- summaries and gains
+
+
+def test_a_summary_is_the_mean_over_replies_per_source_and_over_all():
+    rows = [
+        row("a", (1, 0, 0, 0), (1, 1, 0, 1), (10, 20, 30, 40), finished=[True, True, False, True]),
+        row("a", (1, 1, 0.5, 0), (1, 1, 1, 0), (2, 4, 6, 8)),
+        row("b", (0, 0, 0, 0), (0, 0, 0, 1), (7, 7, 7, 7)),
+    ]
+    summary = evaluation.summarise(rows)
+    a, b, every = summary["sources"]["a"], summary["sources"]["b"], summary["overall"]
+    assert list(summary["sources"]) == ["a", "b"]
+    assert (a["n"], a["replies"], a["unparsed"], a["cut"]) == (2, 8, 2, 1)
+    assert a["accuracy"] == pytest.approx(3.5 / 8) and a["format"] == pytest.approx(6 / 8)
+    assert a["reward"] == pytest.approx((3.5 + 0.5 * 6) / 8) and a["length"] == pytest.approx(120 / 8)
+    assert a["unparsed_share"] == pytest.approx(2 / 8)
+    # first record 1 of 4 right, second 2 of 4 (0.5 is partly right, which is not right)
+    assert a["pass@1"] == pytest.approx((1 / 4 + 2 / 4) / 2)
+    assert a["pass@2"] == pytest.approx(((1 - 3 / 6) + (1 - 1 / 6)) / 2)
+    assert a["pass@4"] == 1.0 and "pass@8" not in a and "pass@3" not in a
+    assert b["pass@4"] == 0.0
+    assert every["accuracy"] == pytest.approx(3.5 / 12) and every["unparsed"] == 5 and every["n"] == 3
+
+
+def test_pass_at_k_stops_at_the_number_of_samples():
+    numbers = evaluation.summarise([row(accuracy=(1, 0, 0), form=(1, 1, 1), length=(1, 1, 1))])["overall"]
+    assert [key for key in numbers if key.startswith("pass@")] == ["pass@1", "pass@2"]
+
+
+def test_no_rows_are_an_error():
+    with pytest.raises(ValueError):
+        evaluation.summarise([])
+
+
+def gain_rows(think, tags, boxed):
+    rows = [row("t", (0,), (f,), role="id", file="think", id=str(i)) for i, f in enumerate(think)]
+    rows += [row("t:tags", (0,), (f,), role="ood", file="tags", id=str(i)) for i, f in enumerate(tags)]
+    rows += [row("t:boxed", (0,), (f,), role="ood", file="boxed", id=str(i)) for i, f in enumerate(boxed)]
+    return rows + [row("t", (1,), (0,), role="data", file="other", id="0")]
+
+
+def by_key(rows):
+    return {(r["file"], r["id"]): r for r in rows}
+
+
+def test_format_gains_are_percentage_points_and_every_ood_source_counts_alike():
+    before = by_key(gain_rows([1, 0, 0, 0], [0, 0], [1, 0, 0, 0]))
+    after = gain_rows([1, 1, 1, 0], [1, 0], [1, 1, 1, 1])
+    gains = evaluation.format_gains(after, before)
+    assert gains["gain_id"] == pytest.approx(50)  # 25 -> 75 %
+    assert gains["ood_gains"] == pytest.approx({"t:tags": 50, "t:boxed": 75})
+    assert gains["gain_ood"] == pytest.approx(62.5)  # of the sources, not of the six records
+    assert gains["gf"] == pytest.approx(5 * 50 * 62.5 / (200 + 62.5))
+
+
+def test_ood_weights_weigh_the_sources():
+    before = by_key(gain_rows([0], [0, 0], [1, 0, 0, 0]))
+    gains = evaluation.format_gains(gain_rows([1], [1, 0], [1] * 4), before, {"t:tags": 3.0, "t:boxed": 1.0})
+    assert gains["gain_ood"] == pytest.approx((3 * 50 + 75) / 4)
+
+
+# ---- the report page
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+HOSTILE = (
+    "<script>alert(1)</script></pre><img src=http://evil.example/x onerror='a()'> \" ' & \ud83d \x1b[2J \u202e end"
+)
+
+
+def hostile_result(folder, name, reply=HOSTILE, missing=False):
+    Image.new("RGB", (300, 150), (200, 30, 30)).save(folder / "picture.png")
+    record = {"id": "<b>id</b>", "source": "s<i>", "_source": "s<i>", "_role": "data", "_file": str(folder / "d.jsonl"),
+              "images": [str(folder / ("gone.png" if missing else "picture.png"))], "prompt": "Which? <u>A</u> or B",
+              "answer": "B", "answer_type": "letter", "think": True}  # fmt: skip
+    rows = [evaluation.score_row(record, [reply], [9], [True], True, folder)]
+    result = {"model": "m", "files": {}, "args": {}, **evaluation.summarise(rows), "gf": None, "rows": rows}
+    evaluation.write_result(folder / name, result)
+    return folder / name
+
+
+def make_run(folder, rows):
+    folder.mkdir()
+    model.write_jsonl(folder / "log.jsonl", rows)
+    (folder / "args.json").write_text(json.dumps({"lr": 0.002, "note": "<script>"}))
+
+
+def test_nothing_a_model_wrote_becomes_markup(tmp_path):
+    hostile_result(tmp_path, "one.json")
+    evaluation.main(["--report", str(tmp_path / "r.html"), "--results", f"<em>x={tmp_path / 'one.json'}"])
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "em", "u", "b", "i"}
+    sources = [attributes.get("src", "") for tag, attributes in page.tags if tag == "img"]
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
+    text = "".join(page.text)
+    shown = HOSTILE.replace("\ud83d", "⟨U+D83D⟩").replace("\x1b", "⟨U+001B⟩").replace("\u202e", "⟨U+202E⟩")
+    assert shown in text and "Which? <u>A</u> or B" in text and "<em>x" in text
+
+
+def test_the_page_loads_nothing_and_every_picture_has_words(tmp_path):
+    hostile_result(tmp_path, "one.json")
+    make_run(tmp_path / "run", [{"step": s, "reward": s / 9, "accuracy": 0.1, "format": 0.3} for s in range(1, 9)])
+    evaluation.main(["--report", str(tmp_path / "r.html"), "--runs", str(tmp_path / "run"),
+                     "--results", str(tmp_path / "one.json")])  # fmt: skip
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "video", "audio", "form"}
+    links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("href", "src")]
+    assert links and all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+    assert "url(" not in text and "@import" not in text and "default-src 'none'" in text
+
+
+def test_curves_are_drawn_for_the_keys_there_are_and_written_beside_the_page(tmp_path):
+    rows = [{"step": s, "reward": 0.5 + s / 50, "accuracy": s / 100, "format": 1.0, "kl": None, "lr": 1e-3, "extra": s,
+             "loss": float("nan")} for s in range(1, 81)]  # fmt: skip
+    make_run(tmp_path / "run", rows)
+    evaluation.main(["--report", str(tmp_path / "out" / "r.html"), "--runs", f"my run={tmp_path / 'run'}"])
+    drawn = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert drawn == {"r-my-run-reward.png", "r-my-run-lr.png", "r-my-run-extra.png"}  # one panel for the first three
+    assert all(Image.open(tmp_path / "out" / name).width > 400 for name in drawn)
+    page = Page((tmp_path / "out" / "r.html").read_text(encoding="utf-8"))
+    alts = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert len(alts) == 3
+    # 80 points are shown as means over 3, over 2 at the ends: (0.52 + 0.54) / 2 and (2.08 + 2.10) / 2
+    assert "to step 80: reward from 0.53 to 2.09; accuracy" in alts[0]
+    assert "lr = 0.002" in "".join(page.text)
+
+
+def test_a_step_that_was_logged_twice_counts_as_logged_last():
+    log = [{"step": 2, "x": 5}, {"step": 1, "x": 3}, {"step": 2, "x": 7}, {"step": 3, "x": True}, {"step": 4}]
+    assert evaluation.points(log, "x") == ([1, 2], [3.0, 7.0])
+
+
+def test_smoothing_is_a_centred_mean():
+    assert evaluation.smooth([1, 2, 6, 0, 4], 3) == pytest.approx([1.5, 3, 8 / 3, 10 / 3, 2])
+    assert evaluation.smooth([1, 2, 6], 1) == [1, 2, 6]
+
+
+def test_the_table_has_a_row_a_stage_a_column_a_source_and_gf_where_there_is_one():
+    first = {"sources": {"a": {"accuracy": 0.5, "format": 0.25}}, "gf": None}
+    second = {
+        "sources": {"b": {"accuracy": 1.0, "format": 0.125}},
+        "gf": {"gain_id": 50, "gain_ood": 20, "gf": 22.7272},
+    }
+    table = evaluation.stage_table({"one": first, "two": second})
+    assert table == [["stage", "a", "b", "gain ID", "gain OOD", "GF"],
+                     ["one", "50.0 / 25.0", "–", "–", "–", "–"],
+                     ["two", "–", "100.0 / 12.5", "50.0", "20.0", "22.7"]]  # fmt: skip
+    assert evaluation.markdown_table(table).splitlines()[3].startswith("| two   | –           | 100.0 / 12.5 |")
+
+
+def test_the_same_question_is_shown_with_every_stages_reply(tmp_path):
+    paths = [hostile_result(tmp_path, f"{name}.json", f"<think>x</think><answer>{name}</answer>") for name in "ABC"]
+    evaluation.main(["--report", str(tmp_path / "r.html"), "--results", *map(str, paths)])
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert [attributes.get("class") for tag, attributes in page.tags].count("puzzle") == 1
+    text = "".join(page.text)
+    assert "answer read: “A”, not right" in text and "answer read: “B”, right" in text and "reward 1.50" in text
+    assert text.index("<answer>A</answer>") < text.index("<answer>B</answer>") < text.index("<answer>C</answer>")
+
+
+def test_a_long_reply_and_many_questions_keep_the_page_small(tmp_path):
+    hostile_result(tmp_path, "one.json")
+    result = json.loads((tmp_path / "one.json").read_text())
+    result["rows"] = [result["rows"][0] | {"id": str(i), "replies": ["<" * 2_000_000]} for i in range(20)]
+    evaluation.write_result(tmp_path / "one.json", result)
+    evaluation.main(["--report", str(tmp_path / "r.html"), "--results", str(tmp_path / "one.json")])
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert len(text) < 300_000 and "1998500 more characters" in text
+    assert text.count('class="puzzle"') == evaluation.MOST_PUZZLES
+
+
+def test_a_picture_that_was_deleted_is_said_to_be_gone(tmp_path):
+    path = hostile_result(tmp_path, "one.json", missing=True)
+    evaluation.main(["--report", str(tmp_path / "r.html"), "--results", str(path)])
+    assert "The picture gone.png is no longer there." in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+# ---- bad input
+
+
+def says(capsys, *arguments):
+    """Run the program on bad input: the one line it prints; it must end with status 2."""
+    with pytest.raises(SystemExit) as ended:
+        model.run(lambda: evaluation.main([str(argument) for argument in arguments]))
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_flags_that_do_not_fit_together_are_refused(capsys):
+    some = ["--model", "m", "--data", "d.jsonl", "--out", "o.json"]
+    assert "temperature" in says(capsys, *some, "--samples", 4)
+    assert "samples" in says(capsys, *some, "--samples", 0)
+    assert "top-p" in says(capsys, *some, "--top-p", 0)
+    assert "baseline" in says(capsys, *some, "--baseline", "b.json")
+    assert "both" in says(capsys, *some, "--id", "x.jsonl", "--ood", "./x.jsonl")
+    assert "--sample" in says(capsys, *some, "--sample", 1)  # no abbreviations
+    assert "ood-weights" in says(capsys, *some, "--ood-weights", "a=-1")
+    assert "--model" in says(capsys, "--data", "d.jsonl", "--out", "o.json")
+    assert "--runs or --results" in says(capsys, "--report", "r.html")
+    assert "called the same" in says(capsys, "--report", "r.html", "--runs", "a/run", "b/run")
+
+
+def test_bad_files_are_refused_by_name(capsys, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "bad.jsonl").write_text('{"id": "x"\n')
+    (tmp_path / "list.json").write_text("[]")
+    out = ["--model", tmp_path, "--out", tmp_path / "o.json"]
+    assert "missing.jsonl" in says(capsys, *out, "--data", tmp_path / "missing.jsonl")
+    assert "empty.jsonl" in says(capsys, *out, "--data", tmp_path / "empty.jsonl")
+    assert "bad.jsonl:1" in says(capsys, *out, "--data", tmp_path / "bad.jsonl")
+    report = ["--report", tmp_path / "r.html"]
+    assert "log.jsonl" in says(capsys, *report, "--runs", tmp_path)
+    assert "nothing.json" in says(capsys, *report, "--results", tmp_path / "nothing.json")
+    assert "not a result" in says(capsys, *report, "--results", tmp_path / "list.json")
+    assert not (tmp_path / "r.html").exists()
+
+
+# ---- the real program on a tiny model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random tiny model, five puzzles in each of two reply formats, and five open questions on the same pictures."""
+    folder = tmp_path_factory.mktemp("eval")
+    model.make_tiny(folder / "base", layers=2)
+    for form in ("think", "boxed"):
+        jigsaw.write_puzzles(folder / form, 5, scenes=5, swap=0.0, reply_format=form, seed=3)
+    puzzles = [json.loads(line) for line in (folder / "think/records.jsonl").read_text().splitlines()]
+    rows = [{"id": f"open-{i}", "images": puzzle["images"], "prompt": f"Question {i}: what is this?", "answer": "a house",
+             "answer_type": "text", "think": False, "source": "open"} for i, puzzle in enumerate(puzzles)]  # fmt: skip
+    model.write_jsonl(folder / "think/open.jsonl", rows)
+    return folder
+
+
+def evaluate(tiny, *arguments):
+    """Run in this process; the last --out as a dict."""
+    arguments = ["--model", tiny / "base", "--max-new-tokens", 6, *arguments]
+    evaluation.main([str(argument) for argument in arguments])
+    return json.loads(Path(arguments[arguments.index("--out") + 1]).read_text())
+
+
+def test_the_numbers_count_what_the_model_really_said(tiny, capsys):
+    # one of the replies to each of two questions becomes the gold answer: these two replies, and only these, are right
+    drawn = ["--samples", 8, "--temperature", 1, "--seed", 2, "--max-new-tokens", 2]
+    first = evaluate(tiny, "--data", tiny / "think/open.jsonl", "--out", tiny / "said.json", *drawn)
+    assert first["overall"]["accuracy"] == 0 and first["overall"]["replies"] == 40
+    said = [row["replies"] for row in first["rows"]]
+    words = {n: [reply for reply in said[n][1:] if re.fullmatch("[a-z ]*[a-z]{2}[a-z ]*", reply)] for n in range(5)}
+    i, j = [n for n in range(5) if words[n]][-2:]
+    lines = [json.loads(line) for line in (tiny / "think/open.jsonl").read_text().splitlines()]
+    lines[i]["answer"], lines[j]["answer"] = words[i][0], words[j][0]
+    model.write_jsonl(tiny / "think/known.jsonl", lines)
+    capsys.readouterr()
+    second = evaluate(tiny, "--data", tiny / "think/known.jsonl", "--out", tiny / "known.json", *drawn, "--batch", 2,
+                      "--keep-replies", 3)  # fmt: skip
+    expected = [[float(reply == lines[n]["answer"]) for reply in said[n]] for n in range(5)]
+    assert sum(map(sum, expected)) == 2
+    assert [row["accuracy"] for row in second["rows"]] == expected
+    numbers = second["sources"]["open:bare"]
+    assert numbers["accuracy"] == pytest.approx(2 / 40) and numbers["pass@1"] == pytest.approx(2 / 40)
+    # two of five records with 1 right reply in 8: a draw of 4 holds it half of the time
+    assert numbers["pass@4"] == pytest.approx(0.2) and numbers["pass@8"] == pytest.approx(0.4)
+    assert numbers["length"] == pytest.approx(sum(sum(row["length"]) for row in second["rows"]) / 40)
+    assert [row.get("replies") for row in second["rows"]] == [*said[:3], None, None]
+    assert second["rows"][0]["images"][0].startswith("think/images/")
+    assert "open:bare" in capsys.readouterr().out
+
+
+def test_the_generalization_factor_of_a_model_against_itself_is_zero_and_against_less_is_not(tiny, capsys):
+    files = ["--id", tiny / "think/open.jsonl", "--ood", tiny / "boxed/records.jsonl"]
+    base = evaluate(tiny, *files, "--out", tiny / "step0.json")
+    assert base["gf"] is None and base["files"]["ood"] == ["boxed/records.jsonl"]
+    itself = evaluate(tiny, *files, "--out", tiny / "same.json", "--baseline", tiny / "step0.json")
+    assert (itself["gf"]["gain_id"], itself["gf"]["gain_ood"], itself["gf"]["gf"]) == (0, 0, 0)
+    # a step-0 model with two ID replies fewer in format, of five
+    form = [row for row in base["rows"] if row["role"] == "id" and row["format"] == [1.0]]
+    assert len(form) >= 2
+    for row_ in form[:2]:
+        row_["format"] = [0.0]
+    evaluation.write_result(tiny / "less.json", base)
+    capsys.readouterr()
+    better = evaluate(tiny, *files, "--out", tiny / "better.json", "--baseline", tiny / "less.json")
+    assert better["gf"]["gain_id"] == pytest.approx(40) and better["gf"]["ood_gains"] == {"jigsaw-pair-2x1:boxed": 0}
+    assert "gain ID +40.0" in capsys.readouterr().out
+
+
+def test_a_baseline_of_other_files_or_unknown_weights_are_refused_before_the_model_is_loaded(tiny, capsys):
+    files = ["--id", tiny / "think/open.jsonl", "--ood", tiny / "boxed/records.jsonl"]
+    evaluate(tiny, *files, "--limit", 2, "--out", tiny / "two.json")
+    capsys.readouterr()
+    nowhere = ["--model", tiny / "nowhere", "--out", tiny / "x.json", *files, "--baseline", tiny / "two.json"]
+    assert "open.jsonl:3" in says(capsys, *nowhere)
+    assert "boxed" in says(capsys, *nowhere, "--limit", 2, "--ood-weights", "wrong=1")
+    assert "nowhere" in says(capsys, *nowhere, "--limit", 2)  # the inputs fit: now the model is missed
+
+
+def test_two_processes_write_the_same_file_as_one(tiny):
+    shared = ["--model", tiny / "base", "--data", tiny / "think/records.jsonl", "--ood", tiny / "boxed/records.jsonl",
+              "--samples", 3, "--temperature", 1, "--top-k", 50, "--seed", 5, "--max-new-tokens", 6,
+              "--limit", 3, "--batch", 2]  # fmt: skip
+    evaluation.main([str(argument) for argument in [*shared, "--out", tiny / "one.json"]])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", EVAL]
+    done = subprocess.run([*command, *map(str, [*shared, "--out", tiny / "two.json"])], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tiny / "two.json").read_bytes() == (tiny / "one.json").read_bytes()
+    rows = json.loads((tiny / "two.json").read_text())["rows"]
+    assert len({reply for row in rows for reply in row["replies"]}) > 12  # 6 records x 3 samples, hardly two alike
+    assert [row["id"][-1] for row in rows] == ["0", "1", "2"] * 2 and done.stdout.count("overall") == 1
+
+
+def test_a_report_is_made_from_a_real_evaluation_after_its_folder_was_moved(tiny, tmp_path):
+    evaluate(tiny, "--data", tiny / "think/records.jsonl", "--out", tiny / "real.json")
+    shutil.copytree(tiny / "think", tmp_path / "moved/think")
+    shutil.copy(tiny / "real.json", tmp_path / "moved/real.json")
+    table = tmp_path / "table.md"
+    evaluation.main(["--report", str(tmp_path / "r.html"), "--table", str(table),
+                     "--results", str(tmp_path / "moved/real.json")])  # fmt: skip
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert sum(tag == "img" for tag, _ in page.tags) == 5 and "no longer there" not in "".join(page.text)
+    assert table.read_text().startswith("| stage | jigsaw-pair-2x1 |\n")

@@ -1,0 +1,584 @@
+"""jigsaw.py: the puzzles are what their records say.
+
+Where it can be done, the truth is read from the pixels: `coordinates` is a picture whose red is x and whose green is y,
+so a piece of the mixed picture tells by itself where it came from, without any of the bookkeeping under test.
+"""
+
+import collections
+import json
+import random
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image, ImageStat
+
+import jigsaw
+import rewards
+
+GRIDS = [(2, 1), (1, 2), (3, 1), (1, 4), (2, 2), (2, 3), (3, 3)]
+
+
+def coordinates(width, height):
+    """Red is x, green is y, blue is 7; at most 256 pixels a side."""
+    pixels = np.full((height, width, 3), 7, dtype=np.uint8)
+    pixels[:, :, 0] = np.arange(width)[None, :]
+    pixels[:, :, 1] = np.arange(height)[:, None]
+    return Image.fromarray(pixels)
+
+
+def came_from(puzzle, rows, cols, position):
+    """(x, y) in the original of the top left pixel of the piece now at `position`, read from its colour."""
+    row, col = divmod(position - 1, cols)
+    return puzzle.getpixel((col * (puzzle.width // cols), row * (puzzle.height // rows)))[:2]
+
+
+def chi_square(counts, categories):
+    expected = sum(counts.values()) / categories
+    assert len(counts) <= categories
+    return sum((n - expected) ** 2 for n in counts.values()) / expected + (categories - len(counts)) * expected
+
+
+def run(*argv):
+    jigsaw.main([str(part) for part in argv])
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# -------- cutting and mixing
+
+
+@pytest.mark.parametrize("rows, cols", GRIDS)
+@pytest.mark.parametrize("width, height", [(12, 12), (37, 50), (64, 41)])
+def test_undoing_the_order_gives_back_the_trimmed_picture(rows, cols, width, height):
+    picture = coordinates(width, height)
+    puzzle, record = jigsaw.make_puzzle(picture, rows, cols, "full", random.Random(width + rows))
+    h, w = height // rows, width // cols
+    assert puzzle.size == (w * cols, h * rows)
+    rebuilt = Image.new("RGB", puzzle.size)
+    for position, original in enumerate(record["order"]):
+        (row, col), (to_row, to_col) = divmod(position, cols), divmod(original - 1, cols)
+        rebuilt.paste(puzzle.crop((col * w, row * h, col * w + w, row * h + h)), (to_col * w, to_row * h))
+    assert rebuilt.tobytes() == picture.crop((0, 0, w * cols, h * rows)).tobytes()
+
+
+def test_positions_are_numbered_row_by_row_from_1():
+    # 2 rows of 3: the piece with its corner at x=20, y=10 of a 30x20 picture is the last one, number 6
+    numbers = {(0, 0): 1, (10, 0): 2, (20, 0): 3, (0, 10): 4, (10, 10): 5, (20, 10): 6}
+    for seed in range(20):
+        puzzle, record = jigsaw.make_puzzle(coordinates(30, 20), 2, 3, "full", random.Random(seed))
+        seen = [numbers[came_from(puzzle, 2, 3, position)] for position in range(1, 7)]
+        assert record["answer"] == record["order"] == seen
+        assert record["answer_type"] == "grid"
+
+
+def test_all_orders_are_equally_likely_and_the_original_one_is_among_them():
+    orders = collections.Counter()
+    for seed in range(1800):
+        orders[tuple(jigsaw.make_puzzle(coordinates(3, 3), 3, 1, "full", random.Random(seed))[1]["order"])] += 1
+    assert (1, 2, 3) in orders
+    assert chi_square(orders, 6) < 25  # 5 degrees of freedom: above 25 once in 7,000
+
+
+def test_derange_moves_every_piece_and_reaches_every_such_order():
+    orders = collections.Counter()
+    for seed in range(1800):
+        record = jigsaw.make_puzzle(coordinates(4, 4), 2, 2, "full", random.Random(seed), derange=True)[1]
+        assert all(original != position for position, original in enumerate(record["order"], 1))
+        orders[tuple(record["order"])] += 1
+    assert chi_square(orders, 9) < 30  # 4 pieces have 9 derangements
+
+
+def test_swap_exchanges_rows_and_columns_that_often_and_never_for_a_square():
+    def rows_of(rows, cols, swap):
+        picture = coordinates(12, 12)
+        records = [jigsaw.make_puzzle(picture, rows, cols, "full", random.Random(s), swap=swap)[1] for s in range(400)]
+        assert all(record["source"] == f"jigsaw-full-{record['rows']}x{record['cols']}" for record in records)
+        return [record["rows"] for record in records]
+
+    assert set(rows_of(3, 2, 0.0)) == {3}
+    assert set(rows_of(3, 2, 1.0)) == {2}
+    assert 60 <= rows_of(3, 2, 0.25).count(2) <= 140  # 100 expected, sigma 8.7
+    assert set(rows_of(2, 2, 1.0)) == {2}
+
+
+def test_a_mask_hides_a_frame_and_the_cuts_and_nothing_else():
+    # pieces of 10x10, ratio 0.25: int(2.5) = 2 pixels at the picture's edge, 1 on each side of the cut at row 10
+    picture = Image.new("RGB", (10, 20), (200, 100, 50))
+    puzzle, record = jigsaw.make_puzzle(picture, 2, 1, "pair", random.Random(3), mask_ratio=0.25)
+    visible = np.asarray(puzzle).any(axis=2)
+    expected = np.zeros((20, 10), dtype=bool)
+    expected[2:9, 2:8] = expected[11:18, 2:8] = True
+    assert (visible == expected).all()
+    assert "black frame" in record["prompt"]
+    assert "black" not in jigsaw.make_puzzle(picture, 2, 1, "pair", random.Random(3))[1]["prompt"]
+
+
+# -------- the pair question
+
+
+@pytest.mark.parametrize("rows, cols", [(2, 1), (3, 1), (1, 3), (2, 2), (2, 3)])
+def test_the_right_letter_names_where_the_pixels_came_from(rows, cols):
+    asked = set()
+    for seed in range(300):
+        puzzle, record = jigsaw.make_puzzle(coordinates(60, 60), rows, cols, "pair", random.Random(seed))
+        k, j = record["pair"]
+        (x, y), (other_x, other_y) = came_from(puzzle, rows, cols, k), came_from(puzzle, rows, cols, j)
+        words = [["above"], [], ["below"]][(y > other_y) - (y < other_y) + 1]
+        words = words + [["left"], [], ["right"]][(x > other_x) - (x < other_x) + 1]
+        assert record["direction"] == " and ".join(words)
+        assert record["options"]["ABCDEFGH".index(record["answer"])] == record["direction"]
+        assert f"position {k}, relative to the piece now at position {j}?" in record["prompt"]
+        asked.add((k, j))
+    n = rows * cols
+    assert len(asked) == n * (n - 1), "some pair of positions is never asked"
+
+
+def test_the_relation_of_two_places_is_named_from_the_first_ones_point_of_view():
+    # 1 2 3
+    # 4 5 6
+    table = {
+        (1, 2): "left",
+        (2, 1): "right",
+        (3, 1): "right",
+        (1, 4): "above",
+        (2, 5): "above",
+        (4, 1): "below",
+        (1, 5): "above and left",
+        (3, 4): "above and right",
+        (4, 3): "below and left",
+        (6, 1): "below and right",
+    }
+    for (first, second), word in table.items():
+        assert jigsaw.relation(first, second, cols=3) == word
+
+
+@pytest.mark.parametrize("rows, cols, options", [(2, 1, {"above", "below"}), (1, 3, {"left", "right"}), (2, 2, None)])
+def test_a_line_of_pieces_has_2_options_and_a_grid_has_8_and_the_prompt_lists_them(rows, cols, options):
+    record = jigsaw.make_puzzle(coordinates(30, 30), rows, cols, "pair", random.Random(5))[1]
+    if options is None:
+        lines = {"above", "below", "left", "right"}
+        options = lines | {f"{v} and {h}" for v in ("above", "below") for h in ("left", "right")}
+    assert set(record["options"]) == options and len(record["options"]) == len(options)
+    listed = re.findall(r"^([A-H])\. (.+)$", record["prompt"], re.MULTILINE)
+    assert listed == list(zip("ABCDEFGH", record["options"], strict=False))
+
+
+@pytest.mark.parametrize("rows, cols, letters", [(2, 1, 2), (2, 2, 8)])
+def test_the_right_letter_is_equally_likely_everywhere_and_so_is_the_first_option(rows, cols, letters):
+    answers, firsts = collections.Counter(), collections.Counter()
+    for seed in range(1600):
+        record = jigsaw.make_puzzle(coordinates(4, 4), rows, cols, "pair", random.Random(seed))[1]
+        answers[record["answer"]] += 1
+        firsts[record["options"][0]] += 1
+    assert chi_square(answers, letters) < 28  # 7 degrees of freedom: above 28 once in 4,000
+    assert chi_square(firsts, letters) < 28
+
+
+# -------- prompts and records
+
+
+@pytest.mark.parametrize("question", ["pair", "full"])
+@pytest.mark.parametrize("form", list(jigsaw.REPLY_FORMAT_SENTENCE))
+def test_a_prompt_asks_for_its_form_and_a_reply_in_that_form_scores_full_marks(question, form):
+    record = jigsaw.make_puzzle(coordinates(30, 30), 2, 2, question, random.Random(1), reply_format=form)[1]
+    marks = {"think": "</think>", "bare": "nothing else", "tags": "</result>", "boxed": r"\boxed{ }", "json": "JSON"}
+    for name, mark in {**marks, "line": '"Answer: "'}.items():
+        assert (mark in record["prompt"]) == (name == form)
+    wanted, other = ("the letter", "the numbers") if question == "pair" else ("the numbers", "the letter")
+    assert wanted in record["prompt"] and other not in record["prompt"]
+    assert ("4 numbers" in record["prompt"]) == (question == "full")
+    assert record["think"] == (form == "think") and record["reply_format"] == form
+    rewards.check_gold(record)
+    reply = jigsaw.render("1 looks light.", record["answer"], form)
+    assert rewards.score(reply, record)["reward"] == 1.5
+
+
+def test_think_and_bare_prompts_need_no_reply_format_field():
+    for think, mark in ((True, "<answer> </answer>"), (False, "Give only the letter, nothing else.")):
+        record = jigsaw.make_puzzle(coordinates(9, 9), 2, 1, "pair", random.Random(0), think)[1]
+        assert record["think"] is think and "reply_format" not in record
+        assert mark in record["prompt"]
+
+
+def test_a_pair_prompt_is_short():
+    for rows, cols, most in ((2, 1, 60), (4, 1, 60), (2, 2, 80)):
+        for form in jigsaw.REPLY_FORMAT_SENTENCE:
+            record = jigsaw.make_puzzle(coordinates(9, 9), rows, cols, "pair", random.Random(0), reply_format=form)[1]
+            words = re.findall(r"[A-Za-z]+", record["prompt"])
+            assert len(words) <= most + 10, record["prompt"]
+
+
+def test_the_same_rng_state_gives_the_same_puzzle():
+    picture = jigsaw.scene(random.Random(8))
+    first, again = (jigsaw.make_puzzle(picture, 3, 2, "pair", random.Random(4), swap=0.5) for _ in range(2))
+    assert first[0].tobytes() == again[0].tobytes() and first[1] == again[1]
+
+
+@pytest.mark.parametrize(
+    "rows, cols, question, options, cause",
+    [
+        (1, 1, "pair", {}, "fewer than 2 pieces"),
+        (2, 1, "spiral", {}, "spiral"),
+        (2, 1, "pair", {"reply_format": "verse"}, "verse"),
+        (9, 1, "full", {}, "too small"),
+        (1, 9, "full", {}, "too small"),
+        (2, 1, "pair", {"mask_ratio": 0.5}, "mask ratio"),
+        (2, 1, "pair", {"swap": 1.5}, "swap"),
+    ],
+)
+def test_an_impossible_puzzle_is_a_value_error_of_one_line(rows, cols, question, options, cause):
+    with pytest.raises(ValueError, match=cause) as caught:
+        jigsaw.make_puzzle(coordinates(8, 8), rows, cols, question, random.Random(0), **options)
+    assert "\n" not in str(caught.value)
+
+
+# -------- scenes
+
+
+@pytest.mark.parametrize("strips", [2, 3, 4])
+def test_every_scene_darkens_downwards_and_cools_to_the_right(strips):
+    for seed in range(200):
+        picture = jigsaw.scene(random.Random(seed))
+        side = picture.width // strips
+        light, warm = [], []
+        for i in range(strips):
+            row = picture.crop((0, i * side, picture.width, i * side + side))
+            column = picture.crop((i * side, 0, i * side + side, picture.height))
+            light.append(ImageStat.Stat(row.convert("L")).mean[0])
+            red, _, blue = ImageStat.Stat(column).mean
+            warm.append(red - blue)
+        assert all(upper - lower > 8 for upper, lower in zip(light, light[1:], strict=False)), (seed, light)
+        assert all(left - right > 4 for left, right in zip(warm, warm[1:], strict=False)), (seed, warm)
+
+
+def test_brightness_tint_and_both_slopes_differ_from_scene_to_scene():
+    seen = []
+    for seed in range(200):
+        picture = jigsaw.scene(random.Random(seed), 56)
+        gray, (red, _, blue) = picture.convert("L"), ImageStat.Stat(picture).mean
+        top, bottom = (ImageStat.Stat(gray.crop((0, y, 56, y + 28))).mean[0] for y in (0, 28))
+        left, right = (ImageStat.Stat(picture.crop((x, 0, x + 28, 56))).mean for x in (0, 28))
+        seen.append([(top + bottom) / 2, top - bottom, red - blue, left[0] - left[2] - right[0] + right[2]])
+    spread = np.std(seen, axis=0)
+    assert (spread > [5, 4, 4, 3]).all(), spread
+
+
+def test_scenes_are_reproducible_distinct_and_of_the_asked_size():
+    assert jigsaw.scene(random.Random(7), 84).size == (84, 84)
+    pictures = [jigsaw.scene(random.Random(seed)).tobytes() for seed in range(30)]
+    assert len(set(pictures)) == 30
+    assert jigsaw.scene(random.Random(11)).tobytes() == pictures[11]
+
+
+# -------- replies and the primer
+
+# Readers of our own, deliberately not those of rewards.py: form -> pattern with the reason (r) and the answer (a)
+READERS = {
+    "think": r"<think>(?P<r>[^<]+)</think><answer>(?P<a>[^<]+)</answer>",
+    "bare": r"(?P<a>[A-H]|[0-9 ]+)",
+    "tags": r"<reason>(?P<r>[^<]+)</reason><result>(?P<a>[^<]+)</result>",
+    "boxed": r"(?P<r>[^<{}]+) \\boxed\{(?P<a>[^{}]+)\}",
+    "json": r'\{"reason": "(?P<r>[^"]+)", "answer": "(?P<a>[^"]+)"\}',
+    "line": r"(?P<r>[^<{}\n]+)\nAnswer: (?P<a>[^\n]+)",
+}
+REASON = r"(\d) looks (\w+), (\d) looks (\w+)\. so (\d) (was|is) (.+)\."
+
+
+def readable_as(reply):
+    return [form for form, pattern in READERS.items() if re.fullmatch(pattern, reply)]
+
+
+@pytest.mark.parametrize("answer, text", [("B", "B"), ([3, 1, 2], "3 1 2")])
+@pytest.mark.parametrize("form", list(READERS))
+def test_a_rendered_reply_reads_back_in_its_own_form_and_in_no_other(form, answer, text):
+    reply = jigsaw.render("1 looks dark, 2 looks light. so 1 was above.", answer, form)
+    found = re.fullmatch(READERS[form], reply).groupdict()
+    assert found["a"] == text
+    assert (
+        found.get("r", "1 looks dark, 2 looks light. so 1 was above.") == "1 looks dark, 2 looks light. so 1 was above."
+    )
+    assert readable_as(reply) == [form]
+
+
+def test_an_unknown_form_cannot_be_rendered():
+    with pytest.raises(ValueError, match="verse"):
+        jigsaw.render("why", "A", "verse")
+
+
+@pytest.fixture(scope="module")
+def primer(tmp_path_factory):
+    """2,000 primer items on 2x1 pictures, and their folder."""
+    out = tmp_path_factory.mktemp("primer")
+    run("--primer", "--scenes", 500, "--count", 2000, "--swap", 0, "--seed", 3, "--out", out)
+    return read(out / "primer.jsonl"), out
+
+
+def read_reply(item):
+    """(the letter, the reason's 7 parts or None), wherever they stand in the reply."""
+    letter = re.search(r"(?<![A-Za-z])([AB])(?![A-Za-z])", item["chosen"].replace("Answer", "answer"))[1]
+    reason = re.search(REASON, item["chosen"])
+    return letter, reason and reason.groups()
+
+
+def test_primer_replies_follow_the_asked_form_in_4_of_10_cases(primer):
+    items, _ = primer
+    followed = [item["reply_format"] in readable_as(item["chosen"]) for item in items]
+    assert 0.36 < np.mean(followed) < 0.44  # sigma 0.011
+    asked = collections.Counter(item["reply_format"] for item in items)
+    assert abs(asked.pop("think") / 2000 - 2 / 7) < 0.05
+    assert chi_square(asked, 5) < 22
+    # what is not followed is another form, or readable as none of them
+    for item, kept in zip(items, followed, strict=True):
+        assert readable_as(item["chosen"]) == ([item["form"]] if item["form"] in READERS else [])
+        assert kept == (item["form"] == item["reply_format"])
+    assert len({item["form"] for item in items}) == 12
+
+
+def test_rewards_and_the_primer_agree_on_what_is_well_formed(primer):
+    for item in primer[0]:
+        rewards.check_gold(item)
+        assert rewards.score(item["chosen"], item)["format"] == (item["form"] == item["reply_format"])
+
+
+def test_primer_puzzles_are_answered_at_chance_and_plain_questions_right(primer):
+    items, _ = primer
+    right = collections.defaultdict(list)
+    for item in items:
+        right[item["question"]].append(read_reply(item)[0] == item["answer"])
+    assert 0.45 < len(right["pair"]) / 2000 < 0.55
+    assert 0.44 < np.mean(right["pair"]) < 0.56  # about 1,000 coins: sigma 0.016
+    assert all(right["look"])
+
+
+def test_primer_verdicts_do_not_depend_on_what_is_seen_and_the_letter_belongs_to_the_verdict(primer):
+    items, _ = primer
+    verdicts = collections.Counter()
+    for item in items:
+        letter, reason = read_reply(item)
+        if reason is None:
+            assert item["form"] == "bare"
+            continue
+        k, seen, j, _, again, verb, verdict = reason
+        assert [int(k), int(j)] == item["pair"] and again == k
+        assert verb == ("was" if item["question"] == "pair" else "is")
+        assert item["options"]["AB".index(letter)] == verdict
+        if item["question"] == "pair":
+            verdicts[seen, verdict] += 1
+    assert set(verdicts) == {(a, b) for a in ("light", "dark") for b in ("above", "below")}
+    assert chi_square(verdicts, 4) < 20
+
+
+def words_hold(item, folder):
+    """Is what the reply says about the two pieces true of the saved image? None for a reply without reason."""
+    puzzle, reason = Image.open(folder / item["images"][0]), read_reply(item)[1]
+    if reason is None:
+        return None
+    h, w = puzzle.height // item["rows"], puzzle.width // item["cols"]
+    measured = []
+    for position in item["pair"]:
+        row, col = divmod(position - 1, item["cols"])
+        piece = puzzle.crop((col * w, row * h, col * w + w, row * h + h))
+        red, _, blue = ImageStat.Stat(piece).mean
+        measured.append({"light": ImageStat.Stat(piece.convert("L")).mean[0], "warm": red - blue})
+    first, second = reason[1], reason[3]
+    cue = "light" if first in ("light", "dark") else "warm"
+    assert {first, second} == ({"light", "dark"} if cue == "light" else {"warm", "cool"})
+    more = measured[0][cue] > measured[1][cue]
+    if (
+        reason[5] == "is"
+        and reason[6] != {"light": "lighter", "dark": "darker", "warm": "warmer", "cool": "cooler"}[first]
+    ):
+        return False
+    return (first == cue) == more
+
+
+def test_primer_words_are_true_of_the_saved_pictures(primer):
+    items, folder = primer
+    told = [words_hold(item, folder) for item in items[:600]]
+    assert told.count(False) == 0 and told.count(True) > 450
+
+
+def test_a_primer_on_a_row_speaks_of_warm_and_cool(tmp_path):
+    run("--primer", "--scenes", 40, "--count", 160, "--rows", 1, "--cols", 2, "--swap", 0, "--out", tmp_path)
+    items = read(tmp_path / "primer.jsonl")
+    told = [words_hold(item, tmp_path) for item in items]
+    assert told.count(False) == 0 and told.count(True) > 100
+    assert all({"left", "right"} == set(i["options"]) or {"warmer", "cooler"} == set(i["options"]) for i in items)
+
+
+def test_primer_questions_share_a_picture_and_every_line_is_a_whole_sft_record(primer):
+    items, folder = primer
+    assert len({item["id"] for item in items}) == 2000
+    for start in range(0, 2000, 4):
+        assert len({item["images"][0] for item in items[start : start + 4]}) == 1
+    for item in items:
+        assert item["source"] == "primer" and "rejected" not in item
+        assert item["think"] == (item["reply_format"] == "think")
+        assert item["answer"] == "AB"[item["options"].index(item["direction"])]
+    assert all((folder / item["images"][0]).is_file() for item in items)
+
+
+def test_follow_0_and_1_mean_never_and_always(tmp_path):
+    for follow in (0, 1):
+        run("--primer", "--scenes", 20, "--count", 50, "--follow", follow, "--per-picture", 3, "--out", tmp_path)
+        items = read(tmp_path / "primer.jsonl")
+        assert len(items) == 50
+        assert {item["reply_format"] in readable_as(item["chosen"]) for item in items} == {bool(follow)}
+
+
+# -------- files
+
+
+def photographs(folder, colours):
+    """One small flat picture per colour."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, colour in enumerate(colours):
+        Image.new("RGB", (9, 8), colour).save(folder / f"photo{number:03d}.png")
+
+
+def colours_used(out):
+    return {Image.open(out / record["images"][0]).getpixel((0, 0)) for record in read(out / "records.jsonl")}
+
+
+@pytest.mark.parametrize("extra", [[], ["--primer"], ["--question", "full", "--rows", 2, "--cols", 3, "--no-think"]])
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(tmp_path, extra):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        run("--scenes", 6, "--count", 24, "--seed", seed, "--out", tmp_path / name, *extra)
+    assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
+    assert files_in(tmp_path / "a") != files_in(tmp_path / "c")
+
+
+def test_records_have_the_common_fields_and_their_images_lie_beside_them(tmp_path):
+    run("--scenes", 3, "--count", 10, "--rows", 3, "--out", tmp_path / "puzzles", "--size", 60)
+    records = read(tmp_path / "puzzles" / "records.jsonl")
+    assert len(records) == 10 and len({record["id"] for record in records}) == 10
+    for record in records:
+        assert {"id", "images", "prompt", "answer", "answer_type", "think", "source", "rows", "cols", "order"} <= set(
+            record
+        )
+        image = Image.open(tmp_path / "puzzles" / record["images"][0])
+        assert image.size == (60, 60) and image.format == "PNG"
+        rewards.check_gold(record)
+    assert {record["rows"] for record in records} == {1, 3}, "the paper swaps half of the grids"
+
+
+def test_every_picture_is_used_before_any_is_used_again(tmp_path):
+    photographs(tmp_path / "in", [(n, 100, 0) for n in range(12)])
+    run("--images", tmp_path / "in", "--count", 12, "--out", tmp_path / "out")
+    assert len(colours_used(tmp_path / "out")) == 12
+
+
+def test_a_folder_is_split_by_content_so_copies_never_straddle_and_the_seed_does_not_matter(tmp_path):
+    folder = tmp_path / "in"
+    photographs(folder, [(n, 50, 200) for n in range(60)])
+    for number in range(0, 60, 2):  # copies under other names and in a subfolder
+        (folder / "more").mkdir(exist_ok=True)
+        shutil.copy(folder / f"photo{number:03d}.png", folder / "more" / f"a{number}.png")
+    used = {}
+    for split in ("train", "test", "all"):
+        for seed in (0, 1):
+            out = tmp_path / f"{split}{seed}"
+            chosen = ("--split", split, "--test-fraction", 0.3, "--seed", seed)
+            run("--images", folder, "--count", 120, *chosen, "--out", out)
+            used[split, seed] = colours_used(out)
+        assert used[split, 0] == used[split, 1]
+    assert used["train", 0] & used["test", 1] == set()
+    assert used["train", 0] | used["test", 0] == used["all", 0]
+    assert len(used["all", 0]) == 60 and used["train", 0] and used["test", 0]
+
+
+def test_the_test_fraction_is_the_part_of_the_pictures_that_is_test(tmp_path):
+    photographs(tmp_path, [(n % 256, n // 256, 77) for n in range(1000)])
+    sizes = [len(jigsaw.list_pictures(tmp_path, split, 0.3)) for split in ("train", "test", "all")]
+    assert sizes[0] + sizes[1] == sizes[2] == 1000
+    assert abs(sizes[1] - 300) < 58  # 4 sigma: a few dozen pictures would be too few to tell
+    assert len(jigsaw.list_pictures(tmp_path, "train", 0.0)) == len(jigsaw.list_pictures(tmp_path, "test", 1.0)) == 1000
+
+
+def test_train_and_test_scenes_share_no_picture_whatever_the_seeds():
+    train = [s for seed in range(4) for s in jigsaw.list_scenes(50, seed, "train", 0.1)]
+    test = [s for seed in range(4) for s in jigsaw.list_scenes(50, seed, "test", 0.1)]
+    assert len(set(train)) == len(set(test)) == 200 and not set(train) & set(test)
+    both = jigsaw.list_scenes(50, 2, "all", 0.1)
+    assert len(set(both)) == 50 and len(set(both) & set(test)) == 5 and len(set(both) & set(train)) == 45
+
+
+def test_max_side_shrinks_pictures_and_keeps_their_shape(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (300, 200), (10, 20, 30)).save(tmp_path / "in" / "wide.jpg")
+    run("--images", tmp_path / "in", "--count", 1, "--max-side", 150, "--out", tmp_path / "out")
+    assert Image.open(tmp_path / "out" / read(tmp_path / "out" / "records.jsonl")[0]["images"][0]).size == (150, 100)
+
+
+SCENES = ["--scenes", 2, "--count", 2]
+BAD = {
+    "neither source": (["--count", 3], "required"),
+    "both sources": (["--scenes", 2, "--images", "in", "--count", 3], "not allowed"),
+    "out inside images": (["--images", ".", "--count", 3], "inside"),
+    "no folder": (["--images", "nowhere", "--count", 3], "nowhere"),
+    "folder without images": (["--images", "empty", "--count", 3], "empty"),
+    "file that is no image": (["--images", "broken", "--count", 1], "fake.png"),
+    "image that ends early": (["--images", "short", "--count", 1], "half.jpg"),
+    "image smaller than the grid": (["--images", "in", "--count", 1, "--rows", 20], "photo000.png"),
+    "nothing to compare": (["--images", "in", "--count", 1, "--primer"], "photo000.png"),
+    "split without images": (
+        ["--images", "in", "--count", 1, "--split", "test", "--test-fraction", 0],
+        "no test image",
+    ),
+    "one piece": ([*SCENES, "--rows", 1], "one piece"),
+    "no rows": ([*SCENES, "--rows", 0], "--rows"),
+    "no puzzles": (["--scenes", 2, "--count", 0], "--count"),
+    "negative seed": ([*SCENES, "--seed", -1], "--seed"),
+    "not a probability": ([*SCENES, "--swap", 1.2], "--swap"),
+    "all masked": ([*SCENES, "--mask-ratio", 0.5], "--mask-ratio"),
+    "unknown question": ([*SCENES, "--question", "spiral"], "spiral"),
+    "abbreviated flag": ([*SCENES, "--row", 2], "--row"),
+    "two forms": ([*SCENES, "--reply-format", "json", "--think"], "--reply-format"),
+    "primer of full": ([*SCENES, "--primer", "--question", "full"], "--primer"),
+    "follow without primer": ([*SCENES, "--follow", 0.5], "--follow"),
+    "size of photographs": (["--images", "in", "--count", 1, "--size", 50], "--size"),
+    "max side of scenes": ([*SCENES, "--max-side", 50], "--max-side"),
+}
+
+
+@pytest.mark.parametrize("argv, cause", BAD.values(), ids=BAD)
+def test_bad_input_ends_with_status_2_and_one_line_that_names_the_cause(tmp_path, monkeypatch, capsys, argv, cause):
+    monkeypatch.chdir(tmp_path)
+    photographs(tmp_path / "in", [(1, 2, 3)])
+    photographs(tmp_path / "broken", [(1, 2, 3)])
+    for name in ("empty", "short"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "broken" / "fake.png").write_bytes(b"this is no image")
+    jigsaw.scene(random.Random(0)).save(tmp_path / "whole.jpg")
+    (tmp_path / "short" / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:1500])
+    with pytest.raises(SystemExit) as stopped:
+        run(*argv, "--out", "out")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and cause in error, error
+    assert not (tmp_path / "out" / "records.jsonl").exists() and not (tmp_path / "out" / "primer.jsonl").exists()
+
+
+def test_an_out_that_is_a_file_ends_with_status_2_and_keeps_the_file(tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        run(*SCENES, "--out", tmp_path / "out")
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_failing_midway_leaves_the_earlier_records_alone(tmp_path):
+    run(*SCENES, "--out", tmp_path / "out")
+    before = (tmp_path / "out" / "records.jsonl").read_bytes()
+    photographs(tmp_path / "in", [(1, 2, 3)])
+    with pytest.raises(SystemExit):
+        run("--images", tmp_path / "in", "--count", 1, "--rows", 20, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "records.jsonl").read_bytes() == before

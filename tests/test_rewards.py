@@ -1,0 +1,819 @@
+"""rewards.py: what is read, what is not, and what an answer is worth. Every number is worked by hand."""
+
+import json
+import random
+import threading
+import time
+
+import pytest
+
+import rewards
+
+OPTIONS = ["above", "below", "above and left"]
+
+
+def letter(answer="B", fmt="think", **fields):
+    return {"answer_type": "letter", "answer": answer, "options": OPTIONS, "think": True, "reply_format": fmt, **fields}
+
+
+def grid(answer=(2, 1, 4, 3), rows=2, cols=2, fmt="think"):
+    return {"answer_type": "grid", "answer": list(answer), "rows": rows, "cols": cols, "reply_format": fmt}
+
+
+def of(kind, answer, fmt="think", **fields):
+    return {"answer_type": kind, "answer": answer, "reply_format": fmt, **fields}
+
+
+def think(answer, reason="it is darker"):
+    return f"<think>{reason}</think><answer>{answer}</answer>"
+
+
+# ---------------------------------------------------------------- the reward
+
+
+def test_a_right_and_well_formed_reply_earns_both_parts():
+    assert rewards.score(think("B"), letter("B")) == {"reward": 1.5, "accuracy": 1.0, "format": 1.0, "answer": "B"}
+
+
+def test_a_wrong_and_well_formed_reply_earns_the_format_part_only():
+    assert rewards.score(think("A"), letter("B")) == {"reward": 0.5, "accuracy": 0.0, "format": 1.0, "answer": "A"}
+
+
+def test_each_weight_multiplies_its_own_part():
+    half = think("2 1 3 4")  # two of the four indices are right
+    assert rewards.score(half, grid(), accuracy_weight=4.0, format_weight=0.25)["reward"] == 4.0 * 0.5 + 0.25
+    assert rewards.score(half, grid(), accuracy_weight=0.0, format_weight=0.25)["reward"] == 0.25
+    assert rewards.score(half, grid(), accuracy_weight=4.0, format_weight=0.0)["reward"] == 2.0
+    assert rewards.score("2 1 3 4", grid(), accuracy_weight=4.0, format_weight=0.25)["reward"] == 0.0
+
+
+def test_the_format_follows_think_unless_the_record_names_one():
+    assert rewards.reply_format({"think": True}) == "think"
+    assert rewards.reply_format({"think": False}) == "bare"
+    assert rewards.reply_format({"think": False, "reply_format": "json"}) == "json"
+
+
+# ---------------------------------------------------------------- structure
+
+GOOD = {
+    "think": ["<think>R</think><answer>B</answer>", " \n<think> R </think>\n\n<answer>\nB\n</answer>\t\n"],
+    "bare": ["B", " B\n", "(B)", "B.", "B)", "B. below"],
+    "tags": ["<reason>R</reason><result>B</result>", "<reason>R</reason> \n <result>B</result>\n"],
+    "boxed": ["R \\boxed{B}", "R $\\boxed{B}$.", "\\boxed{B}", "R\n\\boxed{ B }.\n", "R $\\boxed{B}.$"],
+    "json": ['{"reason": "R", "answer": "B"}', '\n{"answer": "B",\n "reason": "R"}\n'],
+    "line": ["R\nAnswer: B", "R one\nR two\n\nAnswer: B\n"],
+}
+BAD = {
+    "think": [
+        "<think>R</think>",
+        "<answer>B</answer>",
+        "<think>R</think><answer>B",
+        "<think>R<answer>B</answer>",
+        "R</think><answer>B</answer>",
+        "<think>R</think>B",
+        "<think></think><answer>B</answer>",
+        "<think> \n</think><answer>B</answer>",
+        "<think>R</think><answer></answer>",
+        "<think>R</think><answer> </answer>",
+        "<answer>B</answer><think>R</think>",
+        "<think>R<answer>B</answer></think>",
+        "<think>R</think><answer>B</answer>.",
+        "So: <think>R</think><answer>B</answer>",
+        "<think>R</think> so <answer>B</answer>",
+        "<think><think>R</think></think><answer>B</answer>",
+        "<think>R</think><think>R</think><answer>B</answer>",
+        "<think>R</think><answer>B</answer><answer>B</answer>",
+        "<think>R</think><answer>A</answer><answer>B</answer>",
+        "<think>R</think><answer><answer>B</answer></answer>",
+        "<Think>R</Think><Answer>B</Answer>",
+        "<THINK>R</THINK><ANSWER>B</ANSWER>",
+        "<think>R</think></answer>B<answer>",
+        "</think>R<think><answer>B</answer>",
+        "< think>R</think><answer>B</answer>",
+        "<think>R</think><answer>B</answer>\x00",
+    ],
+    "bare": [
+        "The answer is B",
+        "\\boxed{B}",
+        "$B$",
+        "<answer>B</answer>",
+        "Answer: B",
+        "B\n\nbecause",
+        "b",
+        "BB",
+        "B A",
+    ],
+    "tags": [
+        "<reason>R</reason><answer>B</answer>",
+        "<reason>R</reason><result>B</result><result>B</result>",
+        "<reason></reason><result>B</result>",
+        "<reason>R</reason>: <result>B</result>",
+        "<result>B</result><reason>R</reason>",
+    ],
+    "boxed": [
+        "R \\boxed{B} indeed",
+        "\\boxed{A} or \\boxed{B}",
+        "\\boxed{B} \\boxed{B}",
+        "R \\boxed{B",
+        "R \\boxed{}",
+        "R $\\boxed{B}",
+        "R \\boxed{B}$",
+        "R \\boxed{B}}",
+        "R \\boxed B",
+        "R boxed{B}",
+    ],
+    "json": [
+        '{"reason": "R", "answer": "B"} ',
+        '{"answer": "B"}',
+        '{"reason": "", "answer": "B"}',
+        '{"reason": "R", "answer": "A", "answer": "B"}',
+        '{"reason": "R", "answer": "B", "more": 1}',
+        '{"reason": 1, "answer": "B"}',
+        '{"reason": "R", "answer": null}',
+        '{"reason": "R", "answer": ["B"]}',
+        '{"reason": "R", "answer": {"B": "B"}}',
+        '[{"reason": "R", "answer": "B"}]',
+        '```json\n{"reason": "R", "answer": "B"}\n```',
+        "{'reason': 'R', 'answer': 'B'}",
+        '{"reason": "R", "answer": "B",}',
+        '{"reason": "R", "answer": NaN}',
+    ][1:],
+    "line": [
+        "Answer: B",
+        "R Answer: B",
+        "R\nAnswer: A\nAnswer: B",
+        "R\nAnswer: B\nR",
+        "R\nanswer: B",
+        "R\nAnswer:B",
+        "R\nAnswer: ",
+        "R\n Answer: B",
+        "R\n**Answer: B**",
+    ],
+}
+
+
+@pytest.mark.parametrize("fmt", rewards.REPLY_FORMATS)
+def test_each_format_reads_its_own_shape(fmt):
+    for reply in GOOD[fmt]:
+        assert rewards.score(reply, letter("B", fmt))["reward"] == 1.5, reply
+
+
+@pytest.mark.parametrize("fmt", rewards.REPLY_FORMATS)
+def test_a_reply_that_is_off_by_one_detail_earns_nothing(fmt):
+    for reply in BAD[fmt]:
+        expected = {"reward": 0.0, "accuracy": 0.0, "format": 0.0, "answer": None}
+        assert rewards.score(reply, letter("B", fmt)) == expected, reply
+
+
+def test_a_reply_in_another_format_than_the_asked_one_earns_nothing():
+    for asked in rewards.REPLY_FORMATS:
+        for given in rewards.REPLY_FORMATS:
+            if given != asked:
+                assert rewards.score(GOOD[given][0], letter("B", asked))["reward"] == 0.0, (asked, given)
+
+
+def test_the_reason_and_the_answer_text_come_apart_at_the_right_place():
+    assert rewards.read_reply("<think> a b </think>\n<answer> c d </answer>", "think") == ("a b", "c d")
+    assert rewards.read_reply("<reason>a</reason><result>b</result>", "tags") == ("a", "b")
+    assert rewards.read_reply("a $\\boxed{\\frac{1}{2}}$.", "boxed") == ("a", "\\frac{1}{2}")
+    assert rewards.read_reply("a\nb\nAnswer: c", "line") == ("a\nb", "c")
+    assert rewards.read_reply('{"reason": "a\\nb", "answer": [[2, 1]]}', "json") == ("a\nb", "[[2, 1]]")
+    assert rewards.read_reply(" c ", "bare") == ("", "c")
+
+
+def test_a_format_nobody_knows_is_an_error_and_not_a_zero():
+    with pytest.raises(ValueError, match="haiku"):
+        rewards.read_reply("B", "haiku")
+
+
+# ---------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "B",
+        "(B)",
+        "B.",
+        "B)",
+        "\\boxed{B}",
+        "$\\boxed{B}$",
+        "$\\boxed{B}$.",
+        "The answer is B",
+        "The answer is (B).",
+        "answer: B",
+    ]
+    + [
+        "Final answer: B",
+        "The answer is $\\boxed{B}$",
+        "Option B",
+        "B. below",
+        "B) below",
+        "(B) below",
+        "B: below.",
+        " B\n",
+    ],
+)
+def test_these_say_letter_b(text):
+    assert rewards.read_answer(text, letter()) == "B"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A or B",
+        "A and B",
+        "A, B",
+        "A/B",
+        "AB",
+        "A B",
+        "B or A",
+        "not B",
+        "not A",
+        "The answer is not B",
+        "b",
+        "(b)",
+        "",
+        " ",
+        "D",
+    ]
+    + [
+        "B. above",
+        "B above",
+        "B below",
+        "B. below it",
+        "below",
+        "\\boxed{A} \\boxed{B}",
+        "\\boxed{\\boxed{B}}",
+        "$B",
+        "((B))",
+        "[B]",
+    ]
+    + [
+        "The answer is A or B",
+        "The answer is B or C",
+        "The answer is",
+        "B?",
+        "B!",
+        "Ｂ",
+        "В",
+        "B\x00",
+        "B\nA",
+        "B. None.",
+        "Z",
+    ],
+)
+def test_these_say_no_letter(text):
+    assert rewards.read_answer(text, letter()) is None
+    assert rewards.score(think(text), letter("B"))["reward"] == 0.0
+
+
+def test_without_options_every_capital_is_a_letter_but_none_can_be_written_out():
+    record = of("letter", "Q")
+    assert rewards.read_answer("Q", record) == "Q"
+    for text in ("Q. quiet", "Q. None", "Q. ", "É"):
+        assert rewards.read_answer(text, record) in (None, "Q" if text == "Q. " else None)
+
+
+def test_digits_are_ascii_whole_numbers():
+    for text, value in [
+        ("7", 7),
+        ("0", 0),
+        ("12", 12),
+        ("12.", 12),
+        ("\\boxed{12}", 12),
+        ("The answer is 12", 12),
+        ("$12$", 12),
+    ]:
+        assert rewards.read_answer(text, of("digit", 1)) == value
+    for text in [
+        "-7",
+        "+7",
+        "7.0",
+        "7.5",
+        "1e999",
+        "1e3",
+        "0x1F",
+        "7 8",
+        "7 or 8",
+        "seven",
+        "٣",
+        "７",
+        "²",
+        "1_000",
+        "1,000",
+        "9" * 16,
+        "9" * 5000,
+    ]:
+        assert rewards.read_answer(text, of("digit", 1)) is None, text
+    assert rewards.score(think("12"), of("digit", "12"))["accuracy"] == 1.0
+    assert rewards.score(think("12"), of("digit", 12))["accuracy"] == 1.0
+    assert rewards.score(think("21"), of("digit", 12))["accuracy"] == 0.0
+
+
+def test_a_grid_is_read_in_any_of_its_usual_spellings():
+    for text in [
+        "2 1 4 3",
+        "2,1,4,3",
+        "2, 1\n4, 3",
+        "[2, 1, 4, 3]",
+        "[[2, 1], [4, 3]]",
+        "(2 1) (4 3)",
+        "\\boxed{2 1 4 3}",
+    ]:
+        assert rewards.read_answer(text, grid()) == [2, 1, 4, 3], text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2143", "2 1 4", "2 1 4 3 1", "2 1 4 5", "0 1 2 3", "2 1 4 -3", "2;1;4;3", "a 2 1 4 3", "2 1 4 ٣", "[2 1 4 3"],
+)
+def test_these_are_no_grid_of_four(text):
+    assert rewards.score(think(text), grid()) == {"reward": 0.0, "accuracy": 0.0, "format": 0.0, "answer": None}
+
+
+def test_a_grid_earns_the_share_of_right_indices():
+    gold = grid([3, 1, 2, 6, 4, 5], rows=2, cols=3)
+    for text, share in [
+        ("3 1 2 6 4 5", 1.0),
+        ("3 1 2 6 5 4", 4 / 6),
+        ("3 2 1 6 4 5", 4 / 6),
+        ("1 3 2 6 4 5", 4 / 6),
+        ("1 2 3 4 5 6", 0.0),
+    ]:
+        assert rewards.score(think(text), gold)["accuracy"] == share, text
+    assert rewards.score(think("3 2 1 5 6 4"), gold)["accuracy"] == 1 / 6
+
+
+def test_a_grid_with_a_repeated_index_is_readable_but_worth_nothing():
+    parts = rewards.score(think("2 1 4 4"), grid())  # three of four indices agree
+    assert parts == {"reward": 0.5, "accuracy": 0.0, "format": 1.0, "answer": [2, 1, 4, 4]}
+
+
+def test_box_accuracy_is_intersection_over_union():
+    gold = of("box", [10, 20, 50, 40])  # 40 x 20 = 800
+    cases = {
+        "10, 20, 50, 40": 1.0,
+        "[30, 20, 50, 40]": 0.5,  # 400 of 800
+        "(30, 30, 70, 50)": 200 / 1400,  # overlap 20 x 10, the two areas 800 + 800
+        "10 20 50 30": 0.5,
+        "0, 0, 60, 60": 800 / 3600,
+        "20.5, 20, 50, 40": 590 / 800,
+        "50, 20, 90, 40": 0.0,  # they only touch
+        "50, 40, 10, 20": 0.0,  # corners the wrong way round
+        "-50, -40, 0, 0": 0.0,
+    }
+    for text, value in cases.items():
+        assert rewards.score(think(text), gold)["accuracy"] == pytest.approx(value, abs=1e-12), text
+    for text in [
+        "10 20 50",
+        "10 20 50 40 1",
+        "1e999 0 0 0",
+        "inf 0 0 0",
+        "nan 1 2 3",
+        "10,,20,50,40",
+        "x1=10, 20, 50, 40",
+        "10 20 50 ٤",
+    ]:
+        assert rewards.score(think(text), gold)["format"] == 0.0, text
+
+
+def test_a_point_is_right_inside_the_gold_box_borders_included():
+    gold = of("point", [10, 20, 50, 40])
+    for text, value in {
+        "30, 30": 1.0,
+        "(10, 20)": 1.0,
+        "[50.0, 40.0]": 1.0,
+        "50.1, 30": 0.0,
+        "30, 41": 0.0,
+        "30 9": 0.0,
+    }.items():
+        assert rewards.score(think(text), gold)["accuracy"] == value, text
+    assert rewards.score(think("30"), gold)["format"] == 0.0
+
+
+def test_text_is_compared_without_case_and_white_space():
+    gold = of("text", ["Two dogs", "2 dogs"])
+    for text, value in {
+        "two  dogs.": 1.0,
+        "TWO DOGS": 1.0,
+        "2 dogs": 1.0,
+        "dogs": 0.0,
+        "two dogs and a cat": 0.0,
+        "The answer is two dogs": 1.0,
+    }.items():
+        assert rewards.score(think(text), gold)["accuracy"] == value, text
+    assert rewards.score(think("no"), of("text", "yes"))["reward"] == 0.5
+    assert rewards.score(think("option a"), of("text", "option a"))["accuracy"] == 1.0
+
+
+def test_markup_is_not_read_as_a_text_answer():
+    for reply in (think("yes"), "<answer>yes</answer>", "\\boxed{yes}", "so\nyes"):
+        assert rewards.score(reply, of("text", "yes", "bare"))["format"] == 0.0, reply
+    assert rewards.score("yes", of("text", "yes", "bare"))["reward"] == 1.5
+
+
+def test_mathematics_is_compared_by_value():
+    for text, gold in [
+        ("0.5", "\\frac{1}{2}"),
+        ("1/2", "0.5"),
+        ("$\\boxed{\\dfrac{3}{4}}$", "0.75"),
+        ("The answer is $\\boxed{5}$", 5),
+        ("5.", "5"),
+        ("x = 5", "5"),
+        ("12,345", "12345"),
+        ("x^2+1", "1+x^2"),
+        ("\\frac{\\sqrt{3}}{2}", "\\sqrt{3}/2"),
+        ("2^{10}", "1024"),
+        ("z^2+x^2+y^2=a^2", "x^2 + y^2 + z^2 = a^2"),
+        ("-3", -3),
+        ("2.50", 2.5),
+        ("(1, 2)", "(1,2)"),
+        ("30^\\circ", "30"),
+    ]:
+        assert rewards.score(think(text), of("math", gold))["reward"] == 1.5, text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "4",
+        "0.25",
+        "5.0001",
+        "4 or 5",
+        "5 or 6",
+        "5 and 6",
+        "not 5",
+        "5, 6",
+        "5 6",
+        "5;6",
+        "5/6",
+        "4 = 5",
+        "1 = 2 = 5",
+        "x=4=5",
+        "x=5, x=6",
+    ]
+    + [
+        "\\{5, 6\\}",
+        "\\pm 5",
+        "5?",
+        "5.6.7",
+        "٥",
+        "５",
+        "\\text{5 or 6}",
+        "\\boxed{4} \\boxed{5}",
+        "\\boxed{4}, 5",
+        "$5$ $6$",
+        "5\n6",
+        "\\frac{5}{",
+    ],
+)
+def test_another_value_or_a_second_value_is_not_five(text):
+    assert rewards.score(think(text), of("math", "5"))["accuracy"] == 0.0
+
+
+def test_a_mathematical_bomb_is_refused_before_any_algebra_is_done():
+    start = time.perf_counter()
+    for text in [
+        "9^9^9^9",
+        "9^{9^{9^9}}",
+        "(9^{9^{9^9}}, 1)",
+        "(9^9\\text{}99999999, 1)",
+        "(9^9\\!99999999, 1)",
+        "(9^99999999, 1)",
+        "99^{99}!",
+        "9**9**9**9",
+        "((9^{99})^{99})^{99}",
+        "99999999!",
+        "9!!!!!!",
+        "(9!)!",
+        "10^{10000000000}",
+        "\\binom{100000000}{50000000}",
+        "\\sum_{n=1}^{1000000000} n^n",
+        "\\int_0^1 x^x dx",
+        "(a+b+c+d+e+f)^{60}",
+        "{" * 90 + "1" + "}" * 90 + "^" * 10,
+        "(" * 199,
+        "1+" * 5000 + "1",
+        "9" * 199,
+        "\\input{/etc/passwd}",
+        "__import__('os').getcwd()",
+        "1e999",
+    ]:
+        assert rewards.score(think(text), of("math", "5"))["accuracy"] == 0.0, text
+    assert time.perf_counter() - start < 5.0
+
+
+def test_mathematics_is_read_outside_the_main_thread_too():
+    found = []
+    record = of("math", "\\frac{7}{4}")
+    thread = threading.Thread(target=lambda: found.append(rewards.score(think("1.75"), record)["reward"]))
+    thread.start()
+    thread.join()
+    assert found == [1.5]
+
+
+# ---------------------------------------------------------------- hostile replies
+
+MEGA = 1_000_000
+KINDS = [
+    letter("A", "bare"),
+    letter("A"),
+    letter("A", "tags"),
+    letter("A", "boxed"),
+    letter("A", "json"),
+    letter("A", "line"),
+    of("digit", 1),
+    of("digit", 1, "json"),
+    grid(),
+    grid(fmt="json"),
+    of("box", [0, 0, 1, 1]),
+    of("point", [0, 0, 1, 1]),
+    of("text", "yes"),
+    of("text", "yes", "json"),
+    of("math", "1"),
+    of("math", "1", "boxed"),
+]
+HOSTILE = {
+    "a megabyte of one tag": "<think>" * (MEGA // 7),
+    "a megabyte of nothing": " " * MEGA,
+    "a megabyte of NUL": "\x00" * MEGA,
+    "a megabyte of capitals": "A" * MEGA,
+    "a megabyte well formed": think("1", "x" * MEGA),
+    "just short of the bound": "<answer>" * 12_400,
+    "spaces just short of the bound": "A" + " " * 99_000 + "x",
+    "never closed": "<think>" + "so " * 30_000,
+    "boxes never closed": "\\boxed{" * 14_000,
+    "deep braces": "\\boxed{" + "{" * 40_000 + "A" + "}" * 40_000 + "}",
+    "deep JSON": "[" * 99_000,
+    "deep JSON inside": '{"reason": "R", "answer": ' + "[" * 49_000 + "]" * 49_000 + "}",
+    "deep JSON objects": '{"a":' * 19_000 + "1" + "}" * 19_000,
+    "huge integer in JSON": '{"reason": "R", "answer": ' + "9" * 90_000 + "}",
+    "infinite number in JSON": '{"reason": "R", "answer": 1e999}',
+    "NaN in JSON": '{"reason": "R", "answer": NaN}',
+    "a JSON key twice": '{"reason": "R", "answer": 1, "answer": 1}',
+    "spaces between": think(" " * 50_000 + "A or" + " " * 40_000),
+    "digits": think("1" * 90_000),
+    "commas": think("," * 90_000),
+    "grid of thousands": think("1 " * 45_000),
+    "lines": "Answer: \n" * 11_000,
+    "leads": think("the answer is " * 6_000),
+    "dollars": think("$" * 90_000),
+    "bangs": think("!" * 1_900),
+    "letters": think("A." * 900),
+    "lone surrogates": think("\ud800\udfff"),
+    "right to left": think("\u202eA"),
+    "zero width": think("A\u200b"),
+    "full width": think("Ａ"),
+    "other digits": think("١"),
+    "superscript": think("¹"),
+    "a null byte": think("A\x00"),
+    "two answers": think("A or B"),
+    "two blocks": think("A") + think("A"),
+    "nested": think(think("A")),
+    "unclosed": "<think>R</think><answer>A",
+    "no tags": "R A",
+    "code": think("__import__('os').system('true')"),
+    "empty": "",
+}
+
+
+def test_hostile_replies_never_raise_never_score_and_are_read_fast():
+    for name, reply in HOSTILE.items():
+        for record in KINDS:
+            start = time.perf_counter()
+            parts = rewards.score(reply, record)
+            assert parts["accuracy"] == 0.0, (name, record)
+            # Format may only be earned where the text is one readable, wrong answer: any single line is a text answer.
+            assert parts["format"] == 0.0 or record["answer_type"] in ("text", "math"), (name, record)
+            rewards.find_answer(reply, record)
+            rewards.contradicts(reply, parts["answer"], record)
+            assert time.perf_counter() - start < 2.0, (name, record)
+
+
+def test_a_megabyte_is_not_read_even_if_it_is_well_formed():
+    assert rewards.score(think("B", "x" * rewards.MAX_REPLY), letter("B"))["reward"] == 0.0
+    assert rewards.score(think("B", "x" * (rewards.MAX_REPLY - 50)), letter("B"))["reward"] == 1.5
+
+
+def test_random_shreds_of_replies_never_raise_and_only_the_whole_shape_scores():
+    rng = random.Random(5)
+    shreds = [
+        "<think>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+        "A",
+        "B",
+        " ",
+        "\n",
+        "R",
+        "\\boxed{",
+        "}",
+        "$",
+        "Answer: ",
+        '{"answer": ',
+        '"',
+    ]
+    shreds += [
+        "2 1 4 3",
+        "[",
+        "]",
+        ",",
+        "٣",
+        "\x00",
+        "1/2",
+        "^",
+        "<reason>",
+        "</reason>",
+        "<result>",
+        "</result>",
+        "not ",
+        " or ",
+        "above",
+    ]
+    for _ in range(4000):
+        reply = "".join(rng.choice(shreds) for _ in range(rng.randrange(1, 14)))
+        record = rng.choice(KINDS[:14])
+        parts = rewards.score(reply, record)
+        if parts["format"]:
+            assert rewards.read_reply(reply, record["reply_format"]) is not None
+            assert parts["answer"] is not None
+        else:
+            assert parts["accuracy"] == parts["reward"] == 0.0
+        rewards.find_answer(reply, record)
+        rewards.contradicts(reply, rewards.find_answer(reply, record), record)
+
+
+# ---------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize(
+    "record", KINDS + [letter("C"), of("text", ["a", "b"]), of("digit", "07"), of("math", 2.5), of("letter", "Z")]
+)
+def test_a_record_that_can_be_scored_passes(record):
+    rewards.check_gold(record)
+
+
+@pytest.mark.parametrize(
+    "record, cause",
+    [
+        (of("essay", "x"), "answer_type 'essay'"),
+        ({"answer": "x"}, "answer_type None"),
+        (letter("B", fmt="haiku"), "reply_format 'haiku'"),
+        (letter("D"), "A-C"),
+        (letter("b"), "A-C"),
+        (letter("AB"), "A-C"),
+        (letter(2), "A-C"),
+        (letter("A", options=[]), "options"),
+        (letter("A", options={"A": "x"}), "options"),
+        (of("digit", -1), "whole number"),
+        (of("digit", 1.5), "whole number"),
+        (of("digit", True), "whole number"),
+        (of("digit", "٣"), "whole number"),
+        (grid([1, 2, 3]), "arrangement of 1 to 4"),
+        (grid([1, 2, 3, 3]), "arrangement of 1 to 4"),
+        (grid([0, 1, 2, 3]), "arrangement of 1 to 4"),
+        (grid([1, 2, 3, 4], rows=0), "rows and cols"),
+        (of("grid", "1 2 3 4"), "list of whole numbers"),
+        (of("grid", [1, "2"]), "list of whole numbers"),
+        (of("grid", []), "list of whole numbers"),
+        (of("box", [10, 0, 10, 5]), "without area"),
+        (of("box", [0, 9, 10, 5]), "without area"),
+        (of("box", [0, 0, float("inf"), 5]), "finite"),
+        (of("box", [0, 0, float("nan"), 5]), "finite"),
+        (of("box", [0, 0, "9", 5]), "finite"),
+        (of("point", [3, 4]), "four finite"),
+        (of("text", " "), "none empty"),
+        (of("text", []), "none empty"),
+        (of("text", 5), "is not a text"),
+        (of("text", "<answer>x</answer>"), "one line"),
+        (of("math", "\\frac{1}{"), "mathematics"),
+        (of("math", ""), "mathematics"),
+        (of("math", None), "mathematics"),
+        (of("math", "9^{9^9}"), "mathematics"),
+    ],
+)
+def test_a_record_that_cannot_be_scored_is_refused_in_one_line(record, cause):
+    with pytest.raises(ValueError, match=cause) as error:
+        rewards.check_gold(record)
+    assert "\n" not in str(error.value)
+
+
+def test_a_gold_answer_is_right_when_it_is_given_back():
+    for record in KINDS:
+        gold = record["answer"]
+        if record["answer_type"] == "point":
+            gold = gold[:2]
+        text = json.dumps(gold) if isinstance(gold, list) else str(gold)
+        reply = {
+            "think": think(text),
+            "bare": text,
+            "tags": f"<reason>R</reason><result>{text}</result>",
+            "boxed": f"\\boxed{{{text}}}",
+            "json": json.dumps({"reason": "R", "answer": gold}),
+            "line": f"R\nAnswer: {text}",
+        }[record["reply_format"]]
+        assert rewards.score(reply, record)["reward"] == 1.5, record
+
+
+# ---------------------------------------------------------------- lenient reading
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        think("B"),
+        "<answer>B</answer>",
+        "A it is. <answer>B</answer> so",
+        "<think>R</think><answer>B",
+        "<think>R</think>Answer:B",
+        "<think>R\nB</think>",
+        "<think>R</think>B",
+        "R B <think>R</think>\nB",
+        "R\nB",
+        "R\nThe answer is B.",
+        "It is dark. so it was below. B",
+        "R \\boxed{B} and so on",
+        "R\nAnswer: B\nI hope this helps",
+        "<think>R Answer: B</think>",
+        "B",
+        '{"reason": "A", "answer": "B"}',
+        "<reason>A</reason><result>B</result>",
+        "<answer>B</answer><answer>(B)</answer>",
+    ],
+)
+def test_a_reader_finds_b_in_a_malformed_reply(reply):
+    assert rewards.find_answer(reply, letter("B")) == "B"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "R",
+        "A or B",
+        "<answer>A</answer><answer>B</answer>",
+        "\\boxed{A} \\boxed{B}",
+        "<answer>A or B</answer>",
+        "A is above, B is below",
+        "R B",
+    ],
+)
+def test_a_reader_finds_nothing_where_nothing_or_two_things_are_said(reply):
+    assert rewards.find_answer(reply, letter("B")) is None
+
+
+def test_the_asked_place_goes_before_every_other_place():
+    assert rewards.find_answer("<think>\\boxed{A}\nAnswer: A</think><answer>B</answer>", letter()) == "B"
+    assert rewards.find_answer("<answer>A</answer>\nAnswer: B", letter("B", "line")) == "B"
+    assert rewards.find_answer("Answer: A\n<answer>B</answer> so", letter("B", "line")) == "B"
+
+
+# ---------------------------------------------------------------- contradictions
+
+
+@pytest.mark.parametrize(
+    "reason, answer, expected",
+    [
+        ("it is darker so it is below", "B", False),
+        ("it is darker so it is below", "A", True),
+        ("it is darker so it is above", "B", True),
+        ("it is darker so the answer is A", "B", True),
+        ("it is darker so the answer is A", "A", False),
+        ("The light is above. So it is below.", "B", False),
+        ("The light is below. So it is above.", "B", True),
+        ("It is above and left", "C", False),
+        ("It is above and left", "A", True),
+        ("It is above", "C", True),
+        ("above or below", "A", False),
+        ("It is not above", "A", False),
+        ("It is not above, so it is below", "A", True),
+        ("It isn't quite above, so below", "B", False),
+        ("A dark piece lies under a light one", "B", False),
+        ("option A it is", "B", True),
+        ("(A)", "B", True),
+        ("so above, so B", "B", True),
+        ("so below, so B", "B", False),
+        ("it is aboveground", "B", False),
+        ("it is darker", "B", False),
+        ("", "B", False),
+        ("below. It is darker. It is blue.", "A", False),
+    ],
+)
+def test_reasoning_that_ends_in_another_option_contradicts_the_answer(reason, answer, expected):
+    assert rewards.contradicts(reason, answer, letter()) is expected
+
+
+def test_numbers_and_grids_after_a_conclusion_word_are_compared():
+    digit = of("digit", 5)
+    assert rewards.contradicts("3 + 1 = 4", 5, digit) is True
+    assert rewards.contradicts("3 + 2 = 5", 5, digit) is False
+    assert rewards.contradicts("I see 3 and 2", 5, digit) is False
+    assert rewards.contradicts("so the answer is 4 because of 3", 5, digit) is False
+    assert rewards.contradicts("so the answer is 4", 5, digit) is True
+    assert rewards.contradicts("so it is 0.25", "0.5", of("math", "0.5")) is True
+    assert rewards.contradicts("so it is 0.50", "0.5", of("math", "0.5")) is False
+    assert rewards.contradicts("Therefore 1 2 4 3.", [2, 1, 4, 3], grid()) is True
+    assert rewards.contradicts("The answer is:\n2 1\n4 3", [2, 1, 4, 3], grid()) is False
+    assert rewards.contradicts("so the answer is 3 1", [2, 1, 4, 3], grid()) is False

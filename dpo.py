@@ -75,6 +75,7 @@ def reference_log_probs(policy, encoder, world, pairs, indices, budget):
             logp, _ = m.log_probs(policy, [groups[i] for i in batch] or [spare])
             for i, pair_logp in zip(batch, logp.sum(1).view(-1, 2).tolist(), strict=False):
                 out[part[i]] = pair_logp
+    m.release_weights(policy)  # FSDP leaves the root gathered; the optimizer must be given the shards
     return {index: value for part in world.gather(out) for index, value in part.items()}
 
 
@@ -115,8 +116,9 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.lr <= 0 or args.beta <= 0:
         parser.error("--lr and --beta must be above 0")
-    if min(args.sft_weight, args.grad_clip, args.warmup, args.steps, args.save_every) < 0:
-        parser.error("--sft-weight, --grad-clip, --warmup, --steps and --save-every must not be negative")
+    for name in ("sft_weight", "grad_clip", "warmup", "steps", "save_every", "seed"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} must not be negative")
     return args
 
 

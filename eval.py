@@ -133,17 +133,8 @@ def format_gains(rows: list[dict], before: dict, weights: dict | None = None, be
 ROLES = ("data", "id", "ood")
 # What the numbers depend on besides the model and the files: stored with them.
 SETTINGS = (
-    "samples",
-    "temperature",
-    "top_k",
-    "top_p",
-    "max_new_tokens",
-    "limit",
-    "max_pixels",
-    "seed",
-    "dtype",
-    "attn",
-)
+    "samples", "temperature", "top_k", "top_p", "max_new_tokens", "limit", "max_pixels", "seed", "dtype", "attn",
+)  # fmt: skip
 
 
 def read_files(args) -> list[dict]:
@@ -281,11 +272,11 @@ CURVES = (  # name in the PNG's file name, title, log keys, what a reader should
 # fmt: on
 WORDS = {  # what the page says about its sections
     "top": "What was trained, how it went, and what the models say now. This one file holds everything it shows.",
-    "results": """Each row is a model at the end of a stage, each column a set of questions. A cell reads
+    "results": """Each column is the model at the end of a stage, each row a set of questions. A cell reads
 <strong>accuracy / format</strong> in percent: how often the answer was right, and how often the reply had the form that
 the question asked for. An answer counts only when it stands where the form puts it, so accuracy can be low for want of
 form. Sets whose name ends in a colon and a word ask for another reply format.""",
-    "gf": """The last columns are percentage points of format, gained over the model before training:
+    "gf": """The last rows are percentage points of format, gained over the model before training:
 <strong>gain ID</strong> in the trained reply format, <strong>gain OOD</strong> in reply formats never trained, and
 <strong>GF</strong>, the generalization factor 5·ID·OOD / (4·ID + OOD). It is high only when both gained, and leans
 towards the untrained formats: a cold start that learns one format by heart has a low GF.""",
@@ -423,19 +414,19 @@ def draw(lines: list[tuple[str, list, list[float]]], title: str, fractions: bool
 
 
 def stage_table(results: dict[str, dict]) -> list[list[str]]:
-    """The final table as rows of cells, titles first: a row a result file, "accuracy / format" in % for each source."""
-    sources = list(dict.fromkeys(source for result in results.values() for source in result["sources"]))
-    with_gf = any(result["gf"] for result in results.values())
-    table = [["stage", *sources, *(["gain ID", "gain OOD", "GF"] if with_gf else [])]]
-    for name, result in results.items():
-        cells = [name]
-        for source in sources:
-            numbers = result["sources"].get(source)
-            cells.append(f"{100 * numbers['accuracy']:.1f} / {100 * numbers['format']:.1f}" if numbers else "–")
-        if with_gf:
-            gf = result["gf"]
-            cells += [f"{gf[key]:.1f}" if gf else "–" for key in ("gain_id", "gain_ood", "gf")]
-        table.append(cells)
+    """The final table as rows of cells, titles first: a column a stage (result file), a row a source.
+
+    Cells are "accuracy / format" in percent; below, if any stage has them, the gains and the GF in percentage points.
+    """
+    table = [["set of questions", *results]]
+    for source in dict.fromkeys(source for result in results.values() for source in result["sources"]):
+        numbers = [result["sources"].get(source) for result in results.values()]
+        cells = [f"{100 * each['accuracy']:.1f} / {100 * each['format']:.1f}" if each else "–" for each in numbers]
+        table.append([source, *cells])
+    if any(result["gf"] for result in results.values()):
+        for title, key in (("gain ID", "gain_id"), ("gain OOD", "gain_ood"), ("GF", "gf")):
+            gains = [result["gf"] for result in results.values()]
+            table.append([title, *(f"{each[key]:.1f}" if each else "–" for each in gains)])
     return table
 
 
@@ -540,7 +531,7 @@ def page_html(runs: dict[str, tuple], results: dict[str, dict], save) -> str:
             for row in table[1:]
         )
         parts.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
-        if "GF" in table[0]:
+        if table[-1][0] == "GF":
             parts.append(f"<p>{WORDS['gf']}</p>")
     if runs:
         section("curves", "Training curves")

@@ -181,8 +181,9 @@ def parse_args(argv=None):
         parser.error("--group 1 has nothing to compare a reply with: every advantage would be 0")
     if not 0 < args.clip_low <= 1:
         parser.error("--clip-low must be in (0, 1]: the ratio is clipped below 1 - clip-low")
-    if min(args.clip_high, args.kl, args.grad_clip, args.warmup, args.top_k, args.format_weight, args.save_every) < 0:
-        parser.error("--clip-high, --kl, --grad-clip, --warmup, --top-k, --format-weight, --save-every: not below 0")
+    for name in ("clip_high", "kl", "grad_clip", "warmup", "top_k", "format_weight", "save_every", "seed"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} must not be negative")
     return args
 
 
@@ -242,6 +243,10 @@ def main(argv=None):
             for number, micro in enumerate(micros):
                 rows = [groups[i] for i in micro] or [spare]
                 logp, mask = m.log_probs(policy, rows, args.temperature)
+                ref = None
+                if args.kl:  # for a filler too: the ranks gather the weights of a sharded reference together
+                    with torch.no_grad():
+                        ref, _ = m.log_probs(reference, rows, args.temperature)
                 if not micro:
                     m.backward(policy, world, 0.0 * logp.sum(), last=number == len(micros) - 1)
                     continue
@@ -250,10 +255,7 @@ def main(argv=None):
                 advantage = torch.cat([advantages[useful[i]] for i in micro]).to(device)
                 size = torch.cat([lengths[useful[i]] for i in micro]).to(device)
                 weight = token_weights(size, args.normalizer, P * G, tokens, args.max_new_tokens)
-                ref = None
                 if args.kl:
-                    with torch.no_grad():
-                        ref, _ = m.log_probs(reference, rows, args.temperature)
                     learned["kl"] += k3(logp.detach(), ref, mask).sum().item() / tokens / args.updates
                 loss = grpo_loss(
                     logp, old, ref, advantage, mask, weight, clip_low=args.clip_low, clip_high=args.clip_high,

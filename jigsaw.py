@@ -261,10 +261,14 @@ def look(puzzle: Image.Image, rows: int, cols: int) -> dict[str, list[float]]:
     return {"light": (0.299 * red + 0.587 * green + 0.114 * blue).tolist(), "warm": (red - blue).tolist()}
 
 
-def reason_about(cue: str, more: bool, k: int, j: int, verdict: str) -> str:
-    """The one phrase of the primer: what both pieces look like, then what is concluded."""
+def reason_about(cue: str, more: bool, k: int, j: int, verdict: str, letter: str) -> str:
+    """The one phrase of the primer: what both pieces look like, what is concluded, and at once the letter that says it.
+
+    The letter stands right behind the verdict's last word on purpose: a model of a few layers looks a word up among the
+    options from that very word within 100 updates, and from one token further on it does not in 1,000.
+    """
     first, second = CUES[cue][0] if more else reversed(CUES[cue][0])
-    return f"{k} looks {first}, {j} looks {second}. so {k} {verdict}."
+    return f"{k} looks {first}, {j} looks {second}. so {k} {verdict} {letter}."
 
 
 # -------- replies
@@ -303,15 +307,22 @@ MALFORMED = {
 
 
 def primer_items(
-    puzzle: Image.Image, rows: int, cols: int, order: list[int], count: int, rng: random.Random, follow: float = 0.4
+    puzzle: Image.Image,
+    rows: int,
+    cols: int,
+    order: list[int],
+    count: int,
+    rng: random.Random,
+    follow: float = 0.4,
+    reply_format: str | None = None,
 ) -> list[dict]:
     """`count` questions with replies about one mixed picture: objects of pairs.jsonl without `id` and `images`.
 
     A coin decides what is asked. A pair puzzle: the reason tells truly what both pieces look like, the verdict is
     drawn at random and the letter belongs to the verdict, so the reply is right by chance only. Or what can be seen
     (lighter or darker, warmer or cooler): the reply is right. `answer` is the true answer in both. Each question asks
-    for one of the six forms, think twice as often as any other; the reply has that form with probability `follow`,
-    else another one or a near miss of think, and `form` tells which. Raises ValueError if no two pieces differ in the
+    for `reply_format` or, without one, for any of the six, think twice as often. The reply has it with probability
+    `follow`, else another one or a near miss of think, and `form` tells which. Raises ValueError if no two pieces differ in the
     cue that is needed.
     """
     measured = look(puzzle, rows, cols)
@@ -326,13 +337,13 @@ def primer_items(
             text, task = ask_pair(rows, cols, order, k, j, rng)
             verdict = rng.choice(task["options"])
             letter = LETTERS[task["options"].index(verdict)]
-            reason = reason_about(cue, more, k, j, f"was {verdict}")
+            reason = reason_about(cue, more, k, j, f"was {verdict}", letter)
         else:
             text, task = ask_look(cue, more, k, j, rng)
             letter = task["answer"]
-            reason = reason_about(cue, more, k, j, f"is {task['direction']}")
+            reason = reason_about(cue, more, k, j, f"is {task['direction']}", letter)
 
-        asked = form = rng.choice(["think", *formats])
+        asked = form = reply_format or rng.choice(["think", *formats])
         if rng.random() >= follow:
             form = rng.choice([name for name in (*formats, *MALFORMED) if name != asked])
         near_miss = MALFORMED.get(form)
@@ -668,6 +679,7 @@ def write_primer(
     rows: int = 2,
     cols: int = 1,
     follow: float = 0.4,
+    reply_format: str | None = None,
     per_picture: int = 4,
     swap: float = 0.5,
     derange: bool = False,
@@ -678,7 +690,7 @@ def write_primer(
     seed: int = 0,
 ) -> Path:
     """Write `count` primer items (see `primer_items`) to out/primer.jsonl, `per_picture` on each mixed picture."""
-    check_choices(rows, cols, "pair", None, 0.0, swap)
+    check_choices(rows, cols, "pair", reply_format, 0.0, swap)
     pictures, open_picture = open_source(out, images, scenes, size, max_side, split, test_fraction, seed)
     out = make_folder(out)
     records, saved = [], set()
@@ -688,7 +700,8 @@ def write_primer(
         with errors_name(pictures[number]):
             picture = open_picture(pictures[number])
             puzzle, *grid, order = cut_and_mix(picture, rows, cols, rng, swap=swap, derange=derange)
-            items = primer_items(puzzle, *grid, order, min(per_picture, count - len(records)), rng, follow)
+            number = min(per_picture, count - len(records))
+            items = primer_items(puzzle, *grid, order, number, rng, follow, reply_format)
         path = save_image(puzzle, out, saved)
         for item in items:
             records.append({"id": f"primer-{split}-{seed}-{len(records):06d}", "images": [path], **item})
@@ -825,10 +838,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--max-side is for --images; --size sets the size of scenes")
     if args.reply_format and args.think is not None:
         parser.error("give --reply-format or --think/--no-think, not both")
-    if args.primer and (args.question != "pair" or args.reply_format or args.think is not None or args.mask_ratio):
+    if args.primer and (args.question != "pair" or args.think is not None or args.mask_ratio):
         parser.error(
-            "--primer asks about pairs, unmasked, in all reply forms: "
-            "--question full, --reply-format, --think and --mask-ratio do not go with it"
+            "--primer asks about pairs, unmasked: --question full, --think and --mask-ratio do not go with it "
+            "(--reply-format asks for one form only)"
         )
     if not args.primer and (args.follow is not None or args.per_picture is not None):
         parser.error("--follow and --per-picture are for --primer")
@@ -852,8 +865,14 @@ def main(argv=None) -> None:
     }
     try:
         if args.primer:
-            follow = 0.4 if args.follow is None else args.follow
-            path = write_primer(args.out, args.count, follow=follow, per_picture=args.per_picture or 4, **shared)
+            path = write_primer(
+                args.out,
+                args.count,
+                follow=0.4 if args.follow is None else args.follow,
+                reply_format=args.reply_format,
+                per_picture=args.per_picture or 4,
+                **shared,
+            )
         else:
             path = write_puzzles(
                 args.out,

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
@@ -59,14 +60,15 @@ ANSWER_TYPES = ("letter", "digit", "grid", "box", "point", "math", "text")
 def read_jsonl(path):
     """Yield (line number, object) for every non-empty line of a JSONL file. DataError names file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
+            json.dumps(row, ensure_ascii=False).encode("utf-8")  # half a surrogate pair: no tokenizer takes it
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not JSON ({error})") from error
         if not isinstance(row, dict):
@@ -95,6 +97,7 @@ def read_records(paths, check=None, text_fields=()):
     """
     records, seen, pictures = [], {}, {}
     for path in [paths] if isinstance(paths, str | Path) else paths:
+        before = len(records)
         for number, record in read_jsonl(path):
             where = f"{path}:{number}"
             for name, kind in REQUIRED.items():
@@ -113,7 +116,7 @@ def read_records(paths, check=None, text_fields=()):
             marks = record["prompt"].count("<image>")
             if marks not in (0, len(record["images"])):
                 raise DataError(f"{where}: {marks} <image> markers in the prompt, {len(record['images'])} images")
-            if not all(isinstance(name, str) for name in record["images"]):
+            if not all(isinstance(name, str) and "\0" not in name for name in record["images"]):
                 raise DataError(f'{where}: "images" must be a list of paths')
             record["images"] = [str((Path(path).parent / name).resolve()) for name in record["images"]]
             for name in record["images"]:
@@ -124,8 +127,8 @@ def read_records(paths, check=None, text_fields=()):
                 except ValueError as error:
                     raise DataError(f"{where}: {error}") from error
             records.append({**record, "_where": where})
-    if not records:
-        raise DataError(f"{paths if isinstance(paths, str | Path) else ', '.join(map(str, paths))}: no records")
+        if len(records) == before:
+            raise DataError(f"{path}: no records")
 
     def broken(item):  # decode wholly: a truncated file passes every shorter check
         name, where = item
@@ -226,7 +229,7 @@ def run(main):
     except KeyboardInterrupt as stop:
         status = 130
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"\n{stop or 'stopped'}", file=sys.stderr, flush=True)
+            print(f"\n{str(stop) or 'stopped'}", file=sys.stderr, flush=True)
     except SystemExit:
         raise
     except Exception:
@@ -289,6 +292,8 @@ class Encoder:
                 if (Path(path) / name).exists():
                     text = (Path(path) / name).read_text()
                     self.tokenizer.chat_template = json.loads(text)["chat_template"] if name.endswith("json") else text
+        if None in (self.image_token, self.end_id) or not self.tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise DataError(f"{path}: its tokenizer files are missing or incomplete")
         self._cache, self._room = OrderedDict(), cache_bytes
 
     def resize(self, image):
@@ -296,6 +301,9 @@ class Encoder:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         height, width = smart_resize(image.height, image.width, self.factor, self.min_pixels, self.max_pixels)
+        if height * width > self.max_pixels:  # a strip: smart_resize keeps one side at a factor and lets the other be
+            longest = max(self.factor, self.max_pixels // min(height, width) // self.factor * self.factor)
+            height, width = min(height, longest), min(width, longest)
         image = image.convert("RGB")
         return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -335,7 +343,10 @@ class Encoder:
         plain = self.tokenizer(self.chat(record), add_special_tokens=False)["input_ids"]
         if plain.count(self.image_id) != len(record["images"]) or self.video_id in plain:
             raise DataError(f"{where}: the prompt's text holds image or video tokens of its own")
-        pictures = [self.picture(path) for path in record["images"]]
+        try:
+            pictures = [self.picture(path) for path in record["images"]]
+        except (OSError, ValueError) as error:  # too thin a strip, or gone since the records were read
+            raise DataError(f"{where}: an image cannot be encoded ({error})") from error
         ids, images = [], iter(pictures)
         for token in plain:
             repeat = int(next(images)[1].prod()) // self.image_processor.merge_size**2 if token == self.image_id else 1
@@ -354,7 +365,10 @@ class Encoder:
 
     def encode_reply(self, text):
         """Token ids (T,) of a reply's text with the end token appended: what a model would have sampled."""
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.end_id])
+        ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.end_id])
+        if torch.isin(ids, torch.tensor([self.image_id, self.video_id])).any():
+            raise DataError(f"a reply holds image or video tokens: {json.dumps(text)[:60]}")
+        return ids
 
     def decode(self, ids):
         """Text of reply ids. The end token is dropped; any other special token stays visible, so it can be punished."""
@@ -423,7 +437,7 @@ def pack(groups):
 
 def group_mask(segment):
     """(R, L) segment numbers -> (R, 1, L, L) bool: token i may see token j if j is not later and j lies in the prompt or
-    in i's own reply. Padding sees only itself (a row of all False would be NaN)."""
+    in i's own reply. Padding sees the prompt and itself (a row of all False would be NaN), nobody sees it."""
     query, key = segment[:, :, None], segment[:, None, :]
     allowed = ((key == 0) | (key == query)) & (key != IGNORE)
     allowed = allowed.tril() | torch.eye(segment.shape[1], dtype=torch.bool)
@@ -461,13 +475,17 @@ class Policy(nn.Module):
         self.hf = hf
         self.end_ids, self.chunk = tuple(end_ids), chunk
         self.register_buffer("forbidden", torch.tensor(forbidden), persistent=False)
-        self.must_see = False  # sharded: every rank must run the vision tower in every forward, or none returns
+        # In training the vision tower runs in every forward, on a blank picture where a batch has none: sharded ranks must
+        # gather it together, and AdamW must move its weights alike however a batch is cut and dealt.
+        self.must_see = False
 
     def forward(self, batch, cache=None, temperature=1.0):
         """Log-probs (N,) of batch.targets at `temperature`; without targets, logits (N, V).
 
         Only the hidden states in batch.read go through lm_head, `chunk` at a time, recomputed in the backward pass.
         """
+        blind = self.must_see and batch.patches is None and cache is None
+        blank = 0.0 * self.blank_picture() if blind else None  # first, as a picture is: FSDP's collectives have one order
         outputs = self.hf.model(
             input_ids=batch.ids,
             position_ids=batch.positions,
@@ -478,8 +496,8 @@ class Policy(nn.Module):
             use_cache=cache is not None,
         )
         hidden = outputs.last_hidden_state.flatten(0, 1)[batch.read]  # (N, H)
-        if self.must_see and batch.patches is None and cache is None:
-            hidden = hidden + 0.0 * self.blank_picture().sum()
+        if blind:
+            hidden = hidden + blank
         if batch.targets is None:
             return self.logits(hidden, temperature)
         parts = []
@@ -503,14 +521,15 @@ class Policy(nn.Module):
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
     def blank_picture(self):
-        """Features of the smallest black picture: keeps ranks in step when a batch holds no image."""
+        """The sum of all features of the smallest black picture."""
         vision = self.hf.config.vision_config
         merge = vision.spatial_merge_size
         size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         grid = torch.tensor([[1, merge, merge]], device=self.forbidden.device)
         blank = torch.zeros(merge * merge, size, device=self.forbidden.device)
         out = self.hf.model.get_image_features(blank, grid, return_dict=True)
-        return torch.cat(out.pooler_output).float()
+        deep = [torch.cat(part) for part in getattr(out, "deepstack_features", ())]  # Qwen3-VL's, one per tapped block
+        return sum(part.float().sum() for part in [torch.cat(out.pooler_output), *deep])
 
 
 def load(path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False, freeze_vision=False):
@@ -538,15 +557,18 @@ def load(path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False
         config = AutoConfig.from_pretrained(path)
         if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
             raise DataError(f"{path}: model_type {config.model_type} is not supported (qwen2_vl, qwen2_5_vl, qwen3_vl)")
-        hf = AutoModelForImageTextToText.from_pretrained(
+        hf, loaded = AutoModelForImageTextToText.from_pretrained(
             path,
+            output_loading_info=True,
             config=config,
             dtype=weights,
             use_safetensors=True,
             attn_implementation={"": "sdpa", "vision_config": "flash_attention_2" if flash else "sdpa"},
         )
+        if loaded["missing_keys"]:  # transformers would go on with random numbers in their place
+            raise DataError(f"{path}: its safetensors lack {', '.join(sorted(loaded['missing_keys'])[:3])}")
         encoder = Encoder(path, config, hf.model.get_rope_index, max_pixels)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{path}: no model could be loaded ({str(error).splitlines()[0]})") from error
     end_ids = {encoder.end_id}
     try:
@@ -557,6 +579,7 @@ def load(path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False
     policy = Policy(hf, sorted(end_ids), [encoder.image_id, encoder.video_id])
     if freeze_vision:
         hf.model.visual.requires_grad_(False)
+    policy.must_see = train
     if train and (world.size > 1 or world.device.type == "cuda"):
         if world.device.type == "cuda":
             hf.gradient_checkpointing_enable({"use_reentrant": False})
@@ -580,7 +603,6 @@ def shard(policy, world, compute_dtype):
         fully_shard(block, **options)
     fully_shard(policy.hf.model.visual, **options)
     fully_shard(policy, **options)
-    policy.must_see = True
 
 
 def log_probs(policy, groups, temperature=1.0):
@@ -780,6 +802,7 @@ def sharded_units(policy):
 def adamw(policy, lr):
     """AdamW without weight decay over the weights that learn."""
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    assert not sharded_units(policy) or all(hasattr(weight, "full_tensor") for weight in trained), "gathered weights"
     return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=trained[0].is_cuda)
 
 
@@ -856,7 +879,8 @@ class Run:
             run.step = int((run.out / "LATEST").read_text().split("_")[-1])
         world.barrier()
         if world.main:
-            (run.out / "args.json").write_text(json.dumps(settings, indent=1, default=str) + "\n")
+            (run.out / "args.json.partial").write_text(json.dumps(settings, indent=1, default=str) + "\n")
+            (run.out / "args.json.partial").replace(run.out / "args.json")
             for name in ("log.jsonl", "samples.jsonl"):  # drop what a killed run wrote after its last checkpoint
                 path = run.out / name
                 rows = [row for row in run._whole_rows(path) if row["step"] <= run.step] if path.exists() else []
@@ -932,7 +956,8 @@ class Run:
             partial.replace(folder)
             (self.out / "LATEST.partial").write_text(name)
             (self.out / "LATEST.partial").replace(self.out / "LATEST")
-            for old in sorted(folder.parent.glob("step_??????"))[:-keep]:
+            saved = sorted(path for path in folder.parent.glob("step_??????") if path.name <= name)
+            for old in saved[:-keep]:  # a later one, of a run killed before it named it in LATEST, must not count
                 shutil.rmtree(old)
         self.world.barrier()
 
@@ -1056,27 +1081,30 @@ def make_tiny(folder, family="qwen2_5_vl", *, hidden=64, layers=4, heads=2, voca
         "num_key_value_heads": heads,
         "head_dim": size,
         "max_position_embeddings": 4096,
-        "initializer_range": 0.06,
+        "initializer_range": 0.1,
+        # Small heads have few frequencies. Base 100 and a small temporal part leave height and width some that turn
+        # visibly from one image token to the next; with the usual 10,000 the model never learns where a piece lies.
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [size // 2 - 2 * (3 * size // 16), 3 * size // 16, 3 * size // 16],
+            "rope_theta": 100.0,
+            "mrope_section": [size // 2 - 2 * (7 * size // 32), 7 * size // 32, 7 * size // 32],
         },
         "bos_token_id": None,
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
     }
-    vision = {"depth": layers, "num_heads": heads, "initializer_range": 0.06}
+    depth = max(2, layers // 2)
+    vision = {"depth": depth, "num_heads": heads, "initializer_range": 0.1}
     if family == "qwen2_vl":
         text.pop("head_dim")
         vision.update(embed_dim=hidden, hidden_size=hidden, mlp_ratio=2)
     elif family == "qwen2_5_vl":
         text.pop("head_dim")
         vision.update(hidden_size=hidden, out_hidden_size=hidden, intermediate_size=2 * hidden)
-        vision.update(fullatt_block_indexes=[layers - 1])
+        vision.update(fullatt_block_indexes=[depth - 1])
     elif family == "qwen3_vl":
         vision.update(hidden_size=hidden, out_hidden_size=hidden, intermediate_size=2 * hidden)
-        vision.update(deepstack_visual_indexes=[0, layers // 2], num_position_embeddings=64)
+        vision.update(deepstack_visual_indexes=[0, 1], num_position_embeddings=64)
         text["rope_parameters"]["mrope_interleaved"] = True
     else:
         raise DataError(f"--family {family}: qwen2_vl, qwen2_5_vl or qwen3_vl")
@@ -1107,9 +1135,10 @@ def make_tiny(folder, family="qwen2_5_vl", *, hidden=64, layers=4, heads=2, voca
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--tiny", metavar="DIR", required=True, help="write a tiny random model with the real classes here")
-    parser.add_argument("--family", default="qwen2_5_vl", choices=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+    families = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+    parser.add_argument("--family", default="qwen2_5_vl", choices=families, help="which of the real architectures")
     parser.add_argument("--hidden", type=int, default=64, help="hidden size of both towers (multiple of heads x 16)")
-    parser.add_argument("--layers", type=int, default=4, help="blocks in each tower")
+    parser.add_argument("--layers", type=int, default=4, help="decoder blocks; the vision tower has half as many")
     parser.add_argument("--heads", type=int, default=2, help="attention heads; vLLM wants hidden/heads of 32 or 64")
     parser.add_argument("--vocab", type=int, default=0, help="rows of the embedding; 0: as many as the tokenizer has")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")

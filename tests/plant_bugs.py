@@ -37,14 +37,67 @@ class Bug(NamedTuple):
     tests: str  # what to run: test files, or file::test, with spaces between
 
 
+def some(file, *names):
+    """Only these tests of a file."""
+    return " ".join(f"tests/{file}.py::test_{name}" for name in names)
+
+
 LOSSES = "tests/test_losses.py"
-DPO = "tests/test_dpo.py"
-GRPO = "tests/test_grpo.py"
-MODEL = "tests/test_model.py"
-SAMPLER = "tests/test_sampler.py"
 REWARDS = "tests/test_rewards.py"
 JIGSAW = "tests/test_jigsaw.py"
-EVAL = "tests/test_eval.py"
+# The other files take longer: from them only the tests that must notice.
+GROUPS = some(
+    "test_model",
+    "a_group_has_the_log_probs_and_gradients_of_the_plain_layout",
+    "so_it_has_at_temperature_0_7",
+    "image_and_video_pads_have_no_probability_and_the_rest_sums_to_1",
+)
+SAMPLER = some(
+    "test_model",
+    "greedy_replies_equal_generate",
+    "drawn_log_probs_are_those_of_the_trainer",
+    "the_same_seeds_give_the_same_replies_and_others_do_not",
+    "replies_stop_one_by_one_and_those_that_are_left_go_on_as_if_nothing_had_ended",
+    "image_and_video_pads_are_never_sampled_however_likely",
+    "cuts_do_not_change_the_log_probs_that_are_returned",
+)
+DRAW = some(
+    "test_model",
+    "a_draw_inverts_the_cumulated_distribution",
+    "top_k_keeps_the_k_likeliest_and_rescales_them",
+    "top_p_keeps_the_smallest_set_that_reaches_p",
+    "top_p_counts_after_top_k",
+)
+ENCODER = some("test_model", "a_reply_survives_encoding_and_decoding_with_every_special_token_visible")
+ORDER = some("test_model", "every_epoch_is_a_permutation_of_its_own", "another_seed_gives_another_order")
+UPDATES = some("test_model", "learning_rates_by_hand", "an_update_clips_the_norm_sets_the_rate_and_clears_the_gradient")
+CHECKPOINT = some("test_model", "a_resumed_run_ends_with_the_weights_of_an_unbroken_one")
+EVAL = some(
+    "test_eval",
+    "gains_of_50_and_20_give_22_point_7",
+    "pass_at_k_by_hand",
+    "a_summary_is_the_mean_over_replies_per_source_and_over_all",
+    "ood_weights_weigh_the_sources",
+    "nothing_a_model_wrote_becomes_markup",
+)
+PAIRS = some(
+    "test_distill",
+    "each_corruption_moves_its_tags_and_no_other_character",
+    "every_corruption_breaks_the_format_and_leaves_the_answer_to_a_reader",
+    "chosen_is_the_policys_and_rejected_the_bases_broken",
+    "the_five_corruptions_are_equally_likely",
+    "a_question_without_a_pair_says_why",
+)
+DPO_LOG = some("test_stages", "every_loss_of_dpo_trains_and_logs_what_it_minimises")
+DPO_NUMBERS = some(
+    "test_stages", "dpo_measures_implicit_rewards_against_the_starting_model_and_not_against_itself"
+)
+GRPO_NUMBERS = some("test_stages", "the_reward_and_its_parts_are_means_over_all_replies")
+GRPO_GRADIENT = some("test_stages", "skipping_groups_without_signal_leaves_the_gradient_as_it_is")
+GRPO_SETTINGS = some("test_stages", "grpo_trains_with_the_settings_of")
+GRPO_UPDATES = some("test_stages", "updates_above_1_take_that_many_optimizer_steps_on_the_same_replies")
+MICRO_BATCHES = some("test_stages", "the_size_of_micro_batches_does_not_matter")
+RESUME = some("test_resume", "more_steps_can_be_asked_for_later_and_equal_a_longer_run")
 
 # fmt: off
 BUGS = [Bug(*entry) for entry in (
@@ -91,49 +144,97 @@ BUGS = [Bug(*entry) for entry in (
      "return -(weight[:, None] * logp", "return (weight[:, None] * logp", LOSSES),
     ("SFT counts padding", "dpo.py", "logp.masked_fill(~mask, 0.0)", "logp", LOSSES),
     ("chosen and rejected are swapped in the batch", "dpo.py",
-     'else ["chosen", "rejected"]', 'else ["rejected", "chosen"]', DPO),
+     'else ["chosen", "rejected"]', 'else ["rejected", "chosen"]', DPO_NUMBERS),
     ("DPO averages the log-probs over the reply", "dpo.py",
-     "summed = logp.sum(1).view(-1, 2)", "summed = (logp.sum(1) / mask.sum(1)).view(-1, 2)", DPO),
+     "summed = logp.sum(1).view(-1, 2)", "summed = (logp.sum(1) / mask.sum(1)).view(-1, 2)", DPO_NUMBERS),
     ("the SFT part learns the rejected replies too", "dpo.py",
-     'chosen = slice(None, None, 1 if args.loss == "sft" else 2)', "chosen = slice(None, None, 1)", DPO),
-    ("the SFT weight is ignored", "dpo.py", "args.sft_weight * loss_sft", "loss_sft", DPO),
-    ("each micro-batch has its own normaliser", "dpo.py",
-     "loss_dpo = (losses * real).sum() / len(batch)", "loss_dpo = losses.mean()", DPO),
+     'chosen = slice(None, None, 1 if args.loss == "sft" else 2)', "chosen = slice(None, None, 1)", DPO_NUMBERS),
+    ("the SFT part is the mean of the pairs' means", "dpo.py",
+     "real / chosen_tokens)", "real / len(batch) / mask[chosen].sum(1))", DPO_NUMBERS),
+    ("the SFT weight is ignored", "dpo.py", "args.sft_weight * loss_sft", "loss_sft",
+     DPO_LOG),
+    ("DPO divides each micro-batch by its own size", "dpo.py",
+     "loss_dpo = (losses * real).sum() / len(batch)", "loss_dpo = losses.mean()", MICRO_BATCHES),
     ("a resumed run takes the trained model as its reference", "dpo.py",
-     "    reference = {}\n", "    run.restore(policy, m.adamw(policy, args.lr))\n    reference = {}\n", DPO),
+     "    reference = {}\n", "    run.restore(policy, m.adamw(policy, args.lr))\n    reference = {}\n", RESUME),
+    ("dpo.py forgets to restore", "dpo.py", "run.restore(policy, optimizer)", "pass", RESUME),
+
+    # ---- grpo.py: the stage
+    ("replies are scored against the next record", "grpo.py",
+     "for record, group in zip(mine, texts, strict=True)",
+     "for record, group in zip(mine[1:] + mine[:1], texts, strict=True)", GRPO_NUMBERS),
+    ("every step has the same prompts", "grpo.py", "len(records), step * P, P)", "len(records), 0, P)", GRPO_NUMBERS),
+    ("seeds do not depend on the step", "grpo.py",
+     "(args.seed * 10**6 + step) * 10**6 + place", "args.seed * 10**12 + place", GRPO_NUMBERS),
+    ("log-probs are taken at temperature 1, whatever the sampler's", "grpo.py",
+     "m.log_probs(policy, rows, args.temperature)", "m.log_probs(policy, rows)", GRPO_SETTINGS),
+    ("the reference is the policy itself", "grpo.py",
+     "m.log_probs(reference, rows, args.temperature)", "m.log_probs(policy, rows, args.temperature)", GRPO_SETTINGS),
+    ("the reference's log-probs are at temperature 1", "grpo.py",
+     "m.log_probs(reference, rows, args.temperature)", "m.log_probs(reference, rows)", GRPO_SETTINGS),
+    ("--format-weight is ignored", "grpo.py",
+     "rewards.score(text, record, format_weight=args.format_weight)", "rewards.score(text, record)", GRPO_SETTINGS),
+    ("after skipping groups the advantages of others are taken", "grpo.py",
+     "torch.cat([advantages[useful[i]] for i in micro])", "torch.cat([advantages[i] for i in micro])", GRPO_GRADIENT),
+    ("skipped groups do not count in the normaliser", "grpo.py",
+     "args.normalizer, P * G, tokens,", "args.normalizer, len(useful) * G, tokens,", GRPO_GRADIENT),
+    ("--advantage-scale is ignored", "grpo.py",
+     "group_advantages(everyone, args.advantage_scale)", "group_advantages(everyone)", GRPO_GRADIENT),
+    ("--normalizer is ignored", "grpo.py", "token_weights(size, args.normalizer,", 'token_weights(size, "sequence",',
+     GRPO_GRADIENT),
+    ("each micro-batch is normalised by itself", "grpo.py",
+     "P * G, tokens, args.max_new_tokens)", "len(size), size.sum().item(), args.max_new_tokens)", MICRO_BATCHES),
+    ("the old log-probs are those of now, so that nothing is ever clipped", "grpo.py",
+     "                ref = None\n", "                old = logp.detach()\n                ref = None\n",
+     GRPO_UPDATES),
+    ("grpo.py forgets to restore", "grpo.py", "run.restore(policy, optimizer)", "pass", RESUME),
+
+    # ---- distill.py
+    ("the corruptions all_tags and think_tags are one", "distill.py",
+     'remove(reply, "<think>", "</think>", "<answer>", "</answer>")', 'remove(reply, "<think>", "</think>")', PAIRS),
+    ("the end of thinking is not moved", "distill.py",
+     'remove(reply, "<answer>", "</answer>", "</think>") + "</think>"',
+     'remove(reply, "<answer>", "</answer>")', PAIRS),
+    ("the same corruption is drawn every time", "distill.py",
+     "kind = rng.choice(list(broken))", "kind = list(broken)[0]", PAIRS),
+    ("a wrong reply can be rejected", "distill.py", "if coupled or is_right(", "if True or is_right(", PAIRS),
+    ("a wrong reply can be chosen", "distill.py",
+     "for reply, answer in formed if is_right(answer, record)]", "for reply, answer in formed]", PAIRS),
+    ("reasoning that contradicts its answer is chosen", "distill.py",
+     "not rewards.contradicts(reason, answer, record)", "True", PAIRS),
 
     # ---- model.py: prompt-once rows
-    ("a reply sees its siblings", "model.py", "((key == 0) | (key == query))", "((key == 0) | (key <= query))", MODEL),
-    ("tokens see the future", "model.py", "allowed = allowed.tril() |", "allowed = allowed |", MODEL),
-    ("a reply does not see its prompt", "model.py", "((key == 0) | (key == query))", "(key == query)", MODEL),
+    ("a reply sees its siblings", "model.py", "((key == 0) | (key == query))", "((key == 0) | (key <= query))", GROUPS),
+    ("tokens see the future", "model.py", "allowed = allowed.tril() |", "allowed = allowed |", GROUPS),
+    ("a reply does not see its prompt", "model.py", "((key == 0) | (key == query))", "(key == query)", GROUPS),
     ("replies start one position late", "model.py",
-     "prompt.next + torch.arange(size)", "prompt.next + 1 + torch.arange(size)", MODEL),
+     "prompt.next + torch.arange(size)", "prompt.next + 1 + torch.arange(size)", GROUPS),
     ("replies start at the prompt's length, not at the end of its M-RoPE", "model.py",
-     "prompt.next + torch.arange(size)", "len(prompt.ids) + torch.arange(size)", MODEL),
+     "prompt.next + torch.arange(size)", "len(prompt.ids) + torch.arange(size)", GROUPS),
     ("positions continue from one reply to the next", "model.py",
-     "prompt.next + torch.arange(size)", "prompt.next + start - end + torch.arange(size)", MODEL),
+     "prompt.next + torch.arange(size)", "prompt.next + start - end + torch.arange(size)", GROUPS),
     ("logits are shifted by one token", "model.py",
      "torch.cat([torch.tensor([end - 1]), start + torch.arange(size)])",
-     "torch.cat([torch.tensor([end - 1]), start - 1 + torch.arange(size)])", MODEL),
+     "torch.cat([torch.tensor([end - 1]), start - 1 + torch.arange(size)])", GROUPS),
     ("a reply's first token is predicted from its sibling's end", "model.py",
-     "torch.cat([torch.tensor([end - 1]), start", "torch.cat([torch.tensor([start - 1]), start", MODEL),
+     "torch.cat([torch.tensor([end - 1]), start", "torch.cat([torch.tensor([start - 1]), start", GROUPS),
     ("the end token is dropped from the mask", "model.py",
      "mask = lay_out(torch.ones_like(values, dtype=torch.bool), batch.place, False)",
-     "mask = lay_out(batch.targets != policy.end_ids[0], batch.place, False)", MODEL),
+     "mask = lay_out(~torch.isin(batch.targets, torch.tensor(policy.end_ids)), batch.place, False)", GROUPS),
     ("replies are encoded without their end token", "model.py",
-     '["input_ids"] + [self.end_id])', '["input_ids"])', MODEL),
+     '["input_ids"] + [self.end_id])', '["input_ids"])', ENCODER),
     ("pictures of a batch are in the wrong order", "model.py",
-     "torch.cat([prompt.patches for prompt in seen])", "torch.cat([prompt.patches for prompt in seen[::-1]])", MODEL),
+     "torch.cat([prompt.patches for prompt in seen])", "torch.cat([prompt.patches for prompt in seen[::-1]])", GROUPS),
     ("the temperature is not applied in log-probs", "model.py",
-     "logits = self.logits(hidden, temperature)", "logits = self.logits(hidden, 1.0)", f"{MODEL} {SAMPLER}"),
+     "logits = self.logits(hidden, temperature)", "logits = self.logits(hidden, 1.0)", GROUPS),
     ("logits are multiplied by the temperature", "model.py",
-     "logits = logits / temperature", "logits = logits * temperature", f"{MODEL} {SAMPLER}"),
+     "logits = logits / temperature", "logits = logits * temperature", GROUPS),
     ("every epoch has the same order", "model.py",
-     'random.Random(f"{seed}/{epoch}")', 'random.Random(f"{seed}")', MODEL),
-    ("the learning rate warms up from zero", "model.py", "peak * (step + 1) / warmup", "peak * step / warmup", MODEL),
+     'random.Random(f"{seed}/{epoch}")', 'random.Random(f"{seed}")', ORDER),
+    ("the learning rate warms up from zero", "model.py", "peak * (step + 1) / warmup", "peak * step / warmup", UPDATES),
     ("resume does not restore the optimizer", "model.py",
-     'copy_full(state[key], moments[f"{name}/{key}"])', "pass", MODEL),
-    ("gradients are not clipped", "model.py", "max_norm or math.inf", "math.inf", MODEL),
+     'copy_full(state[key], moments[f"{name}/{key}"])', "pass", CHECKPOINT),
+    ("gradients are not clipped", "model.py", "max_norm or math.inf", "math.inf", UPDATES),
 
     # ---- model.py: sampler
     ("image pads can be sampled", "model.py",
@@ -151,9 +252,12 @@ BUGS = [Bug(*entry) for entry in (
      "torch.where(ended, step + 1, size[alive])", "torch.where(ended, step, size[alive])", SAMPLER),
     ("a sampled reply goes on after its end", "model.py",
      "ended = torch.isin(token, end_ids) & ~finished[alive]", "ended = torch.isin(token, end_ids)", SAMPLER),
-    ("top-k keeps one token too many", "model.py", "kept.topk(top_k, -1)", "kept.topk(top_k + 1, -1)", SAMPLER),
+    ("top-k keeps one token too many", "model.py", "kept.topk(top_k, -1)", "kept.topk(top_k + 1, -1)", DRAW),
     ("top-p drops the token that reaches the mass", "model.py", "ordered.cumsum(-1) - ordered >= top_p",
-     "ordered.cumsum(-1) >= top_p", SAMPLER),
+     "ordered.cumsum(-1) >= top_p", DRAW),
+    ("log-probs are those after top-k and top-p", "model.py",
+     "    token = token.clamp_max(logits.shape[-1] - 1)\n",
+     "    token, log_probs = token.clamp_max(logits.shape[-1] - 1), kept.log_softmax(-1)\n", SAMPLER),
 
     # ---- rewards.py
     ("the format weight is ignored", "rewards.py", "format_weight * well_formed", "0.5 * well_formed", REWARDS),
@@ -212,7 +316,7 @@ BUGS = [Bug(*entry) for entry in (
     ("a partly right grid passes", "eval.py", "value >= 1 for value in", "value > 0 for value in", EVAL),
     ("the weights of the OOD sources are ignored", "eval.py", "share = weights or dict", "share = dict", EVAL),
     ("text of the model reaches the page as markup", "eval.py",
-     "html.escape(text + more, quote=True)", "text + more", EVAL),
+     'html.escape("".join(seen) + more, quote=True)', '"".join(seen) + more', EVAL),
 )]
 # fmt: on
 
@@ -232,8 +336,11 @@ def problem_with(bug: Bug) -> str | None:
         compile(text.replace(bug.old, bug.new), bug.file, "exec")
     except SyntaxError as error:
         return f"with it {bug.file} is not Python any more, so that every test fails, which shows nothing ({error})"
-    missing = [name for name in bug.tests.split() if not (ROOT / name.split("::")[0]).exists()]
-    return f"there is no {', '.join(missing)}" if missing else None
+    for test in bug.tests.split():
+        path, _, function = test.partition("::")
+        if not (ROOT / path).exists() or f"def {function}" not in (ROOT / path).read_text(encoding="utf-8"):
+            return f"there is no {test}"
+    return None
 
 
 def source_files() -> list[str]:

@@ -270,17 +270,23 @@ def test_smoothing_is_a_centred_mean():
     assert evaluation.smooth([1, 2, 6], 1) == [1, 2, 6]
 
 
-def test_the_table_has_a_row_a_stage_a_column_a_source_and_gf_where_there_is_one():
+def test_the_table_has_a_column_a_stage_a_row_a_source_and_gf_where_there_is_one():
     first = {"sources": {"a": {"accuracy": 0.5, "format": 0.25}}, "gf": None}
     second = {
         "sources": {"b": {"accuracy": 1.0, "format": 0.125}},
         "gf": {"gain_id": 50, "gain_ood": 20, "gf": 22.7272},
     }
+    assert len(evaluation.stage_table({"one": first})) == 2  # no rows about a GF that nobody measured
     table = evaluation.stage_table({"one": first, "two": second})
-    assert table == [["stage", "a", "b", "gain ID", "gain OOD", "GF"],
-                     ["one", "50.0 / 25.0", "–", "–", "–", "–"],
-                     ["two", "–", "100.0 / 12.5", "50.0", "20.0", "22.7"]]  # fmt: skip
-    assert evaluation.markdown_table(table).splitlines()[3].startswith("| two   | –           | 100.0 / 12.5 |")
+    assert table == [
+        ["set of questions", "one", "two"],
+        ["a", "50.0 / 25.0", "–"],
+        ["b", "–", "100.0 / 12.5"],
+        ["gain ID", "–", "50.0"],
+        ["gain OOD", "–", "20.0"],
+        ["GF", "–", "22.7"],
+    ]
+    assert evaluation.markdown_table(table).splitlines()[3] == "| b                | –           | 100.0 / 12.5 |"
 
 
 def test_the_same_question_is_shown_with_every_stages_reply(tmp_path):
@@ -296,7 +302,9 @@ def test_the_same_question_is_shown_with_every_stages_reply(tmp_path):
 def test_a_long_reply_and_many_questions_keep_the_page_small(tmp_path):
     hostile_result(tmp_path, "one.json")
     result = json.loads((tmp_path / "one.json").read_text())
-    result["rows"] = [result["rows"][0] | {"id": str(i), "replies": ["<" * 2_000_000]} for i in range(20)]
+    result["rows"] = [
+        result["rows"][0] | {"id": str(i), "source": str(i % 3), "replies": ["<" * 2_000_000]} for i in range(20)
+    ]
     evaluation.write_result(tmp_path / "one.json", result)
     evaluation.main(["--report", str(tmp_path / "r.html"), "--results", str(tmp_path / "one.json")])
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
@@ -363,7 +371,7 @@ def tiny(tmp_path_factory):
     for form in ("think", "boxed"):
         jigsaw.write_puzzles(folder / form, 5, scenes=5, swap=0.0, reply_format=form, seed=3)
     puzzles = [json.loads(line) for line in (folder / "think/records.jsonl").read_text().splitlines()]
-    rows = [{"id": f"open-{i}", "images": puzzle["images"], "prompt": f"Question {i}: what is this?", "answer": "a house",
+    rows = [{"id": f"open-{i}", "images": puzzle["images"], "prompt": f"Question {i}: what is it?", "answer": "a house",
              "answer_type": "text", "think": False, "source": "open"} for i, puzzle in enumerate(puzzles)]  # fmt: skip
     model.write_jsonl(folder / "think/open.jsonl", rows)
     return folder
@@ -399,8 +407,22 @@ def test_the_numbers_count_what_the_model_really_said(tiny, capsys):
     assert numbers["pass@4"] == pytest.approx(0.2) and numbers["pass@8"] == pytest.approx(0.4)
     assert numbers["length"] == pytest.approx(sum(sum(row["length"]) for row in second["rows"]) / 40)
     assert [row.get("replies") for row in second["rows"]] == [*said[:3], None, None]
+    assert all(row["parsed"] == [form == 1 for form in row["format"]] for row in second["rows"])
+    assert numbers["unparsed"] == 40 - sum(sum(row["format"]) for row in second["rows"]) < 20
     assert second["rows"][0]["images"][0].startswith("think/images/")
     assert "open:bare" in capsys.readouterr().out
+
+
+def test_sampling_among_one_token_is_greedy(tiny):
+    def said(name, *flags):
+        result = evaluate(tiny, "--data", tiny / "think/open.jsonl", "--limit", 2, "--out", tiny / name, *flags)
+        return [row["replies"] for row in result["rows"]]
+
+    greedy = said("greedy.json")
+    assert said("top-k.json", "--temperature", 1, "--top-k", 1) == greedy
+    assert said("top-p.json", "--temperature", 1, "--top-p", 1e-6) == greedy
+    assert said("free.json", "--temperature", 1) != greedy
+    assert said("seed.json", "--temperature", 1, "--seed", 7) != said("free.json", "--temperature", 1)
 
 
 def test_the_generalization_factor_of_a_model_against_itself_is_zero_and_against_less_is_not(tiny, capsys):
@@ -455,4 +477,4 @@ def test_a_report_is_made_from_a_real_evaluation_after_its_folder_was_moved(tiny
                      "--results", str(tmp_path / "moved/real.json")])  # fmt: skip
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     assert sum(tag == "img" for tag, _ in page.tags) == 5 and "no longer there" not in "".join(page.text)
-    assert table.read_text().startswith("| stage | jigsaw-pair-2x1 |\n")
+    assert table.read_text().startswith("| set of questions | real ")

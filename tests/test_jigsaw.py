@@ -289,7 +289,7 @@ READERS = {
     "json": r'\{"reason": "(?P<r>[^"]+)", "answer": "(?P<a>[^"]+)"\}',
     "line": r"(?P<r>[^<{}\n]+)\nAnswer: (?P<a>[^\n]+)",
 }
-REASON = r"(\d) looks (\w+), (\d) looks (\w+)\. so (\d) (was|is) (.+)\."
+REASON = r"(\d) looks (\w+), (\d) looks (\w+)\. so (\d) (was|is) (.+) [A-H]\."
 
 
 def readable_as(reply):

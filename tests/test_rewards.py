@@ -90,6 +90,9 @@ BAD = {
         "<think>R</think></answer>B<answer>",
         "</think>R<think><answer>B</answer>",
         "< think>R</think><answer>B</answer>",
+        "<think>R<think>R</think><answer>B</answer>",
+        "<think>R<answer>R</think><answer>B</answer>",
+        "<think>R<answer>B</think></answer>",
         "<think>R</think><answer>B</answer>\x00",
     ],
     "bare": [
@@ -121,6 +124,7 @@ BAD = {
         "R \\boxed{B}}",
         "R \\boxed B",
         "R boxed{B}",
+        "\\boxed A \\boxed{B}",
     ],
     "json": [
         '{"reason": "R", "answer": "B"} ',
@@ -163,6 +167,12 @@ def test_a_reply_that_is_off_by_one_detail_earns_nothing(fmt):
     for reply in BAD[fmt]:
         expected = {"reward": 0.0, "accuracy": 0.0, "format": 0.0, "answer": None}
         assert rewards.score(reply, letter("B", fmt)) == expected, reply
+
+
+@pytest.mark.parametrize("fmt", ["think", "boxed", "line"])
+def test_a_reply_that_is_off_by_one_detail_is_not_even_split(fmt):
+    for reply in BAD[fmt]:
+        assert rewards.read_reply(reply, fmt) is None, reply
 
 
 def test_a_reply_in_another_format_than_the_asked_one_earns_nothing():
@@ -472,6 +482,42 @@ def test_another_value_or_a_second_value_is_not_five(text):
     assert rewards.score(think(text), of("math", "5"))["accuracy"] == 0.0
 
 
+@pytest.mark.parametrize("text", ["4 or 5", "5 or 6", "5 and 6", "not 5", "5 OR 6", "4 = 5", "x=4=5", "5; 6", "5?"])
+def test_a_hedge_is_not_even_readable_as_mathematics(text):
+    assert rewards.score(think(text), of("math", "5"))["format"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9^{9^9}",
+        "9**9",
+        "9^9999",
+        "9^99999999",
+        "9^{9999}",
+        "99^{99}!",
+        "99^99!",
+        "100!",
+        "9!!",
+        "(9!)!",
+        "9^9\\text{}999",
+        "9^9\\text{ }999",
+    ]
+    + [
+        "9^9\\!999",
+        "((9^{99})^{99})^{99}",
+        "(a+b+c)^{6}",
+        "(a+b)^{61}",
+        "\\sum_{n=1}^{9} n",
+        "9" * 31,
+        "1+" * 100 + "1",
+    ],
+)
+def test_what_could_keep_algebra_busy_is_not_shown_to_it(text):
+    assert not rewards.harmless_math(text)
+    assert rewards.parse_math(text) == []
+
+
 def test_a_mathematical_bomb_is_refused_before_any_algebra_is_done():
     start = time.perf_counter()
     for text in [
@@ -482,6 +528,7 @@ def test_a_mathematical_bomb_is_refused_before_any_algebra_is_done():
         "(9^9\\!99999999, 1)",
         "(9^99999999, 1)",
         "99^{99}!",
+        "99^99!",
         "9**9**9**9",
         "((9^{99})^{99})^{99}",
         "99999999!",
@@ -787,6 +834,8 @@ def test_the_asked_place_goes_before_every_other_place():
         ("It is above and left", "A", True),
         ("It is above", "C", True),
         ("above or below", "A", False),
+        ("either above or above and left", "B", False),
+        ("It is not option A", "B", False),
         ("It is not above", "A", False),
         ("It is not above, so it is below", "A", True),
         ("It isn't quite above, so below", "B", False),

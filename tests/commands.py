@@ -1,0 +1,179 @@
+"""What the tests of whole runs share: something to train on, and three ways to run a stage.
+
+    call(stage, …)       here, in this process
+    start(stage, …)      as a command of its own, to be killed or waited for
+    torchrun(jobs, …)    several runs one after the other in one pair of processes (starting Python costs seconds)
+
+Every process gets one thread: sums of floats then have one order, and equal runs give equal bits.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What a model of the tests is taught to say, for 40 updates. Most of these are well-formed, some right, so that groups
+# of replies earn different rewards: with a model that speaks noise, every reward would be 0 and nothing would be learned.
+SAYINGS = ("A", "B", "A", "B", "A or B", "so A", "")
+
+
+def flags(**settings):
+    """{"max_new_tokens": 8, "resume": True, "kl": None} -> ["--max-new-tokens", "8", "--resume"]"""
+    argv = []
+    for name, value in settings.items():
+        if value is None or value is False:
+            continue
+        argv.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            argv += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return argv
+
+
+def call(stage, **settings):
+    """Run a stage's main() in this process."""
+    threads = torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    torch.set_num_threads(1)
+    try:
+        importlib.import_module(stage).main(flags(**settings))
+    finally:
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def environment():
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+
+
+def start(*command, **settings):
+    """Start `python command… --flags`: -> a Popen that leads a process group of its own. Finish it with `end`."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, command), *flags(**settings)],
+        cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def end(process, timeout=60):
+    """Wait for a started command: -> (exit status, stdout, stderr). A hang is a failure, and leaves nothing behind."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {timeout} s: {process.args}\n{out[-2000:]}\n{err[-4000:]}") from None
+    return process.returncode, out, err
+
+
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def torchrun(jobs, folder, timeout=150):
+    """Run jobs, a list of (stage, settings), in two processes. Fails with their output when they fail or hang."""
+    path = Path(folder) / "jobs.json"
+    path.write_text(json.dumps([[stage, flags(**settings)] for stage, settings in jobs]))
+    status, out, err = end(start(*TWO_PROCESSES, __file__, path), timeout)
+    assert status == 0, f"{out[-2000:]}\n{err[-6000:]}"
+
+
+def rows(out):
+    """log.jsonl of a run directory."""
+    path = Path(out) / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def timeless(out):
+    """log.jsonl without what the clock decides."""
+    return [
+        {key: value for key, value in row.items() if not key.startswith("seconds") and not key.endswith("_per_s")}
+        for row in rows(out)
+    ]
+
+
+def weights(out, name="model.safetensors"):
+    return load_file(Path(out) / name)
+
+
+def distance(one, other):
+    """Largest difference between two sets of weights."""
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+class Material:
+    """A folder with things to train on, made once per test run (about 10 s).
+
+    tiny       a model with random weights
+    speaker    the same model after a little SFT on SAYINGS
+    records    four puzzles with pictures (p0 … p3) and four questions without (t0 … t3), answered by a letter
+    pairs      the same with chosen and rejected replies of different lengths
+    """
+
+    def __init__(self, folder):
+        self.folder, self.tiny, self.speaker = folder, folder / "tiny", folder / "speaker"
+        self.data, self.pair_data = folder / "records.jsonl", folder / "pairs.jsonl"
+        if not (folder / "done").exists():
+            self.make()
+        self.records = [json.loads(line) for line in self.data.read_text().splitlines()]
+        self.pairs = [json.loads(line) for line in self.pair_data.read_text().splitlines()]
+
+    def make(self):
+        import jigsaw
+        import model
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        model.make_tiny(self.tiny, layers=2)
+        jigsaw.main(flags(scenes=4, count=4, no_think=True, swap=0, out=self.folder / "puzzles"))
+        records = [json.loads(line) for line in (self.folder / "puzzles/records.jsonl").read_text().splitlines()]
+        for number, record in enumerate(records):
+            record |= {"id": f"p{number}", "images": [f"puzzles/{name}" for name in record["images"]]}
+        records += [self.question(f"t{number}", f"Give one letter, {'again ' * number}please.") for number in range(4)]
+        write(self.data, records)
+        primer = [
+            record | {"id": f"{record['id']}/{number}", "chosen": text or "1 looks dark"}
+            for record in records
+            for number, text in enumerate(SAYINGS)
+        ]
+        longer = ["A or B", "so it was A", "Answer: B", "1 looks dark, so A"]
+        replies = [{"chosen": "BA"[number % 2], "rejected": longer[number % 4]} for number in range(8)]
+        replies[2]["chosen"] = "B, because 2 looks light"
+        write(self.pair_data, [record | reply for record, reply in zip(records, replies, strict=True)])
+        call(
+            "dpo", model=self.tiny, data=write(self.folder / "primer.jsonl", primer), out=self.speaker, loss="sft",
+            batch=28, steps=40, lr=3e-3, save_every=0,
+        )  # fmt: skip
+        (self.folder / "done").touch()
+
+    @staticmethod
+    def question(name, prompt, **changes):
+        record = {"id": name, "images": [], "prompt": prompt, "answer": "A", "answer_type": "letter", "think": False}
+        return record | {"source": "words"} | changes
+
+    def dpo(self, **settings):
+        """Settings of a short dpo.py run: 8 pairs, 4 per update."""
+        return {"model": self.speaker, "data": self.pair_data, "batch": 4, "steps": 3, "lr": 1e-3} | settings
+
+    def grpo(self, **settings):
+        """Settings of a short grpo.py run: 4 prompts with 4 replies each."""
+        common = {"model": self.speaker, "data": self.data, "prompts": 4, "group": 4, "max_new_tokens": 8}
+        return common | {"steps": 3, "lr": 1e-3} | settings
+
+
+if __name__ == "__main__":  # one of the processes that `torchrun` starts
+    for stage, argv in json.loads(Path(sys.argv[1]).read_text()):
+        importlib.import_module(stage).main(argv)
+    torch.distributed.destroy_process_group()

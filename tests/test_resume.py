@@ -1,0 +1,199 @@
+"""Stop a run anywhere, go on with --resume, and end with the same bits as a run that nobody stopped.
+
+Commands are really killed, at moments drawn at random. What cannot be hit by chance (the instant between two renames,
+half a line in the log) is laid out by hand.
+"""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+import model as m
+from commands import ROOT, Material, call, distance, end, rows, start, timeless, weights
+
+STEPS = 24
+SETTINGS = {
+    "dpo": {"steps": STEPS, "save_every": 3, "schedule": "linear", "warmup": 4},
+    "grpo": {"steps": STEPS, "save_every": 3, "schedule": "linear", "kl": 0.04, "updates": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    return Material(tmp_path_factory.getbasetemp() / "material")
+
+
+@pytest.fixture(scope="module")
+def unbroken(material, tmp_path_factory):
+    """{stage: the directory of a run that nobody stopped}"""
+    folder = tmp_path_factory.mktemp("unbroken")
+    for stage, settings in SETTINGS.items():
+        call(stage, **getattr(material, stage)(out=folder / stage, **settings))
+    return {stage: folder / stage for stage in SETTINGS}
+
+
+def stop_once(process, out, step, delay, number):
+    """Send a signal to a running command `delay` seconds after it logged `step`."""
+    deadline = time.monotonic() + 60
+    while len(rows_so_far(out)) < step:
+        assert process.poll() is None and time.monotonic() < deadline, f"{process.args} did not reach step {step}"
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(number)
+
+
+def rows_so_far(out):
+    path = out / "log.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def check_same(out, whole, steps=STEPS):
+    """The same weights to the bit, the same optimizer state, the same log and samples."""
+    assert timeless(out) == timeless(whole)
+    assert (out / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    assert distance(weights(out), weights(whole)) == 0
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        folder = f"checkpoints/step_{steps:06d}"
+        assert distance(weights(out / folder, name), weights(whole / folder, name)) == 0
+    assert (out / "LATEST").read_text() == f"step_{steps:06d}"
+    assert not list(out.rglob("*.partial"))
+
+
+def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(material, unbroken, tmp_path):
+    draw = random.Random()
+    moments = {stage: (draw.randrange(4, 16), draw.uniform(0, 0.15)) for stage in SETTINGS}
+    print("killed at", moments)  # shown when the test fails
+    started = {
+        stage: start(ROOT / f"{stage}.py", **getattr(material, stage)(out=tmp_path / stage, **settings))
+        for stage, settings in SETTINGS.items()
+    }
+    for stage, process in started.items():
+        stop_once(process, tmp_path / stage, *moments[stage], signal.SIGKILL)
+    for stage, process in started.items():
+        out = tmp_path / stage
+        assert end(process)[0] == -signal.SIGKILL
+        assert not (out / "model.safetensors").exists() and 3 <= len(rows(out)) < STEPS
+        # what a less lucky moment leaves behind: half a line, half a checkpoint
+        for name in ("log.jsonl", "samples.jsonl"):
+            with open(out / name, "a") as file:
+                file.write('{"step": 17, "loss": 0.')
+        half = out / "checkpoints/step_000018.partial"
+        half.mkdir()
+        (half / "weights.safetensors").write_bytes(b"half")
+        (out / "log.jsonl.partial").write_text('{"step"')
+        call(stage, **getattr(material, stage)(out=out, resume=True, **SETTINGS[stage]))
+        check_same(out, unbroken[stage])
+
+
+def test_sigterm_and_ctrl_c_save_a_checkpoint_end_with_130_and_resume_to_the_same_bits(material, unbroken, tmp_path):
+    started = {
+        stage: start(ROOT / f"{stage}.py", **getattr(material, stage)(out=tmp_path / stage, **settings))
+        for stage, settings in SETTINGS.items()
+    }
+    for stage, number in (("grpo", signal.SIGTERM), ("dpo", signal.SIGINT)):
+        stop_once(started[stage], tmp_path / stage, 7, 0.01, number)
+    for stage, process in started.items():
+        out = tmp_path / stage
+        status, _, err = end(process)
+        done = len(rows(out))
+        assert status == 130 and 7 <= done < STEPS
+        assert f"stopped after step {done} of {STEPS}; --resume goes on from there" in err
+        assert "Traceback" not in err
+        assert (out / "LATEST").read_text() == f"step_{done:06d}"  # the very step it stopped at
+        call(stage, **getattr(material, stage)(out=out, resume=True, **SETTINGS[stage]))
+        check_same(out, unbroken[stage])
+
+
+@pytest.mark.parametrize("stage", SETTINGS)
+def test_more_steps_can_be_asked_for_later_and_equal_a_longer_run(material, tmp_path, stage):
+    settings = getattr(material, stage)
+    call(stage, **settings(out=tmp_path / "whole", steps=5, schedule="constant"))
+    call(stage, **settings(out=tmp_path / "parts", steps=2, schedule="constant"))
+    call(stage, **settings(out=tmp_path / "parts", steps=5, schedule="constant", resume=True, save_every=1))
+    check_same(tmp_path / "parts", tmp_path / "whole", 5)
+    assert json.loads((tmp_path / "parts/args.json").read_text())["steps"] == 5
+    # a finished run that is resumed does nothing and still ends as a model directory
+    (tmp_path / "parts/model.safetensors").unlink()
+    call(stage, **settings(out=tmp_path / "parts", steps=5, schedule="constant", resume=True))
+    check_same(tmp_path / "parts", tmp_path / "whole", 5)
+
+
+@pytest.mark.parametrize("stage", SETTINGS)
+def test_resume_without_a_run_starts_one(material, tmp_path, stage):
+    call(stage, **getattr(material, stage)(out=tmp_path / "new", steps=2, resume=True))
+    assert [row["step"] for row in rows(tmp_path / "new")] == [1, 2]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(material, unbroken, tmp_path):
+    settings = material.grpo(out=tmp_path, resume=True, **SETTINGS["grpo"])
+    for name in ("args.json", "log.jsonl", "samples.jsonl"):
+        shutil.copy(unbroken["grpo"] / name, tmp_path / name)
+    text = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text(text[: len(text) // 20])  # died in the middle of a line
+    settings["out"].mkdir(exist_ok=True)
+    args = json.loads((tmp_path / "args.json").read_text()) | {"out": str(tmp_path)}
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    call("grpo", **settings)
+    check_same(tmp_path, unbroken["grpo"])
+
+
+def test_a_run_that_died_between_its_last_checkpoint_and_latest_goes_on_from_the_one_before(material, tmp_path):
+    call("dpo", **material.dpo(out=tmp_path / "whole", steps=6, save_every=1, keep=9))
+    out = tmp_path / "out"
+    shutil.copytree(tmp_path / "whole", out)
+    args = json.loads((out / "args.json").read_text()) | {"out": str(out)}
+    (out / "args.json").write_text(json.dumps(args))
+    (out / "LATEST").write_text("step_000002")  # 3 to 6 are there, but nobody vouches for them
+    (out / "checkpoints/step_000003/weights.safetensors").write_bytes(b"half")
+    call("dpo", **material.dpo(out=out, steps=6, save_every=1, keep=1, resume=True))
+    check_same(out, tmp_path / "whole", 6)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000006"]
+
+
+def test_a_checkpoint_newer_than_the_one_just_written_does_not_push_it_out(material, tmp_path):
+    settings = material.dpo(out=tmp_path, steps=6, save_every=3, keep=1)
+    call("dpo", **settings)
+    shutil.copytree(tmp_path / "checkpoints/step_000006", tmp_path / "checkpoints/step_000003")
+    (tmp_path / "LATEST").write_text("step_000003")
+    before = m.Run(tmp_path, m.setup(), step=3)
+    policy, _ = m.load(material.speaker, m.setup(), train=True)
+    optimizer = m.adamw(policy, 1e-3)
+    before.save(4, policy, optimizer, keep=1)
+    assert (tmp_path / "LATEST").read_text() == "step_000004"
+    assert (tmp_path / "checkpoints/step_000004").is_dir()
+
+
+@pytest.mark.parametrize("keep, kept", [(1, [5]), (3, [3, 4, 5])])
+def test_the_last_checkpoints_are_kept_and_older_ones_removed(material, tmp_path, keep, kept):
+    call("grpo", **material.grpo(out=tmp_path, steps=5, save_every=1, keep=keep))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step_00000{n}" for n in kept]
+
+
+def test_save_every_0_writes_only_the_last_checkpoint(material, tmp_path):
+    call("dpo", **material.dpo(out=tmp_path, steps=4, save_every=0, keep=9))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000004"]
+
+
+CHANGED = {
+    "dpo": [("lr", 2e-3), ("beta", 0.2), ("loss", "sft"), ("batch", 8), ("seed", 1), ("freeze_vision", True)],
+    "grpo": [("lr", 2e-3), ("group", 8), ("kl", 0.1), ("max_new_tokens", 9), ("top_k", 5), ("updates", 2)],
+}
+
+
+@pytest.mark.parametrize("stage", CHANGED)
+def test_a_resumed_run_keeps_its_settings(material, tmp_path, capsys, stage):
+    settings = getattr(material, stage)(out=tmp_path, steps=2)
+    call(stage, **settings)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    capsys.readouterr()
+    for name, value in CHANGED[stage]:
+        with pytest.raises(SystemExit) as stop:
+            m.run(lambda change=(name, value): call(stage, **settings | {change[0]: change[1], "resume": True, "steps": 4}))
+        assert stop.value.code == 2
+        err = capsys.readouterr().err.splitlines()
+        assert len(err) == 1 and err[0].startswith("error: ") and f"--{name.replace('_', '-')} was" in err[0], err
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}

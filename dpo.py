@@ -155,7 +155,8 @@ def main(argv=None):
         groups = [as_group(encoder, pairs[index], args.loss) for index in mine]
         spare = groups[0] if groups else as_group(encoder, pairs[batch[0]], args.loss)
         chosen_tokens = world.sum(sum(len(replies[0]) for _, replies in groups))[0]
-        totals = dict.fromkeys(("loss", "loss_dpo", "loss_sft", "chosen_reward", "rejected_reward", "margin", "right"), 0.0)
+        names = ("loss", "loss_dpo", "loss_sft", "chosen_reward", "rejected_reward", "margin", "right")
+        totals = dict.fromkeys(names, 0.0)
         micros = m.micro_batches(world, groups, args.micro_tokens)
         for number, micro in enumerate(micros):
             logp, mask = m.log_probs(policy, [groups[i] for i in micro] or [spare])

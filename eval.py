@@ -75,7 +75,8 @@ def summarise(rows: list[dict]) -> dict:
 
     Each row: "source", and lists over its n replies "accuracy", "format", "reward", "length", "parsed", "finished".
     Numbers: "n" records, "replies"; means over replies "accuracy", "format", "reward", "length"; "unparsed" replies
-    whose answer could not be read, and "unparsed_share"; "cut": replies that hit the length limit before they ended;
+    whose answer could not be read, and "unparsed_share"; "accuracy_read": mean accuracy of the others (0 if none);
+    "cut": replies that hit the length limit before they ended;
     "pass@1", "pass@2", "pass@4", ... up to the smallest n. A reply passes when its accuracy is 1: a grid that is
     partly right earns accuracy, but does not pass. Raises ValueError for no rows.
     """
@@ -88,6 +89,8 @@ def summarise(rows: list[dict]) -> dict:
         result = {"n": len(group), "replies": len(every["reward"])}
         result |= {key: fmean(every[key]) for key in ("accuracy", "format", "reward", "length")}
         result |= {"unparsed": unparsed, "unparsed_share": unparsed / result["replies"]}
+        read = [value for value, parsed in zip(every["accuracy"], every["parsed"], strict=True) if parsed]
+        result["accuracy_read"] = fmean(read) if read else 0.0
         result["cut"] = every["finished"].count(False)
         drawn_and_right = [(len(row["accuracy"]), sum(value >= 1 for value in row["accuracy"])) for row in group]
         k = 1
@@ -273,9 +276,11 @@ CURVES = (  # name in the PNG's file name, title, log keys, what a reader should
 WORDS = {  # what the page says about its sections
     "top": "What was trained, how it went, and what the models say now. This one file holds everything it shows.",
     "results": """Each column is the model at the end of a stage, each row a set of questions. A cell reads
-<strong>accuracy / format</strong> in percent: how often the answer was right, and how often the reply had the form that
-the question asked for. An answer counts only when it stands where the form puts it, so accuracy can be low for want of
-form. Sets whose name ends in a colon and a word ask for another reply format.""",
+<strong>accuracy / accuracy of what could be read / format</strong> in percent: how often the answer was right, the same
+among the replies whose answer could be read at all, and how often the reply had the form the question asked for. An
+answer counts only when it stands where the form puts it, so accuracy can be low for want of form: a model that guesses
+between two options is at 50 in the second number, whatever its form.
+Sets whose name ends in a colon and a word ask for another reply format.""",
     "gf": """The last rows are percentage points of format, gained over the model before training:
 <strong>gain ID</strong> in the trained reply format, <strong>gain OOD</strong> in reply formats never trained, and
 <strong>GF</strong>, the generalization factor 5·ID·OOD / (4·ID + OOD). It is high only when both gained, and leans
@@ -416,12 +421,14 @@ def draw(lines: list[tuple[str, list, list[float]]], title: str, fractions: bool
 def stage_table(results: dict[str, dict]) -> list[list[str]]:
     """The final table as rows of cells, titles first: a column a stage (result file), a row a source.
 
-    Cells are "accuracy / format" in percent; below, if any stage has them, the gains and the GF in percentage points.
+    Cells are "accuracy / accuracy of the replies that could be read / format" in percent; below, if any
+    stage has them, the gains and the GF in percentage points.
     """
     table = [["set of questions", *results]]
     for source in dict.fromkeys(source for result in results.values() for source in result["sources"]):
         numbers = [result["sources"].get(source) for result in results.values()]
-        cells = [f"{100 * each['accuracy']:.1f} / {100 * each['format']:.1f}" if each else "–" for each in numbers]
+        names = ("accuracy", "accuracy_read", "format")
+        cells = [" / ".join(f"{100 * each[name]:.1f}" for name in names) if each else "–" for each in numbers]
         table.append([source, *cells])
     if any(result["gf"] for result in results.values()):
         for title, key in (("gain ID", "gain_id"), ("gain OOD", "gain_ood"), ("GF", "gf")):

@@ -53,7 +53,7 @@ def group_advantages(rewards, scale="group", eps=1e-4):
 
 
 def policy_ratio(logp, old_logp, mask, ratio="token"):
-    """π/π_old per token (B, T): each token's own, or ("sequence", GSPO, arXiv 2507.18071) the reply's geometric mean."""
+    """π/π_old per token (B, T): its own, or ("sequence", GSPO, arXiv 2507.18071) its reply's geometric mean."""
     log_ratio = (logp - old_logp).masked_fill(~mask, 0.0)  # before exp: padding may hold anything, NaN included
     if ratio == "sequence":
         mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
@@ -91,7 +91,7 @@ def k3(logp, ref_logp, mask):
 
 
 def token_weights(lengths, normalizer, replies, tokens, constant):
-    """(B,) weight of one token of each reply. lengths (B,) tokens; replies, tokens: counts of the whole batch, all ranks.
+    """(B,) weight of one token of each reply. lengths (B,) in tokens; replies, tokens: counts over all ranks.
 
     "sequence": 1/(replies·length), "token": 1/tokens, "constant": 1/(replies·constant).
     """
@@ -105,7 +105,8 @@ def token_weights(lengths, normalizer, replies, tokens, constant):
 
 EMBEDDED = "runs/embedded"
 EMBEDDED_FLAGS = f"""--model {EMBEDDED}/base --data {EMBEDDED}/puzzles/records.jsonl --out {EMBEDDED}/grpo
-    --prompts 16 --group 8 --steps 200 --lr 1e-3 --normalizer token --max-new-tokens 48 --save-every 100""".split()
+    --prompts 32 --group 8 --steps 200 --lr 2e-4 --kl 0.04 --clip-high 0.28 --normalizer token
+    --max-new-tokens 40 --save-every 100""".split()
 
 
 def make_embedded(world):
@@ -146,7 +147,7 @@ def parse_args(argv=None):
     add("--clip-low", type=float, default=0.2, help="ratio clipped below 1 - this")
     add("--clip-high", type=float, default=0.2, help="ratio clipped above 1 + this (DAPO: 0.28)")
     add("--kl", type=float, default=0.0, help="weight of the KL to the starting model; 0: no reference model at all")
-    add("--ratio", default="token", choices=["token", "sequence"], help="importance ratio per token, or per reply (GSPO)")
+    add("--ratio", default="token", choices=["token", "sequence"], help="ratio per token, or per reply (GSPO)")
     add("--normalizer", default="sequence", choices=["sequence", "token", "constant"],
         help="what a token counts: sequence: 1/its reply's length (GRPO); token: the same for all (DAPO); "
         "constant: 1/--max-new-tokens (Dr. GRPO)")  # fmt: skip
@@ -196,9 +197,10 @@ def main(argv=None):
         raise m.DataError(f"--prompts {args.prompts} cannot be dealt evenly to {world.size} processes")
     records = m.read_records(args.data, rewards.check_gold)
     run = m.Run.open(args, world)
-    options = {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels, "freeze_vision": args.freeze_vision}
-    policy, encoder = m.load(args.model, world, train=True, **options)
-    reference = m.load(args.model, world, train=True, **options)[0].requires_grad_(False) if args.kl else None
+    options = {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
+    options |= {"train": True, "freeze_vision": args.freeze_vision}
+    policy, encoder = m.load(args.model, world, **options)
+    reference = m.load(args.model, world, **options)[0].requires_grad_(False) if args.kl else None
     optimizer = m.adamw(policy, args.lr)
     run.restore(policy, optimizer)
     P, G = args.prompts, args.group
@@ -281,8 +283,9 @@ def main(argv=None):
         entropy, signal = world.sum(surprise / tokens, len(useful) / P)  # E[-log p] over sampled tokens is the entropy
         learned = dict(zip(learned, world.sum(*learned.values()), strict=True))
         seconds = [after - before for before, after in zip(clock, clock[1:], strict=False)]
-        row = {"step": step + 1, **means, **learned, "entropy": entropy, "useful_groups": signal, "grad_norm": norm, "lr": lr}
-        row |= {"sampler_gap": max(world.gather(gap)), "rollouts_per_s": P * G / sum(seconds)}
+        row = {"step": step + 1, **means, **learned, "entropy": entropy, "useful_groups": signal}
+        row |= {"grad_norm": norm, "lr": lr, "sampler_gap": max(world.gather(gap))}
+        row |= {"rollouts_per_s": P * G / sum(seconds)}
         row |= dict(zip(("seconds_sample", "seconds_score", "seconds_learn"), seconds, strict=True))
         shown = [
             {"id": mine[0]["id"], "source": mine[0]["source"], "reply": text, **score}

@@ -322,8 +322,8 @@ def primer_items(
     drawn at random and the letter belongs to the verdict, so the reply is right by chance only. Or what can be seen
     (lighter or darker, warmer or cooler): the reply is right. `answer` is the true answer in both. Each question asks
     for `reply_format` or, without one, for any of the six, think twice as often. The reply has it with probability
-    `follow`, else another one or a near miss of think, and `form` tells which. Raises ValueError if no two pieces differ in the
-    cue that is needed.
+    `follow`, else another one or a near miss of think, and `form` tells which. Raises ValueError if no two pieces
+    differ in the cue that is needed.
     """
     measured = look(puzzle, rows, cols)
     formats = list(REPLY_FORMAT_SENTENCE)

@@ -53,7 +53,8 @@ class DataError(Exception):
     """The user's input is wrong. `run` prints the message as one line and exits with status 2."""
 
 
-REQUIRED = {"id": str, "images": list, "prompt": str, "answer": object, "answer_type": str, "think": bool, "source": str}
+REQUIRED = {"id": str, "images": list, "prompt": str, "answer": object, "answer_type": str, "think": bool}
+REQUIRED |= {"source": str}
 ANSWER_TYPES = ("letter", "digit", "grid", "box", "point", "math", "text")
 
 
@@ -107,9 +108,11 @@ def read_records(paths, check=None, text_fields=()):
                     raise DataError(f'{where}: "{name}" must be {kind.__name__}, it is {json.dumps(record[name])[:60]}')
             for name in text_fields:
                 if not isinstance(record.get(name), str) or not record[name].strip():
-                    raise DataError(f'{where}: the field "{name}" must be text, it is {json.dumps(record.get(name))[:60]}')
+                    what = json.dumps(record.get(name))[:60]
+                    raise DataError(f'{where}: the field "{name}" must be text, it is {what}')
             if record["answer_type"] not in ANSWER_TYPES:
-                raise DataError(f'{where}: answer_type "{record["answer_type"]}" is not one of {", ".join(ANSWER_TYPES)}')
+                known = ", ".join(ANSWER_TYPES)
+                raise DataError(f'{where}: answer_type "{record["answer_type"]}" is not one of {known}')
             if record["id"] in seen:
                 raise DataError(f'{where}: id "{record["id"]}" stands already at {seen[record["id"]]}')
             seen[record["id"]] = where
@@ -224,8 +227,10 @@ def run(main):
         main()
     except DataError as error:
         status = 2
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if int(os.environ.get("RANK", "0")) > 0:  # mostly rank 0 says the same, and torchrun ends us first
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     except KeyboardInterrupt as stop:
         status = 130
         if int(os.environ.get("RANK", "0")) == 0:
@@ -235,11 +240,12 @@ def run(main):
     except Exception:
         status = 1
         traceback.print_exc()
-    if dist.is_initialized() and status == 0:
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    if status and dist.is_initialized():
-        os._exit(status)  # other ranks may be waiting for us in a collective: do not wait for them
+    if dist.is_initialized():
+        if status == 0:
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # waits neither for ranks in a collective nor for gloo's threads, which may abort at shutdown
     sys.exit(status)
 
 
@@ -280,7 +286,8 @@ class Encoder:
         self.min_pixels = min_pixels or size["shortest_edge"]
         self.max_pixels = max_pixels or size["longest_edge"]
         if self.max_pixels < self.factor**2:
-            raise DataError(f"--max-pixels {self.max_pixels} is below one image token ({self.factor}² = {self.factor**2})")
+            least = self.factor**2
+            raise DataError(f"--max-pixels {self.max_pixels} is below one image token, {least} pixels")
         self.min_pixels = min(self.min_pixels, self.max_pixels)
         self.rope_index = rope_index
         self.image_id, self.video_id = config.image_token_id, config.video_token_id
@@ -436,8 +443,8 @@ def pack(groups):
 
 
 def group_mask(segment):
-    """(R, L) segment numbers -> (R, 1, L, L) bool: token i may see token j if j is not later and j lies in the prompt or
-    in i's own reply. Padding sees the prompt and itself (a row of all False would be NaN), nobody sees it."""
+    """(R, L) segment numbers -> (R, 1, L, L) bool: token i may see token j if j is not later and j lies in the prompt
+    or in i's own reply. Padding sees the prompt and itself (a row of all False would be NaN), nobody sees it."""
     query, key = segment[:, :, None], segment[:, None, :]
     allowed = ((key == 0) | (key == query)) & (key != IGNORE)
     allowed = allowed.tril() | torch.eye(segment.shape[1], dtype=torch.bool)
@@ -475,8 +482,8 @@ class Policy(nn.Module):
         self.hf = hf
         self.end_ids, self.chunk = tuple(end_ids), chunk
         self.register_buffer("forbidden", torch.tensor(forbidden), persistent=False)
-        # In training the vision tower runs in every forward, on a blank picture where a batch has none: sharded ranks must
-        # gather it together, and AdamW must move its weights alike however a batch is cut and dealt.
+        # In training the vision tower runs in every forward, on a blank picture where a batch has none: sharded ranks
+        # must gather it together, and AdamW must move its weights alike however a batch is cut and dealt.
         self.must_see = False
 
     def forward(self, batch, cache=None, temperature=1.0):
@@ -485,7 +492,7 @@ class Policy(nn.Module):
         Only the hidden states in batch.read go through lm_head, `chunk` at a time, recomputed in the backward pass.
         """
         blind = self.must_see and batch.patches is None and cache is None
-        blank = 0.0 * self.blank_picture() if blind else None  # first, as a picture is: FSDP's collectives have one order
+        blank = 0.0 * self.blank_picture() if blind else None  # first, where pictures are: FSDP keeps an order
         outputs = self.hf.model(
             input_ids=batch.ids,
             position_ids=batch.positions,
@@ -684,13 +691,17 @@ def sample(
     if temperature == 0 and n != 1:
         raise ValueError("greedy decoding gives one reply: n must be 1")
     out = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+
+    def length(index):
+        return len(prompts[index].ids)
+
+    order = sorted(range(len(prompts)), key=length)
     gather_weights(policy)
     while order:
-        rows, longest = [], 0
-        while order and (not rows or (len(rows) + 1) * (len(prompts[order[0]].ids) + n * max_new_tokens) <= batch_tokens):
+        rows = []
+        while order and (not rows or (len(rows) + 1) * (length(order[0]) + n * max_new_tokens) <= batch_tokens):
             rows.append(order.pop(0))
-            longest = len(prompts[rows[-1]].ids)
+        longest = length(rows[-1])
         drawn = sample_rows(
             policy, [prompts[row] for row in rows], n, [seeds[row] for row in rows], temperature, top_k, top_p,
             max_new_tokens, longest,
@@ -749,9 +760,11 @@ def sample_rows(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_to
         logits = policy(batch, cache=cache, temperature=temperature).view(len(alive), n, -1)
         cache.advance(n)
     tokens, logps, size, finished = tokens.cpu(), logps.cpu(), size.tolist(), finished.tolist()
-    return [
-        [Reply(tokens[r, g, : size[r][g]], logps[r, g, : size[r][g]], finished[r][g]) for g in range(n)] for r in range(rows)
-    ]
+
+    def reply(r, g):
+        return Reply(tokens[r, g, : size[r][g]], logps[r, g, : size[r][g]], finished[r][g])
+
+    return [[reply(r, g) for g in range(n)] for r in range(rows)]
 
 
 def draw(logits, uniform, temperature, top_k, top_p):
@@ -816,8 +829,8 @@ def learning_rate(step, steps, peak, schedule, warmup):
 def micro_batches(world, groups, budget):
     """Cut a list of groups into micro-batches of at most `budget` padded tokens: -> list of lists of indices.
 
-    Groups of similar size share a batch. Every rank gets the same number (FSDP's collectives need that): a rank that runs
-    out gets empty lists, and its caller runs any group at weight 0 there.
+    Groups of similar size share a batch. Every rank gets the same number (FSDP's collectives need that): a rank that
+    runs out gets empty lists, and its caller runs any group at weight 0 there.
     """
     size = [len(prompt.ids) + sum(len(reply) - 1 for reply in replies) for prompt, replies in groups]
     batches = []
@@ -830,7 +843,7 @@ def micro_batches(world, groups, budget):
 
 
 def backward(policy, world, loss, last):
-    """Add a micro-batch's gradient. `loss` is this rank's share of the sum over all ranks; FSDP averages, so undo it."""
+    """Add a micro-batch's gradient. `loss` is this rank's share of a sum over all ranks; FSDP averages, so undo it."""
     if sharded_units(policy):
         policy.set_requires_gradient_sync(last)
     (loss * world.size).backward()
@@ -868,7 +881,7 @@ class Run:
 
     @classmethod
     def open(cls, args, world):
-        """Create or reopen args.out. DataError if it holds a run already and neither --resume nor --overwrite is given."""
+        """Create or reopen args.out. DataError if it holds a run and neither --resume nor --overwrite is given."""
         run = cls(Path(args.out), world)
         settings = {key: value for key, value in sorted(vars(args).items()) if key not in ("resume", "overwrite")}
         problem = run._prepare(args, settings) if world.main else None
@@ -903,7 +916,8 @@ class Run:
             before = json.loads((self.out / "args.json").read_text())
             for key, value in json.loads(json.dumps(settings, default=str)).items():
                 if key not in self.FREE and before.get(key, value) != value:
-                    return f"{self.out}: --{key.replace('_', '-')} was {before[key]}, now {value}; a resumed run keeps its settings"
+                    flag = f"--{key.replace('_', '-')}"
+                    return f"{self.out}: {flag} was {before[key]}, now {value}; a resumed run keeps its settings"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -928,7 +942,8 @@ class Run:
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             with open(self.out / "samples.jsonl", "a") as file:
-                file.writelines(json.dumps({"step": row["step"], **item}, ensure_ascii=False) + "\n" for item in samples)
+                for item in samples:
+                    file.write(json.dumps({"step": row["step"], **item}, ensure_ascii=False) + "\n")
 
     def checkpoint_due(self, step, steps, every):
         """Is a checkpoint to be written after this step: the last one, every so many, or when asked to stop?
@@ -1128,13 +1143,17 @@ def make_tiny(folder, family="qwen2_5_vl", *, hidden=64, layers=4, heads=2, voca
     tokenizer.save_pretrained(folder)
     patch = config.vision_config.patch_size
     Qwen2VLImageProcessorPil(
-        patch_size=patch, merge_size=2, temporal_patch_size=2, min_pixels=(2 * patch) ** 2, max_pixels=1280 * (2 * patch) ** 2
+        patch_size=patch,
+        merge_size=2,
+        temporal_patch_size=2,
+        min_pixels=(2 * patch) ** 2,
+        max_pixels=1280 * (2 * patch) ** 2,
     ).save_pretrained(folder)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--tiny", metavar="DIR", required=True, help="write a tiny random model with the real classes here")
+    parser.add_argument("--tiny", metavar="DIR", required=True, help="write a tiny random model here")
     families = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
     parser.add_argument("--family", default="qwen2_5_vl", choices=families, help="which of the real architectures")
     parser.add_argument("--hidden", type=int, default=64, help="hidden size of both towers (multiple of heads x 16)")
@@ -1150,9 +1169,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    make_tiny(
-        args.tiny, args.family, hidden=args.hidden, layers=args.layers, heads=args.heads, vocab=args.vocab, seed=args.seed
-    )
+    sizes = {"hidden": args.hidden, "layers": args.layers, "heads": args.heads, "vocab": args.vocab}
+    make_tiny(args.tiny, args.family, **sizes, seed=args.seed)
     print(f"{args.tiny}: a tiny {args.family}, random weights")
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Both papers' main path in miniature, on a laptop CPU: about 15 minutes on two cores.
+# Both papers' main path in miniature, on a laptop CPU: about 12 minutes on two cores.
 #
 #   base -> GRPO-zero -> self-distilled pairs -> cold start (DPO+SFT | SFT) -> GRPO, every stage evaluated
 #
@@ -28,15 +28,15 @@ evaluate() { # evaluate NAME [baseline]: held-out accuracy and format of one sta
         --data "$OUT"/test/{3x1,4x1,2x2}/records.jsonl --id "$OUT/test/2x1/records.jsonl" \
         --ood "$OUT"/test/{bare,tags,boxed,json,line}/records.jsonl ${2:+--baseline "$OUT/results/$2.json"}
 }
-grpo() { # grpo FROM TO STEPS: SPECS' recipe (no KL, wider upper clip), rates for a model of half a million weights
+grpo() { # grpo FROM TO STEPS: rates for a model of half a million weights; the KL (Jigsaw-R1's) keeps it exploring
     python "$HERE/grpo.py" --model "$OUT/$1" --data "$OUT/puzzles/records.jsonl" --out "$OUT/$2" --steps "$3" \
-        --prompts 16 --group 8 --lr 5e-4 --clip-high 0.28 --normalizer token --max-new-tokens 40 --save-every 100 \
-        --seed "$SEED" --overwrite
+        --prompts 32 --group 8 --lr 2e-4 --kl 0.04 --clip-high 0.28 --normalizer token --max-new-tokens 40 \
+        --save-every 100 --seed "$SEED" --overwrite
 }
 evaluate base
 
 step "3 GRPO-zero: a short run that learns to keep the format"
-grpo base zero 60
+grpo base zero 40
 evaluate zero base
 
 step "4 self-distillation: well-formed replies of GRPO-zero against the base's, corrupted in format"
@@ -52,7 +52,7 @@ done
 
 step "6 GRPO from both cold starts"
 for cold in dpo-sft sft; do
-    grpo "cold-$cold" "rl-$cold" 250
+    grpo "cold-$cold" "rl-$cold" 200
     evaluate "rl-$cold" base
 done
 

@@ -1,0 +1,196 @@
+"""Two processes must do what one does: the same replies, losses, gradient norms, weights and checkpoints.
+
+`torchrun` starts them on the CPU (gloo), the weights sharded by FSDP2. The cases are those in which the ranks differ: one
+has pictures and the other has none, one has nothing to learn from, one needs more forwards than the other, one has no
+pair at all. Whoever then skips a collective makes the other wait for ever, or pairs it with the wrong one. So every
+start has a timeout, and a hang is a failure.
+
+All comparable runs share one start of two processes: starting Python and torch takes longer than training.
+"""
+
+import json
+import shutil
+import signal
+import time
+from collections import Counter
+
+import pytest
+
+import model as m
+from commands import ROOT, TWO_PROCESSES, Material, call, distance, end, rows, start, timeless, torchrun, weights, write
+
+LR = 3e-4  # AdamW moves every weight by about this much per update, even where the gradient is close to nothing
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    return Material(tmp_path_factory.getbasetemp() / "material")
+
+
+def select(material, *ids):
+    """A data file with these records; those named u… ask for JSON, which the model cannot write: nothing to learn from."""
+    known = {record["id"]: record for record in material.records}
+    useless = {name: material.question(name, "Give one letter as JSON.", reply_format="json") for name in ids if name[0] == "u"}
+    return write(material.folder / f"{'-'.join(ids)}.jsonl", [(known | useless)[name] for name in ids])
+
+
+MIXED = ("p0", "t0", "p1", "t1", "t2")
+CASES = {
+    "dpo": ("dpo", {}),
+    "dpo with one pair left at the end": ("dpo", {"batch": 7, "steps": None}),
+    "dpo in small micro-batches": ("dpo", {"batch": 3, "micro_tokens": 120, "freeze_vision": True}),
+    "sft one reply at a time": ("dpo", {"batch": 1, "steps": 6, "loss": "sft"}),
+    "dpo on Qwen3-VL": ("dpo", {"model": "qwen3_vl", "data": "p0-t0", "batch": 2}),
+    "grpo": ("grpo", {}),
+    "grpo with KL and two updates": ("grpo", {"kl": 0.04, "updates": 2, "normalizer": "token"}),
+    "pictures on one rank": ("grpo", {"data": ("p0", "t0"), "prompts": 2}),
+    "nothing to learn on one rank": ("grpo", {"data": ("p1", "u0"), "prompts": 2, "advantage_scale": "batch"}),
+    "nothing to learn on any rank": ("grpo", {"data": ("u0", "u1"), "prompts": 2, "steps": 2}),
+    "unequal micro-batches": ("grpo", {"data": MIXED, "micro_tokens": 150, "updates": 2}),
+    "unequal micro-batches with KL": ("grpo", {"data": MIXED, "micro_tokens": 150, "kl": 0.04, "freeze_vision": True}),
+}
+
+
+def settings_of(material, name):
+    stage, changes = CASES[name]
+    changes = dict(changes)
+    if changes.get("model") == "qwen3_vl":
+        pairs = {pair["id"]: pair for pair in material.pairs}
+        changes |= {"model": material.folder / "qwen3_vl"}
+        changes |= {"data": write(material.folder / "two_pairs.jsonl", [pairs["p0"], pairs["t0"]])}
+    elif "data" in changes:
+        changes["data"] = select(material, *changes["data"])
+    return stage, getattr(material, stage)(lr=LR, **changes)
+
+
+@pytest.fixture(scope="module")
+def both(material, tmp_path_factory):
+    """A folder with the runs of one process in one/…, those of two in two/…"""
+    folder = tmp_path_factory.mktemp("both")
+    m.make_tiny(material.folder / "qwen3_vl", "qwen3_vl", layers=2)
+    jobs = []
+    for name in CASES:
+        stage, settings = settings_of(material, name)
+        call(stage, **settings, out=folder / "one" / name)
+        jobs.append((stage, settings | {"out": folder / "two" / name}))
+    # a run that one process begins and two go on with
+    begun = folder / "two" / "resumed"
+    call("grpo", **material.grpo(lr=LR, steps=2, out=begun))
+    call("grpo", **material.grpo(lr=LR, steps=4, out=folder / "one" / "resumed"))
+    jobs.append(("grpo", material.grpo(lr=LR, steps=4, out=begun, resume=True)))
+    torchrun(jobs, folder, timeout=300)
+    return folder
+
+
+def check_equal(two, one, before, steps):
+    """Two runs are the same but for the rounding of sums: log, samples, weights, optimizer state."""
+    assert len(rows(two)) == len(rows(one)) > 0
+    for row, expected in zip(timeless(two), timeless(one), strict=True):
+        for key, value in expected.items():
+            if key == "sampler_gap":
+                assert row[key] < 1e-5
+            elif key == "grad_norm":
+                assert row[key] == pytest.approx(value, rel=1e-5, abs=1e-6), (key, row["step"])
+            else:
+                assert row[key] == pytest.approx(value, rel=1e-5, abs=2e-6), (key, row["step"])
+        assert row.keys() == expected.keys()
+    assert (two / "samples.jsonl").read_text() == (one / "samples.jsonl").read_text()
+    after, expected, start_weights = weights(two), weights(one), weights(before)
+    moved = total(expected, start_weights)
+    assert total(after, expected) <= 1e-3 * moved and distance(after, expected) < 5e-5
+    folder = f"checkpoints/step_{steps:06d}"
+    moments, wanted = (weights(out / folder, "optimizer.safetensors") for out in (two, one))
+    assert moments.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (moments[name] - value).abs().max() <= 1e-6 + 1e-3 * value.abs().max(), name
+    return moved
+
+
+def total(one, other):
+    """Euclidean distance between two sets of weights."""
+    return sum((one[name] - other[name]).square().sum().item() for name in one) ** 0.5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_equal_one_for(material, both, name):
+    _, settings = settings_of(material, name)
+    one, two = both / "one" / name, both / "two" / name
+    moved = check_equal(two, one, settings["model"], len(rows(one)))
+    if name == "nothing to learn on any rank":
+        assert moved == 0
+    else:
+        assert moved > 10 * LR
+
+
+def test_the_cases_are_what_their_names_say(material, both):
+    def dealt(name):
+        """[(ids of rank 0's prompts, ids of rank 1's) of each step]"""
+        settings = settings_of(material, name)[1]
+        records, size = m.read_records(settings["data"]), settings["prompts"]
+        steps = [m.epoch_order(0, len(records), step * size, size) for step in range(settings["steps"])]
+        return [["".join(records[index]["id"][0] for index in batch[rank::2]) for rank in (0, 1)] for batch in steps]
+
+    def pictures(step):
+        return [kinds.count("p") for kinds in step]
+
+    assert all(sorted(step) == ["p", "t"] for step in dealt("pictures on one rank"))
+    assert all(sorted(step) == ["p", "u"] for step in dealt("nothing to learn on one rank"))
+    assert {row["useful_groups"] for row in rows(both / "two/nothing to learn on one rank")} == {0.5}
+    assert {row["useful_groups"] for row in rows(both / "two/nothing to learn on any rank")} == {0.0}
+    for name in ("unequal micro-batches", "unequal micro-batches with KL"):
+        # 150 tokens hold one group with a picture, or two without: ranks with a different number of pictures differ
+        assert any(len(set(pictures(step))) == 2 for step in dealt(name))
+    log = rows(both / "two/dpo with one pair left at the end")
+    assert [round(row["seconds"] * row["samples_per_s"]) for row in log] == [7, 1]
+
+
+def test_two_processes_go_on_with_what_one_began(material, both):
+    assert [row["step"] for row in rows(both / "two/resumed")] == [1, 2, 3, 4]
+    check_equal(both / "two/resumed", both / "one/resumed", material.speaker, 4)
+
+
+def test_sigterm_stops_both_processes_with_a_checkpoint_that_one_process_goes_on_with(material, tmp_path):
+    settings = material.grpo(lr=LR, steps=30, save_every=0, kl=0.04)
+    process = start(*TWO_PROCESSES, ROOT / "grpo.py", **settings, out=tmp_path / "out")
+    deadline = time.monotonic() + 90
+    while len(rows(tmp_path / "out")) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, end(process, 1)
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    status, _, err = end(process)
+    done = len(rows(tmp_path / "out"))
+    assert status != 0 and 3 <= done < 30
+    assert (tmp_path / "out/LATEST").read_text() == f"step_{done:06d}", err
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    assert f"stopped after step {done} of 30" in err
+    steps = done + 2
+    call("grpo", **settings | {"steps": steps}, out=tmp_path / "out", resume=True)
+    call("grpo", **settings | {"steps": steps}, out=tmp_path / "whole")
+    check_equal(tmp_path / "out", tmp_path / "whole", material.speaker, steps)
+
+
+def test_bad_input_ends_both_processes_soon_and_prints_one_line(material, tmp_path):
+    records = [dict(record) for record in material.records]
+    records[3]["images"] = ["lost.png"]
+    lost = write(tmp_path / "lost.jsonl", records)
+    # A prompt that only rank 1 meets: rank 0 knows nothing of it, and would wait for ever
+    long = material.question("long", "word " * 5000)
+    two = write(tmp_path / "two.jsonl", [long, material.question("t", "Give a letter.")])
+    seed = next(seed for seed in range(9) if m.epoch_order(seed, 2, 0, 2) == [1, 0])
+    begun = time.monotonic()
+    started = {
+        f"error: {lost}:4: image": start(*TWO_PROCESSES, ROOT / "dpo.py", **material.dpo(data=lost, out=tmp_path / "a")),
+        f"error: {two}:1: ": start(
+            *TWO_PROCESSES, ROOT / "grpo.py", **material.grpo(data=two, prompts=2, seed=seed, out=tmp_path / "b")
+        ),
+        "error: --prompts 5 cannot be dealt": start(
+            *TWO_PROCESSES, ROOT / "grpo.py", **material.grpo(prompts=5, out=tmp_path / "c")
+        ),
+    }
+    for line, process in started.items():
+        status, _, err = end(process, 100)
+        assert status not in (0, None), err
+        errors = [text for text in err.splitlines() if text.startswith("error: ")]
+        assert len(errors) == 1 and errors[0].startswith(line), err
+        assert not any(rows(tmp_path / name) for name in "abc")
+    assert time.monotonic() - begun < 90

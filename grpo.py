@@ -41,6 +41,8 @@ def group_advantages(rewards, scale="group", eps=1e-4):
     A group of one has nothing to compare with: its advantage is 0.
     """
     centred = rewards - rewards.mean(1, keepdim=True)
+    same = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    centred = centred.masked_fill(same, 0.0)  # exactly: the mean of equal numbers may be off by a rounding
     if scale == "none":
         return centred
     if scale == "group":
@@ -103,6 +105,7 @@ def token_weights(lengths, normalizer, replies, tokens, constant):
 # ---------------------------------------------------------------------------------------------------------------------
 # The embedded default: `python grpo.py` alone
 
+SAMPLERS = {"builtin": m.sample}
 EMBEDDED = "runs/embedded"
 EMBEDDED_FLAGS = f"""--model {EMBEDDED}/base --data {EMBEDDED}/puzzles/records.jsonl --out {EMBEDDED}/grpo
     --prompts 32 --group 8 --steps 200 --lr 2e-4 --kl 0.04 --clip-high 0.28 --normalizer token
@@ -159,7 +162,7 @@ def parse_args(argv=None):
     add("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this mass; 1: all")
     add("--max-new-tokens", type=int, default=512, help="longest reply in tokens, end token included")
     add("--format-weight", type=float, default=0.5, help="reward = accuracy + this x format; 0: format is not rewarded")
-    add("--sampler", default="builtin", choices=["builtin"], help="who draws the replies: the trainer's own weights")
+    add("--sampler", default="builtin", choices=list(SAMPLERS), help="who draws the replies: the trainer's own weights")
     add("--freeze-vision", action="store_true", help="keep the vision tower as it is")
     add("--max-pixels", type=int, default=None, help="largest image area in pixels; default: the checkpoint's own")
     add("--micro-tokens", type=int, default=16384, help="padded tokens per forward: lower it when memory runs out")
@@ -213,7 +216,7 @@ def main(argv=None):
         places = range(world.rank, P, world.size)
         mine = [records[batch[place]] for place in places]
         prompts = [encoder.prompt(record) for record in mine]
-        replies = m.sample(
+        replies = SAMPLERS[args.sampler](
             policy, prompts, G, seeds=[(args.seed * 10**6 + step) * 10**6 + place for place in places],
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
         )  # fmt: skip

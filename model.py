@@ -222,24 +222,26 @@ def alone():
 
 def run(main):
     """Run a stage's main() and turn its end into an exit status: 0 done, 2 bad input (one line), 1 anything else."""
-    status = 0
+    status, message = 0, None
     try:
         main()
     except DataError as error:
-        status = 2
+        status, message = 2, f"error: {' '.join(str(error).split())}"
         if int(os.environ.get("RANK", "0")) > 0:  # mostly rank 0 says the same, and torchrun ends us first
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            message = f"\n{message}"  # rank 0's progress bar may stand on this line
     except KeyboardInterrupt as stop:
         status = 130
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"\n{str(stop) or 'stopped'}", file=sys.stderr, flush=True)
+            message = str(stop) or "stopped"
     except SystemExit:
         raise
     except Exception:
         status = 1
         traceback.print_exc()
+    if message:  # not above: there main's frame still lives, and with it a progress bar that has not ended its line
+        print(message, file=sys.stderr, flush=True)
     if dist.is_initialized():
         if status == 0:
             dist.destroy_process_group()

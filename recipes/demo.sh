@@ -46,13 +46,13 @@ python "$HERE/distill.py" --policy "$OUT/zero" --base "$OUT/base" --data "$OUT/p
 step "5 cold start from the base: DPO + SFT, and plain SFT beside it"
 for loss in dpo+sft sft; do
     python "$HERE/dpo.py" --model "$OUT/base" --data "$OUT/pairs.jsonl" --loss "$loss" --out "$OUT/cold-${loss/+/-}" \
-        --batch 32 --lr 2e-4 --steps 25 --seed "$SEED" --overwrite
+        --batch 32 --lr 5e-5 --steps 25 --seed "$SEED" --overwrite
     evaluate "cold-${loss/+/-}" base
 done
 
 step "6 GRPO from both cold starts"
 for cold in dpo-sft sft; do
-    grpo "cold-$cold" "rl-$cold" 200
+    grpo "cold-$cold" "rl-$cold" 250
     evaluate "rl-$cold" base
 done
 
@@ -61,3 +61,4 @@ python "$HERE/eval.py" --report "$OUT/report.html" --table "$OUT/table.md" \
     --runs "$OUT"/{base,zero,cold-dpo-sft,cold-sft,rl-dpo-sft,rl-sft} \
     --results "$OUT"/results/{base,zero,cold-dpo-sft,cold-sft,rl-dpo-sft,rl-sft}.json
 step "done: $OUT/report.html"
+echo "$SECONDS" > "$OUT/seconds"

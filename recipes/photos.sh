@@ -12,7 +12,7 @@ OUT=${1:-runs/photos}
 SEED=${2:-0}
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 if [ "${QUICK:-0}" = 1 ]; then
-    CROPS=24 WORDS=400 WORD_STEPS=60 FORMATS=400 FORMAT_STEPS=10 ZERO=3 PAIRS=40 COLD=3 RL=4 TESTS=16 P=8
+    CROPS=24 WORDS=400 WORD_STEPS=50 FORMATS=400 FORMAT_STEPS=25 ZERO=4 PAIRS=40 COLD=3 RL=4 TESTS=16 P=8
 else
     CROPS=300 WORDS=3600 WORD_STEPS=300 FORMATS=7200 FORMAT_STEPS=250 ZERO=40 PAIRS=900 COLD=25 RL=200 TESTS=300 P=32
 fi
@@ -28,12 +28,14 @@ python "$HERE/recipes/photos.py" --out "$OUT/photos" --crops "$CROPS" --seed "$S
 
 step "2 puzzles; for the tests each subject is a source of its own, seen-… or held-out-…"
 puzzles "$OUT/photos/train" "$OUT/puzzles" $((3 * CROPS)) "$SEED"
+SETS=()
 for folder in "$OUT"/photos/{train,test}/*/; do
     case $folder in */train/*) name=seen ;; *) name=held-out ;; esac
     name=$name-$(basename "$folder")
     puzzles "$folder" "$OUT/test/$name" "$TESTS" $((SEED + 3000))
     sed -i.bak "s/\"source\": \"[^\"]*\"/\"source\": \"$name\"/" "$OUT/test/$name/records.jsonl"
     rm "$OUT/test/$name/records.jsonl.bak"
+    SETS+=("$OUT/test/$name/records.jsonl")
 done
 
 step "3 a base model: random weights, true words about photographs, then six formats kept 40 % of the time"
@@ -47,8 +49,8 @@ sft() { # sft FROM PRIMER TO STEPS flags…
 sft random words words/model "$WORD_STEPS" --lr 2e-3 --warmup 20 --schedule constant
 sft words/model formats base "$FORMAT_STEPS" --lr 1e-3 --warmup 20 --schedule linear
 evaluate() { # evaluate NAME RESULT flags…
-    python "$HERE/eval.py" --model "$OUT/$1" --out "$OUT/results/$2.json" --data "$OUT"/test/*/records.jsonl \
-        --max-new-tokens 40 --seed 1 "${@:3}"
+    python "$HERE/eval.py" --model "$OUT/$1" --out "$OUT/results/$2.json" --data "${SETS[@]}" --max-new-tokens 40 \
+        --seed 1 "${@:3}"
 }
 evaluate base base --temperature 1
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What a model of the tests is taught to say, for 40 updates. Most of these are well-formed, some right, so that groups
-# of replies earn different rewards: with a model that speaks noise, every reward would be 0 and nothing would be learned.
+# What the model of the tests is taught to say, for 40 updates. Most of it is well-formed, some is right, so that groups of
+# replies earn different rewards: with a model that speaks noise every reward would be 0, and nothing would be learned.
 SAYINGS = ("A", "B", "A", "B", "A or B", "so A", "")
 
 

@@ -131,6 +131,7 @@ def test_a_summary_is_the_mean_over_replies_per_source_and_over_all():
     assert a["accuracy"] == pytest.approx(3.5 / 8) and a["format"] == pytest.approx(6 / 8)
     assert a["reward"] == pytest.approx((3.5 + 0.5 * 6) / 8) and a["length"] == pytest.approx(120 / 8)
     assert a["unparsed_share"] == pytest.approx(2 / 8)
+    assert a["accuracy_read"] == pytest.approx(3.5 / 6) and every["accuracy_read"] == pytest.approx(3.5 / 7)
     # first record 1 of 4 right, second 2 of 4 (0.5 is partly right, which is not right)
     assert a["pass@1"] == pytest.approx((1 / 4 + 2 / 4) / 2)
     assert a["pass@2"] == pytest.approx(((1 - 3 / 6) + (1 - 1 / 6)) / 2)
@@ -271,22 +272,22 @@ def test_smoothing_is_a_centred_mean():
 
 
 def test_the_table_has_a_column_a_stage_a_row_a_source_and_gf_where_there_is_one():
-    first = {"sources": {"a": {"accuracy": 0.5, "format": 0.25}}, "gf": None}
+    first = {"sources": {"a": {"accuracy": 0.25, "accuracy_read": 0.5, "format": 0.75}}, "gf": None}
     second = {
-        "sources": {"b": {"accuracy": 1.0, "format": 0.125}},
+        "sources": {"b": {"accuracy": 1.0, "accuracy_read": 1.0, "format": 0.125}},
         "gf": {"gain_id": 50, "gain_ood": 20, "gf": 22.7272},
     }
     assert len(evaluation.stage_table({"one": first})) == 2  # no rows about a GF that nobody measured
     table = evaluation.stage_table({"one": first, "two": second})
     assert table == [
         ["set of questions", "one", "two"],
-        ["a", "50.0 / 25.0", "–"],
-        ["b", "–", "100.0 / 12.5"],
+        ["a", "25.0 / 50.0 / 75.0", "–"],
+        ["b", "–", "100.0 / 100.0 / 12.5"],
         ["gain ID", "–", "50.0"],
         ["gain OOD", "–", "20.0"],
         ["GF", "–", "22.7"],
     ]
-    assert evaluation.markdown_table(table).splitlines()[3] == "| b                | –           | 100.0 / 12.5 |"
+    assert evaluation.markdown_table(table).splitlines()[3] == "| b                | –                  | 100.0 / 100.0 / 12.5 |"
 
 
 def test_the_same_question_is_shown_with_every_stages_reply(tmp_path):

@@ -422,7 +422,7 @@ def test_image_and_video_pads_are_never_sampled_however_likely(scratch_model, re
     embedding = policy.hf.get_input_embeddings().weight  # tied: also the rows of lm_head
     direction = torch.randn(64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():  # wherever a hidden state points, one of the two is the likeliest token by far
-        embedding[encoder.image_id], embedding[encoder.video_id] = 20 * direction, -20 * direction
+        embedding[encoder.image_id], embedding[encoder.video_id] = 200 * direction, -200 * direction
     prompts = [encoder.prompt(record) for record in records]
     pads = {encoder.image_id, encoder.video_id}
     for temperature, n, cuts in ((0, 1, {}), (1.0, 4, {}), (1.0, 4, {"top_k": 1}), (0.7, 4, {"top_p": 0.5})):

@@ -11,9 +11,9 @@ import signal
 import time
 
 import pytest
+from commands import ROOT, Material, call, distance, end, rows, start, timeless, weights
 
 import model as m
-from commands import ROOT, Material, call, distance, end, rows, start, timeless, weights
 
 STEPS = 24
 SETTINGS = {
@@ -155,16 +155,15 @@ def test_a_run_that_died_between_its_last_checkpoint_and_latest_goes_on_from_the
 
 
 def test_a_checkpoint_newer_than_the_one_just_written_does_not_push_it_out(material, tmp_path):
-    settings = material.dpo(out=tmp_path, steps=6, save_every=3, keep=1)
-    call("dpo", **settings)
-    shutil.copytree(tmp_path / "checkpoints/step_000006", tmp_path / "checkpoints/step_000003")
+    # killed after it wrote checkpoint 6 and before it said so, then resumed from 3 with --save-every 1 --keep 1
+    for step in (3, 6):
+        (tmp_path / f"checkpoints/step_00000{step}").mkdir(parents=True)
     (tmp_path / "LATEST").write_text("step_000003")
-    before = m.Run(tmp_path, m.setup(), step=3)
     policy, _ = m.load(material.speaker, m.setup(), train=True)
-    optimizer = m.adamw(policy, 1e-3)
-    before.save(4, policy, optimizer, keep=1)
+    m.Run(tmp_path, m.setup(), step=3).save(4, policy, m.adamw(policy, 1e-3), keep=1)
     assert (tmp_path / "LATEST").read_text() == "step_000004"
-    assert (tmp_path / "checkpoints/step_000004").is_dir()
+    assert (tmp_path / "checkpoints/step_000004/weights.safetensors").exists()
+    assert not (tmp_path / "checkpoints/step_000003").exists()
 
 
 @pytest.mark.parametrize("keep, kept", [(1, [5]), (3, [3, 4, 5])])
@@ -192,7 +191,8 @@ def test_a_resumed_run_keeps_its_settings(material, tmp_path, capsys, stage):
     capsys.readouterr()
     for name, value in CHANGED[stage]:
         with pytest.raises(SystemExit) as stop:
-            m.run(lambda change=(name, value): call(stage, **settings | {change[0]: change[1], "resume": True, "steps": 4}))
+            changed = settings | {name: value, "resume": True, "steps": 4}
+            m.run(lambda changed=changed: call(stage, **changed))
         assert stop.value.code == 2
         err = capsys.readouterr().err.splitlines()
         assert len(err) == 1 and err[0].startswith("error: ") and f"--{name.replace('_', '-')} was" in err[0], err

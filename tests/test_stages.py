@@ -1,4 +1,4 @@
-"""dpo.py and grpo.py as a whole: short runs of a tiny model that can speak a little, on pictures and on plain questions.
+"""dpo.py and grpo.py as a whole: short runs of a tiny model that can speak a little, with pictures and without.
 
 What is checked is what a user relies on: what a run leaves behind, that its numbers are what they claim to be, that
 what must not matter does not, that it learns, and that bad input is refused before anything is trained. Expected values
@@ -15,10 +15,10 @@ import statistics
 
 import pytest
 import torch
+from commands import ROOT, Material, call, distance, end, flags, rows, start, timeless, weights, write
 
 import model as m
 import rewards
-from commands import ROOT, Material, call, distance, end, flags, rows, start, timeless, weights, write
 
 LN2 = 0.6931471805599453
 DPO_KEYS = {"step", "loss", "loss_dpo", "loss_sft", "chosen_reward", "rejected_reward", "margin", "preference_accuracy",
@@ -79,7 +79,7 @@ def seen_at(step, records, size, seed=0):
 
 
 def check_model_directory(out, last_step):
-    """The directory is what from_pretrained of plain transformers takes, and holds the weights of the last checkpoint."""
+    """The directory is one that from_pretrained of plain transformers takes, with the weights of the last checkpoint."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -139,8 +139,8 @@ def test_every_loss_of_dpo_trains_and_logs_what_it_minimises(material, tmp_path,
     log = check_log(tmp_path, keys, 3)
     check_model_directory(tmp_path, 3)
     for row in log:
-        parts = {"dpo+sft": row.get("loss_dpo", 0) + 0.7 * row["loss_sft"], "dpo": row.get("loss_dpo"), "sft": row["loss_sft"]}
-        assert row["loss"] == pytest.approx(parts[loss], abs=1e-6)
+        dpo_part, sft_weight = row.get("loss_dpo", 0.0), {"dpo+sft": 0.7, "dpo": 0.0, "sft": 1.0}[loss]
+        assert row["loss"] == pytest.approx(dpo_part + sft_weight * row["loss_sft"], abs=1e-6)
         assert row["lr"] == 1e-3 and row["grad_norm"] > 0
     if loss != "sft":  # policy and reference are still the same model
         first = log[0]
@@ -207,7 +207,8 @@ def test_dpo_measures_implicit_rewards_against_the_starting_model_and_not_agains
     assert row["rejected_reward"] == pytest.approx(statistics.mean(rejected), abs=1e-5)
     assert row["margin"] == pytest.approx(statistics.mean(margins), abs=1e-5)
     assert row["preference_accuracy"] == sum(margin > 0 for margin in margins) / 4
-    assert row["loss_dpo"] == pytest.approx(statistics.mean(math.log1p(math.exp(-margin)) for margin in margins), abs=1e-5)
+    losses = [math.log1p(math.exp(-margin)) for margin in margins]
+    assert row["loss_dpo"] == pytest.approx(statistics.mean(losses), abs=1e-5)
     assert row["loss_sft"] == pytest.approx(nats / tokens, abs=1e-5)  # mean over the batch's tokens, not of pair means
     assert max(map(abs, margins)) > 0.01  # the first update did move the policy
 
@@ -226,8 +227,9 @@ def test_the_reward_and_its_parts_are_means_over_all_replies(material, tmp_path,
     records = m.read_records(material.data)
     for step, row in enumerate(rows(tmp_path)):
         groups = list(zip(seen_at(step, records, 4), watch.replies[step], strict=True))
-        scores = [rewards.score(encoder.decode(r.ids), record, format_weight=0.25) for record, group in groups for r in group]
-        replies = [reply for _, group in groups for reply in group]
+        pairs = [(record, reply) for record, group in groups for reply in group]
+        scores = [rewards.score(encoder.decode(reply.ids), record, format_weight=0.25) for record, reply in pairs]
+        replies = [reply for _, reply in pairs]
         assert len(replies) == 24
         for name in ("reward", "accuracy", "format"):
             assert row[name] == pytest.approx(statistics.mean(score[name] for score in scores), abs=1e-6)
@@ -265,10 +267,10 @@ def with_useless_records(material):
     return write(material.folder / "with_useless.jsonl", material.records[1:5] + useless)
 
 
-@pytest.mark.parametrize(
-    "normalizer, scale", [("sequence", "group"), ("token", "none"), ("constant", "batch")]
-)  # fmt: skip
-def test_skipping_groups_without_signal_leaves_the_gradient_as_it_is(material, tmp_path, monkeypatch, normalizer, scale):
+@pytest.mark.parametrize("normalizer, scale", [("sequence", "group"), ("token", "none"), ("constant", "batch")])
+def test_skipping_groups_without_signal_does_not_change_the_gradient(
+    material, tmp_path, monkeypatch, normalizer, scale
+):
     watch = Watch(monkeypatch)
     data = with_useless_records(material)
     settings = {"prompts": 6, "group": 5, "steps": 1, "normalizer": normalizer, "advantage_scale": scale}
@@ -472,7 +474,8 @@ def test_pairs_without_rejected_are_refused_by_dpo_and_enough_for_sft(material, 
     call("dpo", **material.dpo(data=data, out=tmp_path / "out", loss="sft", steps=1))
     assert len(rows(tmp_path / "out")) == 1
     data = third_line(material, tmp_path, chosen=" ")
-    check_one_line(refuse(capsys, "dpo", **material.dpo(data=data, out=tmp_path / "x", loss="sft")), f"{data}:3", "chosen")
+    err = refuse(capsys, "dpo", **material.dpo(data=data, out=tmp_path / "other", loss="sft"))
+    check_one_line(err, f"{data}:3", "chosen")
 
 
 BAD_FLAGS = {
@@ -497,7 +500,7 @@ def test_flags_that_are_unknown_abbreviated_or_senseless_are_refused(material, t
 
 
 @pytest.mark.parametrize("stage", ["dpo", "grpo"])
-def test_a_directory_that_holds_a_run_is_refused_and_left_alone_unless_told_otherwise(material, tmp_path, capsys, stage):
+def test_a_directory_that_holds_a_run_is_left_alone_unless_told_otherwise(material, tmp_path, capsys, stage):
     settings = getattr(material, stage)
     call(stage, **settings(out=tmp_path, steps=2))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}

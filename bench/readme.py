@@ -1,0 +1,132 @@
+"""Rebuild the README's figure and result tables from committed logs, so that no number in it is typed by hand.
+
+    python bench/readme.py                                   # logs in bench/results -> README.md and curves.png
+    python bench/readme.py --collect runs/demo-0 runs/demo-1  # first take over the logs of finished demo runs
+    python bench/readme.py --check                           # exit 1 if README.md does not say what the logs say
+
+One demo run is kept as bench/results/demo-SEED.json: the summaries of its eval results, the log of every stage (the
+main keys) and the seconds it took.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import fmean
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+STAGES = {
+    "base": "base",
+    "zero": "GRPO-zero",
+    "cold-dpo-sft": "cold start DPO+SFT",
+    "cold-sft": "cold start SFT",
+    "rl-dpo-sft": "DPO+SFT, then GRPO",
+    "rl-sft": "SFT, then GRPO",
+}
+KEPT = ("step", "reward", "accuracy", "format", "kl", "entropy", "loss", "preference_accuracy")
+SIZES = ("2x1", "3x1", "4x1", "2x2")
+
+
+def collect(folder):
+    """Read a finished demo run: what the README needs of it, as one JSON-able object."""
+    folder, run = Path(folder), {"stages": {}, "logs": {}}
+    for stage in STAGES:
+        result = json.loads((folder / "results" / f"{stage}.json").read_text())
+        run["stages"][stage] = {"sources": result["sources"], "gf": result["gf"]}
+        rows = [json.loads(line) for line in (folder / stage / "log.jsonl").read_text().splitlines()]
+        run["logs"][stage] = [{key: row[key] for key in KEPT if key in row} for row in rows]
+    run["seed"] = json.loads((folder / "zero" / "args.json").read_text())["seed"]
+    run["seconds"] = float((folder / "seconds").read_text())
+    return run
+
+
+def spread(values):
+    """Mean and range over the seeds, in percent: "97.5 (96.5–98.5)"."""
+    text = f"{fmean(values):.1f}"
+    return f"{text} ({min(values):.1f}–{max(values):.1f})" if len(values) > 1 else text
+
+
+def tables(runs):
+    """The README's block of results, as Markdown."""
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    minutes = fmean(run["seconds"] for run in runs) / 60
+    lines = [
+        f"`make demo`, seed{'s' if len(runs) > 1 else ''} {seeds}: mean over seeds"
+        + (" (lowest–highest)" if len(runs) > 1 else "")
+        + f", {minutes:.0f} minutes a run on CPU. Held-out pictures, replies sampled at temperature 1, percent.",
+        "",
+        "| after | format 2x1 | accuracy 2x1 | of readable answers | 3x1 | 4x1 | 2x2 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def number(stage, source, key):
+        return [100 * run["stages"][stage]["sources"][f"jigsaw-pair-{source}"][key] for run in runs]
+
+    for stage, name in STAGES.items():
+        cells = [number(stage, "2x1", key) for key in ("format", "accuracy", "accuracy_read")]
+        cells += [number(stage, size, "accuracy") for size in SIZES[1:]]
+        lines.append(f"| {name} | " + " | ".join(map(spread, cells)) + " |")
+    lines += [
+        "| chance | – | 50 | 50 | 50 | 50 | 12.5 |",
+        "",
+        "Format gained over the base, percentage points, and the generalization factor of the cold starts:",
+        "",
+        "| cold start | gain, trained format | gain, five other formats | GF |",
+        "|---|---|---|---|",
+    ]
+    for stage in ("cold-dpo-sft", "cold-sft"):
+        cells = [[run["stages"][stage]["gf"][key] for run in runs] for key in ("gain_id", "gain_ood", "gf")]
+        lines.append(f"| {STAGES[stage].removeprefix('cold start ')} | " + " | ".join(map(spread, cells)) + " |")
+    return "\n".join(lines)
+
+
+def draw(runs, path):
+    """Accuracy and format along the three GRPO runs of the first seed, one panel each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3), dpi=110, sharex=True)
+    for panel, key in zip(panels, ("format", "accuracy"), strict=True):
+        for stage in ("zero", "rl-dpo-sft", "rl-sft"):
+            rows = runs[0]["logs"][stage]
+            mean = [fmean(row[key] for row in rows[max(0, i - 4) : i + 5]) for i in range(len(rows))]
+            panel.plot([row["step"] for row in rows], mean, label=STAGES[stage])
+        panel.set(title=f"{key} of sampled replies", xlabel="GRPO step", ylim=(0, 1.02))
+        panel.grid(alpha=0.3)
+    panels[1].axhline(0.5, color="grey", lw=0.8, ls=":")
+    panels[1].legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Software": None})
+
+
+def rebuilt(runs, text):
+    """README text with its block between the markers replaced by what the logs say."""
+    block = f"<!-- results: rebuilt by bench/readme.py -->\n{tables(runs)}\n<!-- end of results -->"
+    new, count = re.subn(r"<!-- results: .*?<!-- end of results -->", lambda _: block, text, flags=re.S)
+    assert count == 1, "README.md must hold the results block once"
+    return new
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--collect", nargs="+", default=[], metavar="DIR", help="finished demo runs to take over first")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is not up to date")
+    args = parser.parse_args(argv)
+    for folder in args.collect:
+        run = collect(folder)
+        (HERE / "results" / f"demo-{run['seed']}.json").write_text(json.dumps(run) + "\n")
+    runs = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("demo-*.json"))]
+    new = rebuilt(runs, README.read_text())
+    if args.check:
+        return int(new != README.read_text())
+    README.write_text(new)
+    draw(runs, HERE / "results" / "curves.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

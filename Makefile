@@ -16,8 +16,8 @@ photos: $(VENV)/ready
 bugs: $(VENV)/ready
 	PATH="$(BIN):$$PATH" python tests/plant_bugs.py
 
-lint:
-	ruff check .
+lint: $(VENV)/ready
+	PATH="$(BIN):$$PATH" ruff check .
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -85,15 +85,6 @@ def light_rule(train: float, test: float) -> tuple[str, float, float]:
     return ("above", train, test) if train >= 0.5 else ("below", 1 - train, 1 - test)
 
 
-def clear(out: Path) -> None:
-    """Remove what an earlier run wrote here: with another seed, its train subjects may be held out now."""
-    if (out / "crops.jsonl").exists():
-        for part in ("train", "test"):
-            shutil.rmtree(out / part, ignore_errors=True)
-    elif (out / "train").exists() or (out / "test").exists():
-        raise SystemExit(f"error: {out} holds train or test, but not from this script (no crops.jsonl)")
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="gets train/, test/ and crops.jsonl")
@@ -103,12 +94,15 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.crops < 2 or args.side < 28:
         parser.error("--crops must be at least 2 and --side at least 28")
+    if not (args.out / "crops.jsonl").exists() and any((args.out / part).exists() for part in ("train", "test")):
+        parser.error(f"{args.out} holds train or test, but not from this script: it has no crops.jsonl")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    clear(args.out)
+    for part in ("train", "test"):  # of an earlier run: with another seed, its train subjects may be held out now
+        shutil.rmtree(args.out / part, ignore_errors=True)
     rows, lighter = [], {"train": {}, "test": {}}
     for subject, part in split_subjects(args.seed).items():
         folder = args.out / part / subject

@@ -12,8 +12,11 @@ OUT=${1:-runs/photos}
 SEED=${2:-0}
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 if [ "${QUICK:-0}" = 1 ]; then
-    CROPS=24 WORDS=400 WORD_STEPS=50 FORMATS=400 FORMAT_STEPS=25 ZERO=4 PAIRS=40 COLD=3 RL=4 TESTS=16 P=8
+    # The second primer is gentler: a few steps of its noise would leave a base without one well-formed reply to reward.
+    NOISE=(--reply-format think --follow 0.8)
+    CROPS=24 WORDS=400 WORD_STEPS=60 FORMATS=400 FORMAT_STEPS=15 ZERO=4 PAIRS=40 COLD=3 RL=4 TESTS=16 P=8
 else
+    NOISE=(--follow 0.4)
     CROPS=300 WORDS=3600 WORD_STEPS=300 FORMATS=7200 FORMAT_STEPS=250 ZERO=40 PAIRS=900 COLD=25 RL=200 TESTS=300 P=32
 fi
 mkdir -p "$OUT"
@@ -40,7 +43,7 @@ done
 
 step "3 a base model: random weights, true words about photographs, then six formats kept 40 % of the time"
 puzzles "$OUT/photos/train" "$OUT/words" "$WORDS" $((SEED + 1000)) --primer --reply-format think --follow 1
-puzzles "$OUT/photos/train" "$OUT/formats" "$FORMATS" $((SEED + 2000)) --primer --follow 0.4
+puzzles "$OUT/photos/train" "$OUT/formats" "$FORMATS" $((SEED + 2000)) --primer "${NOISE[@]}"
 python "$HERE/model.py" --tiny "$OUT/random" --hidden "${HIDDEN:-64}" --layers "${LAYERS:-4}" --seed "$SEED"
 sft() { # sft FROM PRIMER TO STEPS flags…
     python "$HERE/dpo.py" --loss sft --model "$OUT/$1" --data "$OUT/$2/primer.jsonl" --out "$OUT/$3" --batch 32 \

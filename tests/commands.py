@@ -4,7 +4,8 @@
     start(stage, …)      as a command of its own, to be killed or waited for
     torchrun(jobs, …)    several runs one after the other in one pair of processes (starting Python costs seconds)
 
-Every process gets one thread: sums of floats then have one order, and equal runs give equal bits.
+Every process gets one thread: sums of floats then have one order, and equal runs give equal bits. None sees a GPU: what is
+tested is what any machine can do.
 """
 
 import importlib
@@ -13,15 +14,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks torch for one
 
-# What the model of the tests is taught to say, for 40 updates. Most of it is well-formed, some is right, so that groups of
-# replies earn different rewards: with a model that speaks noise every reward would be 0, and nothing would be learned.
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 300  # seconds until a command counts as hanging. All take less than 30, but not on a machine that is busy
+
+# What the model of the tests is taught to say, for 40 updates. Most of it is well-formed, some is right, so that the
+# replies of a group earn different rewards: with a model that speaks noise all would be 0, and nothing to learn from.
 SAYINGS = ("A", "B", "A", "B", "A or B", "so A", "")
 
 
@@ -63,25 +68,39 @@ def start(*command, **settings):
     )  # fmt: skip
 
 
-def end(process, timeout=60):
+def end(process):
     """Wait for a started command: -> (exit status, stdout, stderr). A hang is a failure, and leaves nothing behind."""
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-        raise AssertionError(f"still running after {timeout} s: {process.args}\n{out[-2000:]}\n{err[-4000:]}") from None
+        raise AssertionError(
+            f"still running after {PATIENCE} s: {process.args}\n{out[-2000:]}\n{err[-4000:]}"
+        ) from None
     return process.returncode, out, err
+
+
+def stop(process, out, step, number, delay=0.0):
+    """Send a running command signal `number`, `delay` seconds after step `step` stands in its log."""
+    log, deadline = Path(out) / "log.jsonl", time.monotonic() + PATIENCE
+    while not log.exists() or log.read_text().count("\n") < step:
+        if process.poll() is not None or time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(f"{process.args} did not reach step {step}: {end(process)}")
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(number)
 
 
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def torchrun(jobs, folder, timeout=150):
+def torchrun(jobs, folder):
     """Run jobs, a list of (stage, settings), in two processes. Fails with their output when they fail or hang."""
     path = Path(folder) / "jobs.json"
     path.write_text(json.dumps([[stage, flags(**settings)] for stage, settings in jobs]))
-    status, out, err = end(start(*TWO_PROCESSES, __file__, path), timeout)
+    status, out, err = end(start(*TWO_PROCESSES, __file__, path))
     assert status == 0, f"{out[-2000:]}\n{err[-6000:]}"
 
 

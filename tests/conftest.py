@@ -36,7 +36,7 @@ def load_rough(folder):
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for weight in policy.parameters():
-            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.09)
+            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.05)
     return policy, encoder
 
 

@@ -95,10 +95,11 @@ DPO_NUMBERS = some(
     "test_stages", "dpo_measures_implicit_rewards_against_the_starting_model_and_not_against_itself"
 )
 GRPO_NUMBERS = some("test_stages", "the_reward_and_its_parts_are_means_over_all_replies")
-GRPO_GRADIENT = some("test_stages", "skipping_groups_without_signal_leaves_the_gradient_as_it_is")
+GRPO_GRADIENT = some("test_stages", "skipping_groups_without_signal_does_not_change_the_gradient")
 GRPO_SETTINGS = some("test_stages", "grpo_trains_with_the_settings_of")
 GRPO_UPDATES = some("test_stages", "updates_above_1_take_that_many_optimizer_steps_on_the_same_replies")
 MICRO_BATCHES = some("test_stages", "the_size_of_micro_batches_does_not_matter")
+PARALLEL = some("test_parallel", "two_processes_equal_one_for")
 RESUME = some("test_resume", "more_steps_can_be_asked_for_later_and_equal_a_longer_run")
 
 # fmt: off
@@ -114,6 +115,8 @@ BUGS = [Bug(*entry) for entry in (
      "std = rewards.std(1, keepdim=True)", "std = rewards.std(0, keepdim=True)", LOSSES),
     ("the batch's std is that of the centred rewards", "grpo.py",
      "std = rewards.std() if", "std = centred.std() if", LOSSES),
+    ("equal rewards keep a rounding error as their advantage", "grpo.py",
+     "centred = centred.masked_fill(same, 0.0)", "centred = centred * 1.0", LOSSES),
     ("eps is missing", "grpo.py", "centred / (std + eps)", "centred / std", LOSSES),
     ("padding counts in the loss", "grpo.py", "gain.masked_fill(~mask, 0.0)", "gain", LOSSES),
     ("padding is masked after the exponential", "grpo.py",
@@ -190,6 +193,15 @@ BUGS = [Bug(*entry) for entry in (
      "                ref = None\n", "                old = logp.detach()\n                ref = None\n",
      GRPO_UPDATES),
     ("grpo.py forgets to restore", "grpo.py", "run.restore(policy, optimizer)", "pass", RESUME),
+
+    # ---- two processes
+    ("the mean that FSDP takes over the ranks is not undone", "model.py",
+     "(loss * world.size).backward()", "loss.backward()", PARALLEL),
+    ("GRPO counts the tokens of its own rank only", "grpo.py",
+     "tokens = world.sum(lengths.sum())[0]", "tokens = lengths.sum().item()", PARALLEL),
+    ("SFT counts the tokens of its own rank only", "dpo.py",
+     "world.sum(sum(len(replies[0]) for _, replies in groups))[0]", "sum(len(replies[0]) for _, replies in groups)",
+     PARALLEL),
 
     # ---- distill.py
     ("the corruptions all_tags and think_tags are one", "distill.py",

@@ -1099,6 +1099,19 @@ def test_sizes_that_fit_no_head_are_refused_before_anything_is_written(tmp_path,
     assert not (tmp_path / "t").exists()
 
 
+def test_a_reply_ends_on_the_tokenizers_end_token_and_on_those_of_the_generation_config(tiny_dirs, tmp_path):
+    shutil.copytree(tiny_dirs["qwen2_5_vl"], tmp_path / "m")
+    path, ids = tmp_path / "m/generation_config.json", {}
+    for listed in (17, [23, 17], None):
+        path.write_text(json.dumps({} if listed is None else {"eos_token_id": listed}))
+        policy, encoder = model.load(tmp_path / "m", CPU)
+        ids[str(listed)] = set(policy.end_ids) - {encoder.end_id}
+        assert encoder.end_id in policy.end_ids
+    assert ids == {"17": {17}, "[23, 17]": {17, 23}, "None": set()}
+    path.unlink()
+    assert model.load(tmp_path / "m", CPU)[0].end_ids == (encoder.end_id,)
+
+
 def spoil(folder, how):
     """Break a copy of a model directory in one way."""
     weights = folder / "model.safetensors"
@@ -1252,7 +1265,7 @@ def test_checkpoints_are_few_whole_and_written_when_due(scratch_model, records, 
         (None, 0, ""),
         (model.DataError("a.jsonl:3: broken\n  by  two lines"), 2, "error: a.jsonl:3: broken by two lines\n"),
         (ZeroDivisionError("ours"), 1, "ZeroDivisionError: ours\n"),
-        (KeyboardInterrupt("stopped after step 3"), 130, "\nstopped after step 3\n"),
+        (KeyboardInterrupt("stopped after step 3"), 130, "stopped after step 3\n"),
     ],
 )
 def test_the_exit_status_says_whose_fault_it_was(capsys, error, status, said):
@@ -1262,6 +1275,6 @@ def test_the_exit_status_says_whose_fault_it_was(capsys, error, status, said):
 
     with pytest.raises(SystemExit) as caught:
         model.run(main)
-    printed = capsys.readouterr().err
+    printed = capsys.readouterr().err.lstrip("\n")
     assert (caught.value.code or 0) == status
     assert printed == said or (status == 1 and printed.endswith(said))

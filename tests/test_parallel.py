@@ -1,9 +1,9 @@
 """Two processes must do what one does: the same replies, losses, gradient norms, weights and checkpoints.
 
-`torchrun` starts them on the CPU (gloo), the weights sharded by FSDP2. The cases are those in which the ranks differ: one
-has pictures and the other none, one has nothing to learn from, one needs more forwards than the other, one has no pair
-at all. A rank that then skips a collective makes the other wait for ever, or pairs it with the wrong one. So every start
-has a timeout, and a hang is a failure.
+`torchrun` starts them on the CPU (gloo), the weights sharded by FSDP2. In many cases the ranks differ: one has pictures
+and the other none, one has nothing to learn from, one needs more forwards than the other, one has no pair at all. A rank
+that then skips a collective makes the other wait for ever, or pairs it with the wrong one. So every start has a timeout,
+and a hang is a failure.
 
 All comparable runs share one start of two processes: starting Python and torch takes longer than training.
 """
@@ -13,7 +13,21 @@ import signal
 import time
 
 import pytest
-from commands import ROOT, TWO_PROCESSES, Material, call, distance, end, rows, start, timeless, torchrun, weights, write
+from commands import (
+    PATIENCE,
+    ROOT,
+    TWO_PROCESSES,
+    Material,
+    call,
+    distance,
+    end,
+    rows,
+    start,
+    timeless,
+    torchrun,
+    weights,
+    write,
+)
 
 import model as m
 
@@ -77,7 +91,7 @@ def both(material, tmp_path_factory):
     call("grpo", **material.grpo(lr=LR, steps=2, out=begun))
     call("grpo", **material.grpo(lr=LR, steps=4, out=folder / "one" / "resumed"))
     jobs.append(("grpo", material.grpo(lr=LR, steps=4, out=begun, resume=True)))
-    torchrun(jobs, folder, timeout=300)
+    torchrun(jobs, folder)
     return folder
 
 
@@ -151,7 +165,7 @@ def test_two_processes_go_on_with_what_one_began(material, both):
 def test_sigterm_stops_both_processes_with_a_checkpoint_that_one_process_goes_on_with(material, tmp_path):
     settings = material.grpo(lr=LR, steps=30, save_every=0, kl=0.04)
     process = start(*TWO_PROCESSES, ROOT / "grpo.py", **settings, out=tmp_path / "out")
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE
     while len(rows(tmp_path / "out")) < 3:
         assert process.poll() is None and time.monotonic() < deadline, end(process, 1)
         time.sleep(0.02)

@@ -8,10 +8,9 @@ import json
 import random
 import shutil
 import signal
-import time
 
 import pytest
-from commands import ROOT, Material, call, distance, end, rows, start, timeless, weights
+from commands import ROOT, Material, call, distance, end, rows, start, stop, timeless, weights
 
 import model as m
 
@@ -36,21 +35,6 @@ def unbroken(material, tmp_path_factory):
     return {stage: folder / stage for stage in SETTINGS}
 
 
-def stop_once(process, out, step, delay, number):
-    """Send a signal to a running command `delay` seconds after it logged `step`."""
-    deadline = time.monotonic() + 60
-    while len(rows_so_far(out)) < step:
-        assert process.poll() is None and time.monotonic() < deadline, f"{process.args} did not reach step {step}"
-        time.sleep(0.005)
-    time.sleep(delay)
-    process.send_signal(number)
-
-
-def rows_so_far(out):
-    path = out / "log.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def check_same(out, whole, steps=STEPS):
     """The same weights to the bit, the same optimizer state, the same log and samples."""
     assert timeless(out) == timeless(whole)
@@ -72,7 +56,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(material, unbr
         for stage, settings in SETTINGS.items()
     }
     for stage, process in started.items():
-        stop_once(process, tmp_path / stage, *moments[stage], signal.SIGKILL)
+        stop(process, tmp_path / stage, moments[stage][0], signal.SIGKILL, moments[stage][1])
     for stage, process in started.items():
         out = tmp_path / stage
         assert end(process)[0] == -signal.SIGKILL
@@ -95,7 +79,7 @@ def test_sigterm_and_ctrl_c_save_a_checkpoint_end_with_130_and_resume_to_the_sam
         for stage, settings in SETTINGS.items()
     }
     for stage, number in (("grpo", signal.SIGTERM), ("dpo", signal.SIGINT)):
-        stop_once(started[stage], tmp_path / stage, 7, 0.01, number)
+        stop(started[stage], tmp_path / stage, 7, number)
     for stage, process in started.items():
         out = tmp_path / stage
         status, _, err = end(process)
@@ -190,10 +174,10 @@ def test_a_resumed_run_keeps_its_settings(material, tmp_path, capsys, stage):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     capsys.readouterr()
     for name, value in CHANGED[stage]:
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit) as ended:
             changed = settings | {name: value, "resume": True, "steps": 4}
             m.run(lambda changed=changed: call(stage, **changed))
-        assert stop.value.code == 2
+        assert ended.value.code == 2
         err = capsys.readouterr().err.splitlines()
         assert len(err) == 1 and err[0].startswith("error: ") and f"--{name.replace('_', '-')} was" in err[0], err
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}

@@ -79,7 +79,7 @@ def seen_at(step, records, size, seed=0):
 
 
 def check_model_directory(out, last_step):
-    """The directory is one that from_pretrained of plain transformers takes, with the weights of the last checkpoint."""
+    """from_pretrained of plain transformers takes the directory, and finds the weights of the last checkpoint."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

@@ -136,6 +136,7 @@ def main(argv=None):
         args.model, world, dtype=args.dtype, attn=args.attn, max_pixels=args.max_pixels, train=True,
         freeze_vision=args.freeze_vision,
     )  # fmt: skip
+    encoder.check(world, pairs)
 
     # 2. Reference: log-probs of all pairs that will be seen, before the first update
     order = m.epoch_order(args.seed, len(pairs), 0, total)

@@ -203,6 +203,7 @@ def main(argv=None):
     options = {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
     options |= {"train": True, "freeze_vision": args.freeze_vision}
     policy, encoder = m.load(args.model, world, **options)
+    encoder.check(world, records)
     reference = m.load(args.model, world, **options)[0].requires_grad_(False) if args.kl else None
     optimizer = m.adamw(policy, args.lr)
     run.restore(policy, optimizer)

@@ -305,14 +305,19 @@ class Encoder:
             raise DataError(f"{path}: its tokenizer files are missing or incomplete")
         self._cache, self._room = OrderedDict(), cache_bytes
 
-    def resize(self, image):
-        """An RGB picture whose sides are multiples of patch × merge and whose area is within min and max pixels."""
+    def target_size(self, width, height):
+        """(width, height) in multiples of patch × merge, area within the limits. ValueError for a thin strip."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-        height, width = smart_resize(image.height, image.width, self.factor, self.min_pixels, self.max_pixels)
+        height, width = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         if height * width > self.max_pixels:  # a strip: smart_resize keeps one side at a factor and lets the other be
             longest = max(self.factor, self.max_pixels // min(height, width) // self.factor * self.factor)
             height, width = min(height, longest), min(width, longest)
+        return width, height
+
+    def resize(self, image):
+        """The picture as RGB in its target size."""
+        width, height = self.target_size(*image.size)
         image = image.convert("RGB")
         return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -346,23 +351,44 @@ class Encoder:
         frame = f"<|vision_start|>{self.image_token}<|vision_end|>"  # a base model without a template: a plain dialogue
         return f"User: {''.join(part.get('text', frame) for part in content)}\nAssistant:"
 
-    def prompt(self, record):
-        """Encode a record's question into a Prompt. DataError when text and images do not fit each other."""
+    def measure(self, record):
+        """(ids with one token per image, tokens each image will take), without reading pixels. Raises DataError."""
         where = record.get("_where", record["id"])
         plain = self.tokenizer(self.chat(record), add_special_tokens=False)["input_ids"]
         if plain.count(self.image_id) != len(record["images"]) or self.video_id in plain:
             raise DataError(f"{where}: the prompt's text holds image or video tokens of its own")
+        counts = []
         try:
-            pictures = [self.picture(path) for path in record["images"]]
+            for path in record["images"]:
+                with Image.open(path) as image:
+                    counts.append(math.prod(self.target_size(*image.size)) // self.factor**2)
         except (OSError, ValueError) as error:  # too thin a strip, or gone since the records were read
             raise DataError(f"{where}: an image cannot be encoded ({error})") from error
-        ids, images = [], iter(pictures)
-        for token in plain:
-            repeat = int(next(images)[1].prod()) // self.image_processor.merge_size**2 if token == self.image_id else 1
-            ids += [token] * repeat
-        if len(ids) >= self.max_length:
-            raise DataError(f"{where}: {len(ids)} prompt tokens, the model takes {self.max_length}; lower --max-pixels")
-        ids = torch.tensor(ids)
+        length = len(plain) + sum(counts) - len(counts)
+        if length >= self.max_length:
+            raise DataError(f"{where}: {length} prompt tokens, the model takes {self.max_length}; lower --max-pixels")
+        return plain, counts
+
+    def check(self, world, records):
+        """Raise DataError before any training for the first record that could not be encoded during it."""
+        problems = []
+        try:
+            for record in records[world.rank :: world.size]:
+                self.measure(record)
+                for name in ("chosen", "rejected"):
+                    if record.get(name):
+                        self.encode_reply(record[name], record["_where"])
+        except DataError as error:
+            problems.append(str(error))
+        for problem in sum(world.gather(problems), []):
+            raise DataError(problem)
+
+    def prompt(self, record):
+        """Encode a record's question into a Prompt. DataError when text and images do not fit each other."""
+        plain, counts = self.measure(record)
+        pictures = [self.picture(path) for path in record["images"]]
+        count = iter(counts)
+        ids = torch.tensor([token for token in plain for _ in range(next(count) if token == self.image_id else 1)])
         if not pictures:
             positions = torch.arange(len(ids)).expand(3, -1)
             return Prompt(ids, positions, len(ids), None, None, plain)
@@ -372,11 +398,11 @@ class Encoder:
         patches = torch.cat([patches for patches, _ in pictures])
         return Prompt(ids, positions, int(positions.max()) + 1, patches, grid, plain)
 
-    def encode_reply(self, text):
+    def encode_reply(self, text, where="a reply"):
         """Token ids (T,) of a reply's text with the end token appended: what a model would have sampled."""
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.end_id])
         if torch.isin(ids, torch.tensor([self.image_id, self.video_id])).any():
-            raise DataError(f"a reply holds image or video tokens: {json.dumps(text)[:60]}")
+            raise DataError(f"{where}: it holds image or video tokens: {json.dumps(text)[:60]}")
         return ids
 
     def decode(self, ids):

@@ -14,10 +14,10 @@ HERE=$(cd "$(dirname "$0")/.." && pwd)
 if [ "${QUICK:-0}" = 1 ]; then
     # The second primer is gentler: a few steps of its noise would leave a base without one well-formed reply to reward.
     NOISE=(--reply-format think --follow 0.8)
-    CROPS=24 WORDS=400 WORD_STEPS=60 FORMATS=400 FORMAT_STEPS=15 ZERO=4 PAIRS=40 COLD=3 RL=4 TESTS=16 P=8
+    CROPS=24 WORDS=400 SCENE_STEPS=60 WORD_STEPS=15 FORMATS=400 FORMAT_STEPS=15 ZERO=4 PAIRS=40 COLD=3 RL=4 TESTS=16 P=8
 else
     NOISE=(--follow 0.4)
-    CROPS=300 WORDS=3600 WORD_STEPS=300 FORMATS=7200 FORMAT_STEPS=250 ZERO=40 PAIRS=900 COLD=25 RL=200 TESTS=300 P=32
+    CROPS=300 WORDS=3600 SCENE_STEPS=300 WORD_STEPS=300 FORMATS=7200 FORMAT_STEPS=250 ZERO=40 PAIRS=900 COLD=25 RL=200 TESTS=300 P=32
 fi
 mkdir -p "$OUT"
 step() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
@@ -35,13 +35,17 @@ SETS=()
 for folder in "$OUT"/photos/{train,test}/*/; do
     case $folder in */train/*) name=seen ;; *) name=held-out ;; esac
     name=$name-$(basename "$folder")
-    puzzles "$folder" "$OUT/test/$name" "$TESTS" $((SEED + 3000))
+    puzzles "$folder" "$OUT/test/$name" "$TESTS" $((SEED + 3000 + ${#SETS[@]}))  # each with orders of its own
     sed -i.bak "s/\"source\": \"[^\"]*\"/\"source\": \"$name\"/" "$OUT/test/$name/records.jsonl"
     rm "$OUT/test/$name/records.jsonl.bak"
     SETS+=("$OUT/test/$name/records.jsonl")
 done
 
-step "3 a base model: random weights, true words about photographs, then six formats kept 40 % of the time"
+step "3 a base model: random weights, true words about scenes, then about photographs, then formats kept now and then"
+# Scenes first: on photographs alone, whose halves are often about equally light, 300 steps of SFT end in well-formed
+# replies whose words are true half the time, so that there is nothing for RL to go by.
+python "$HERE/jigsaw.py" --primer --reply-format think --follow 1 --scenes $((WORDS / 4)) --count "$WORDS" \
+    --rows 2 --cols 1 --swap 0 --split train --seed $((SEED + 1000)) --out "$OUT/scenes"
 puzzles "$OUT/photos/train" "$OUT/words" "$WORDS" $((SEED + 1000)) --primer --reply-format think --follow 1
 puzzles "$OUT/photos/train" "$OUT/formats" "$FORMATS" $((SEED + 2000)) --primer "${NOISE[@]}"
 python "$HERE/model.py" --tiny "$OUT/random" --hidden "${HIDDEN:-64}" --layers "${LAYERS:-4}" --seed "$SEED"
@@ -49,7 +53,8 @@ sft() { # sft FROM PRIMER TO STEPS flags…
     python "$HERE/dpo.py" --loss sft --model "$OUT/$1" --data "$OUT/$2/primer.jsonl" --out "$OUT/$3" --batch 32 \
         --steps "$4" --save-every 0 --seed "$SEED" --overwrite "${@:5}"
 }
-sft random words words/model "$WORD_STEPS" --lr 2e-3 --warmup 20 --schedule constant
+sft random scenes scenes/model "$SCENE_STEPS" --lr 2e-3 --warmup 20 --schedule constant
+sft scenes/model words words/model "$WORD_STEPS" --lr 1e-3 --warmup 20 --schedule linear
 sft words/model formats base "$FORMAT_STEPS" --lr 1e-3 --warmup 20 --schedule linear
 evaluate() { # evaluate NAME RESULT flags…
     python "$HERE/eval.py" --model "$OUT/$1" --out "$OUT/results/$2.json" --data "${SETS[@]}" --max-new-tokens 40 \

@@ -4,8 +4,8 @@
     start(stage, …)      as a command of its own, to be killed or waited for
     torchrun(jobs, …)    several runs one after the other in one pair of processes (starting Python costs seconds)
 
-Every process gets one thread: sums of floats then have one order, and equal runs give equal bits. None sees a GPU: what is
-tested is what any machine can do.
+Every process gets one thread: sums of floats then have one order, and equal runs give equal bits. None sees a GPU, so
+that the tests are the same on every machine.
 """
 
 import importlib

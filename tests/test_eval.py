@@ -287,7 +287,8 @@ def test_the_table_has_a_column_a_stage_a_row_a_source_and_gf_where_there_is_one
         ["gain OOD", "–", "20.0"],
         ["GF", "–", "22.7"],
     ]
-    assert evaluation.markdown_table(table).splitlines()[3] == "| b                | –                  | 100.0 / 100.0 / 12.5 |"
+    row = evaluation.markdown_table(table).splitlines()[3]
+    assert row == "| b                | –                  | 100.0 / 100.0 / 12.5 |"
 
 
 def test_the_same_question_is_shown_with_every_stages_reply(tmp_path):

@@ -1,20 +1,17 @@
 """Two processes must do what one does: the same replies, losses, gradient norms, weights and checkpoints.
 
 `torchrun` starts them on the CPU (gloo), the weights sharded by FSDP2. In many cases the ranks differ: one has pictures
-and the other none, one has nothing to learn from, one needs more forwards than the other, one has no pair at all. A rank
-that then skips a collective makes the other wait for ever, or pairs it with the wrong one. So every start has a timeout,
-and a hang is a failure.
+and the other none, one has nothing to learn from, one needs more forwards than the other, one has no pair at all. If a
+rank then skips a collective, the other waits for ever, or answers the wrong one. So every start has a timeout, and a
+hang is a failure.
 
 All comparable runs share one start of two processes: starting Python and torch takes longer than training.
 """
 
-import shutil
 import signal
-import time
 
 import pytest
 from commands import (
-    PATIENCE,
     ROOT,
     TWO_PROCESSES,
     Material,
@@ -23,6 +20,7 @@ from commands import (
     end,
     rows,
     start,
+    stop,
     timeless,
     torchrun,
     weights,
@@ -165,16 +163,11 @@ def test_two_processes_go_on_with_what_one_began(material, both):
 def test_sigterm_stops_both_processes_with_a_checkpoint_that_one_process_goes_on_with(material, tmp_path):
     settings = material.grpo(lr=LR, steps=30, save_every=0, kl=0.04)
     process = start(*TWO_PROCESSES, ROOT / "grpo.py", **settings, out=tmp_path / "out")
-    deadline = time.monotonic() + PATIENCE
-    while len(rows(tmp_path / "out")) < 3:
-        assert process.poll() is None and time.monotonic() < deadline, end(process, 1)
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    stop(process, tmp_path / "out", 3, signal.SIGTERM)  # torchrun passes it on
     status, _, err = end(process)
     done = len(rows(tmp_path / "out"))
     assert status != 0 and 3 <= done < 30
     assert (tmp_path / "out/LATEST").read_text() == f"step_{done:06d}", err
-    shutil.copytree(tmp_path / "out", tmp_path / "copy")
     assert f"stopped after step {done} of 30" in err
     steps = done + 2
     call("grpo", **settings | {"steps": steps}, out=tmp_path / "out", resume=True)

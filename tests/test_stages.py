@@ -17,6 +17,7 @@ import pytest
 import torch
 from commands import ROOT, Material, call, distance, end, flags, rows, start, timeless, weights, write
 
+import grpo
 import model as m
 import rewards
 
@@ -35,13 +36,14 @@ def material(tmp_path_factory):
 
 
 class Watch:
-    """Looks on while a run samples and updates: the replies of every step, the gradient of every update."""
+    """Looks on while a run samples and updates: every step's replies and seeds, the gradient of every update."""
 
     def __init__(self, monkeypatch):
-        self.replies, self.gradients = [], []
-        sample, update = m.sample, m.update
+        self.replies, self.seeds, self.gradients = [], [], []
+        sample, update = grpo.SAMPLERS["builtin"], m.update
 
         def watched_sample(*args, **kwargs):
+            self.seeds += kwargs["seeds"]
             self.replies.append(sample(*args, **kwargs))
             return self.replies[-1]
 
@@ -49,7 +51,7 @@ class Watch:
             self.gradients.append(gradients(policy))
             return update(policy, *args)
 
-        monkeypatch.setattr(m, "sample", watched_sample)
+        monkeypatch.setitem(grpo.SAMPLERS, "builtin", watched_sample)
         monkeypatch.setattr(m, "update", watched_update)
 
 
@@ -225,6 +227,7 @@ def test_the_reward_and_its_parts_are_means_over_all_replies(material, tmp_path,
     call("grpo", **material.grpo(out=tmp_path, steps=2, group=6, format_weight=0.25, save_every=1, kl=0.04))
     encoder = policy_of(material.speaker)[1]
     records = m.read_records(material.data)
+    assert len(set(watch.seeds)) == 8  # 2 steps, 4 prompts: no two draw alike
     for step, row in enumerate(rows(tmp_path)):
         groups = list(zip(seen_at(step, records, 4), watch.replies[step], strict=True))
         pairs = [(record, reply) for record, group in groups for reply in group]
@@ -549,8 +552,6 @@ def test_help_ends_with_0_and_explains_every_flag_of(stage, monkeypatch):
 
 
 def test_grpo_without_model_and_data_takes_the_embedded_default():
-    import grpo
-
     args = grpo.parse_args(["--steps", "7"])
     assert (args.model, args.out, args.steps) == ("runs/embedded/base", "runs/embedded/grpo", 7)
     with pytest.raises(SystemExit):

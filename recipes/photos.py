@@ -9,6 +9,7 @@ or the other eye's view of it, is never on both sides. Writes
     OUT/train/SUBJECT/*.png, OUT/test/SUBJECT/*.png    per subject as many pictures as asked: the whole photographs
                                                        first, then square crops, no side longer than --side pixels
     OUT/crops.jsonl                                    where each picture comes from
+    OUT/light.json                                     how often each subject's upper half is the lighter one
 
 and prints how far light alone goes. "The lighter half was above" is a rule of the scenes; of photographs it is a habit
 at best. What is printed is a ceiling for a policy that goes by the words light and dark only.
@@ -115,6 +116,7 @@ def main(argv=None):
             rows.append({"file": str(path.relative_to(args.out)), "photograph": name, "box": box})
         lighter[part][subject] = above / args.crops
     (args.out / "crops.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (args.out / "light.json").write_text(json.dumps(lighter) + "\n")  # share of pictures, by part and subject
 
     print(f"{len(rows)} pictures of {len(SUBJECTS)} subjects. The lighter half is the upper one in")
     means = {}

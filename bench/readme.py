@@ -95,7 +95,7 @@ def photos_table(run):
     """The README's table on photographs, as Markdown."""
     light = {subject: share for part in run["light"].values() for subject, share in part.items()}
     lines = [
-        f"`make photos`, seed {run['seed']}: 2x1 puzzles from five real photographs and their crops, percent, chance 50.",
+        f"`make photos`, seed {run['seed']}: 2x1 puzzles from five photographs and their crops, percent, chance 50.",
         "",
         "| puzzles of | lighter half is the upper one | format, base | format, end | accuracy, end | greedy |",
         "|---|---|---|---|---|---|",

@@ -30,7 +30,7 @@ import time
 import traceback
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -903,7 +903,6 @@ class Run:
     world: World
     step: int = 0
     stop: bool = False
-    started: float = field(default_factory=time.time)
 
     FREE = ("resume", "overwrite", "steps", "save_every", "keep")  # may differ between a run and its resumption
 

@@ -73,11 +73,7 @@ def end(process):
     try:
         out, err = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        raise AssertionError(
-            f"still running after {PATIENCE} s: {process.args}\n{out[-2000:]}\n{err[-4000:]}"
-        ) from None
+        raise AssertionError(f"still running after {PATIENCE} s: {process.args}\n{kill(process)}") from None
     return process.returncode, out, err
 
 
@@ -86,11 +82,21 @@ def stop(process, out, step, number, delay=0.0):
     log, deadline = Path(out) / "log.jsonl", time.monotonic() + PATIENCE
     while not log.exists() or log.read_text().count("\n") < step:
         if process.poll() is not None or time.monotonic() > deadline:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise AssertionError(f"{process.args} did not reach step {step}: {end(process)}")
+            raise AssertionError(f"{process.args} did not reach step {step}\n{kill(process)}")
         time.sleep(0.005)
     time.sleep(delay)
     process.send_signal(number)
+
+
+def kill(process):
+    """End a command that hangs: -> what it printed. torchrun's processes are not in its group: it must end them itself."""
+    process.terminate()
+    try:
+        out, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+    return f"{out[-2000:]}\n{err[-4000:]}"
 
 
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

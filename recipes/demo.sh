@@ -28,15 +28,15 @@ evaluate() { # evaluate NAME [baseline]: held-out accuracy and format of one sta
         --max-new-tokens 40 --data "$OUT"/test/{3x1,4x1,2x2}/records.jsonl --id "$OUT/test/2x1/records.jsonl" \
         --ood "$OUT"/test/{bare,tags,boxed,json,line}/records.jsonl ${2:+--baseline "$OUT/results/$2.json"}
 }
-grpo() { # grpo FROM TO STEPS SCHEDULE: rates for half a million weights; the KL (Jigsaw-R1's) keeps it exploring
+grpo() { # grpo FROM TO STEPS: rates for half a million weights; the KL (Jigsaw-R1's) keeps it exploring
     python "$HERE/grpo.py" --model "$OUT/$1" --data "$OUT/puzzles/records.jsonl" --out "$OUT/$2" --steps "$3" \
-        --prompts 32 --group 8 --lr 2e-4 --schedule "$4" --kl 0.04 --clip-high 0.28 --normalizer token \
+        --prompts 32 --group 8 --lr 2e-4 --kl 0.04 --clip-high 0.28 --normalizer token \
         --max-new-tokens 40 --save-every 100 --seed "$SEED" --overwrite
 }
 evaluate base
 
 step "3 GRPO-zero: a short run that learns to keep the format"
-grpo base zero 40 constant
+grpo base zero 40
 evaluate zero base
 
 step "4 self-distillation: well-formed replies of GRPO-zero against the base's, corrupted in format"
@@ -52,7 +52,7 @@ done
 
 step "6 GRPO from both cold starts"
 for cold in dpo-sft sft; do
-    grpo "cold-$cold" "rl-$cold" 300 linear
+    grpo "cold-$cold" "rl-$cold" 300
     evaluate "rl-$cold" base
 done
 

@@ -62,8 +62,7 @@ def tables(runs):
     seeds = ", ".join(str(run["seed"]) for run in runs)
     minutes = min(run["seconds"] for run in runs) / 60
     lines = [
-        f"`make demo`, seed{'s' if len(runs) > 1 else ''} {seeds}: mean over seeds"
-        + (" (lowest–highest)" if len(runs) > 1 else "")
+        (f"`make demo`, seeds {seeds}: mean (lowest–highest)" if len(runs) > 1 else f"`make demo`, seed {seeds}")
         + f"; {minutes:.0f} minutes on two CPU cores. Held-out pictures, replies sampled at temperature 1, percent.",
         "",
         "| after | format 2x1 | accuracy 2x1 | of readable answers | 3x1 | 4x1 | 2x2 |",

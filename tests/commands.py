@@ -89,7 +89,7 @@ def stop(process, out, step, number, delay=0.0):
 
 
 def kill(process):
-    """End a command that hangs: -> what it printed. torchrun's processes are not in its group: it must end them itself."""
+    """End a command that hangs: -> what it printed. torchrun's processes are not in its group: it ends them itself."""
     process.terminate()
     try:
         out, err = process.communicate(timeout=60)

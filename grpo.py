@@ -16,6 +16,7 @@ Shapes: P prompts, G replies each, B = P·G replies, T tokens of the longest rep
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -121,7 +122,9 @@ def make_embedded(world):
     here, there = Path(__file__).resolve().parent, Path(EMBEDDED)
     if world.main and not (there / "base/model.safetensors").exists():
         print(f"first run: making a tiny base model and puzzles in {there} (about two minutes)", flush=True)
-        subprocess.run(["bash", here / "recipes/tiny_base.sh", there], check=True, env=m.alone())
+        env = m.alone()
+        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"  # its `python` is this one
+        subprocess.run(["bash", here / "recipes/tiny_base.sh", there], check=True, env=env)
     world.barrier()
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Both papers' main path in miniature, on a laptop CPU: about 12 minutes on two cores.
+# Both papers' main path in miniature, on a laptop CPU: about 11 minutes on two cores.
 #
 #   base -> GRPO-zero -> self-distilled pairs -> cold start (DPO+SFT | SFT) -> GRPO, every stage evaluated
 #

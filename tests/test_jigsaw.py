@@ -456,6 +456,15 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(tmp_path,
     assert files_in(tmp_path / "a") != files_in(tmp_path / "c")
 
 
+def test_another_seed_cuts_the_same_picture_into_other_puzzles(tmp_path):
+    photographs(tmp_path / "in", [(1, 100, 0)])  # one picture: only the puzzles can differ
+    orders = []
+    for seed in (5, 6):
+        run("--images", tmp_path / "in", "--count", 24, "--seed", seed, "--out", tmp_path / str(seed))
+        orders.append([(r["order"], r["options"]) for r in read(tmp_path / str(seed) / "records.jsonl")])
+    assert orders[0] != orders[1]
+
+
 def test_records_have_the_common_fields_and_their_images_lie_beside_them(tmp_path):
     run("--scenes", 3, "--count", 10, "--rows", 3, "--out", tmp_path / "puzzles", "--size", 60)
     records = read(tmp_path / "puzzles" / "records.jsonl")

@@ -190,8 +190,8 @@ BUGS = [Bug(*entry) for entry in (
     ("each micro-batch is normalised by itself", "grpo.py",
      "P * G, tokens, args.max_new_tokens)", "len(size), size.sum().item(), args.max_new_tokens)", MICRO_BATCHES),
     ("the old log-probs are those of now, so that nothing is ever clipped", "grpo.py",
-     "                ref = None\n", "                old = logp.detach()\n                ref = None\n",
-     GRPO_UPDATES),
+     "                advantage = torch.cat(",
+     "                old = logp.detach()\n                advantage = torch.cat(", GRPO_UPDATES),
     ("grpo.py forgets to restore", "grpo.py", "run.restore(policy, optimizer)", "pass", RESUME),
 
     # ---- two processes

@@ -1099,7 +1099,7 @@ def tiny_corpus(seed):
     return texts
 
 
-def make_tiny(folder, family="qwen2_5_vl", *, hidden=64, layers=4, heads=2, vocab=0, seed=0):
+def make_tiny(folder, family="qwen2_5_vl", *, hidden=64, layers=4, heads=2, vision_layers=0, vocab=0, seed=0):
     """Write a random small model with the real classes, a byte-level BPE tokenizer and image settings to `folder`.
 
     family: qwen2_vl, qwen2_5_vl or qwen3_vl. The tokenizer learns its merges from the prompts jigsaw.py writes, so that
@@ -1135,7 +1135,7 @@ def make_tiny(folder, family="qwen2_5_vl", *, hidden=64, layers=4, heads=2, voca
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
     }
-    depth = max(2, layers // 2)
+    depth = vision_layers or max(2, layers // 2)
     vision = {"depth": depth, "num_heads": heads, "initializer_range": 0.1}
     if family == "qwen2_vl":
         text.pop("head_dim")
@@ -1184,7 +1184,8 @@ def parse_args(argv=None):
     families = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
     parser.add_argument("--family", default="qwen2_5_vl", choices=families, help="which of the real architectures")
     parser.add_argument("--hidden", type=int, default=64, help="hidden size of both towers (multiple of heads x 16)")
-    parser.add_argument("--layers", type=int, default=4, help="decoder blocks; the vision tower has half as many")
+    parser.add_argument("--layers", type=int, default=4, help="decoder blocks")
+    parser.add_argument("--vision-layers", type=int, default=0, help="vision blocks; 0: half as many as --layers")
     parser.add_argument("--heads", type=int, default=2, help="attention heads; vLLM wants hidden/heads of 32 or 64")
     parser.add_argument("--vocab", type=int, default=0, help="rows of the embedding; 0: as many as the tokenizer has")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
@@ -1196,7 +1197,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    sizes = {"hidden": args.hidden, "layers": args.layers, "heads": args.heads, "vocab": args.vocab}
+    sizes = {name: getattr(args, name) for name in ("hidden", "layers", "heads", "vision_layers", "vocab")}
     make_tiny(args.tiny, args.family, **sizes, seed=args.seed)
     print(f"{args.tiny}: a tiny {args.family}, random weights")
 

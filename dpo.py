@@ -14,8 +14,8 @@ Shapes: B pairs, T tokens of the longest reply; log-probs in nats, fp32.
 """
 
 import argparse
+import json
 import math
-import time
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ def as_group(encoder, pair, loss):
 def reference_log_probs(policy, encoder, world, pairs, indices, budget):
     """{index: (log-prob of chosen, of rejected)}, summed over the reply, under the policy as it is now.
 
-    indices are dealt over the ranks; every rank gets every result. budget: padded tokens per forward.
+    indices are dealt over the ranks; every rank gets every result. budget: tokens per forward.
     """
     mine, out = indices[world.rank :: world.size], {}
     window = 256  # encoded pairs held at a time
@@ -102,9 +102,11 @@ def parse_args(argv=None):
     add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
     add("--freeze-vision", action="store_true", help="keep the vision tower as it is")
     add("--max-pixels", type=int, default=None, help="largest image area in pixels; default: the checkpoint's own")
-    add("--micro-tokens", type=int, default=16384, help="padded tokens per forward: lower it when memory runs out")
+    add("--micro-tokens", type=int, default=16384, help="tokens per forward: lower it when memory runs out")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"], help="attention kernels of the vision tower")
+    add("--measure-peak", action="store_true",
+        help="time a matrix product first, and log FLOP/s as a share of it (mfu_learn)")  # fmt: skip
     add("--seed", type=int, default=0, help="fixes the order of the pairs")
     add("--save-every", type=int, default=50, help="steps between checkpoints; 0: only at the end or when stopped")
     add("--keep", type=int, default=2, help="checkpoints to keep")
@@ -138,23 +140,30 @@ def main(argv=None):
     )  # fmt: skip
     encoder.check(world, pairs)
 
-    # 2. Reference: log-probs of all pairs that will be seen, before the first update
+    # 2. Reference: log-probs of all pairs that will be seen, before the first update; a resumed run reads them
     order = m.epoch_order(args.seed, len(pairs), 0, total)
-    reference = {}
+    reference, file = {}, run.out / "reference.json"
     if args.loss != "sft":
-        needed = sorted(set(order[run.step * args.batch :]))
-        reference = reference_log_probs(policy, encoder, world, pairs, needed, args.micro_tokens)
+        known = json.loads(file.read_text()) if world.main and run.step and file.exists() else {}
+        reference = {int(index): value for index, value in world.gather(known)[0].items()}
+        needed = sorted(set(order) - set(reference))
+        reference |= reference_log_probs(policy, encoder, world, pairs, needed, args.micro_tokens) if needed else {}
+        if world.main:
+            m.write_text(file, json.dumps(reference))
     optimizer = m.adamw(policy, args.lr)
     run.restore(policy, optimizer)
+    meter = m.Meter(policy, world, args.measure_peak)
 
     bar = tqdm(total=steps, initial=run.step, desc=args.loss, disable=not world.main)
     for step in range(run.step, steps):
         # 3. Learn
-        begun = time.perf_counter()
         batch = order[step * args.batch : (step + 1) * args.batch]
         mine = batch[world.rank :: world.size]
         groups = [as_group(encoder, pairs[index], args.loss) for index in mine]
         spare = groups[0] if groups else as_group(encoder, pairs[batch[0]], args.loss)
+        ahead = order[(step + 1) * args.batch : (step + 2) * args.batch][world.rank :: world.size]
+        encoder.prefetch(pairs[index] for index in ahead)
+        meter.lap("rest")
         chosen_tokens = world.sum(sum(len(replies[0]) for _, replies in groups))[0]
         names = ("loss", "loss_dpo", "loss_sft", "chosen_reward", "rejected_reward", "margin", "right")
         totals = dict.fromkeys(names, 0.0)
@@ -182,15 +191,17 @@ def main(argv=None):
             m.backward(policy, world, loss, last=number == len(micros) - 1)
         lr = m.learning_rate(step, steps, args.lr, args.schedule, args.warmup)
         norm = m.update(policy, optimizer, lr, args.grad_clip)
+        meter.lap("learn", meter.cost.learn(groups))
 
         # 4. Record
         totals = dict(zip(totals, world.sum(*totals.values()), strict=True))
         totals["preference_accuracy"] = totals.pop("right")
         if args.loss == "sft":
             totals = {"loss": totals["loss"], "loss_sft": totals["loss_sft"]}
-        seconds = time.perf_counter() - begun
+        account = meter.row()
+        seconds = account["seconds_learn"] + account["seconds_rest"]
         row = {"step": step + 1, **totals, "grad_norm": norm, "lr": lr}
-        row |= {"seconds": seconds, "samples_per_s": len(batch) / seconds}
+        row |= {"seconds": seconds, "samples_per_s": len(batch) / seconds, **account}
         run.log(row)
         shown = {"loss": row["loss"], "margin": row.get("margin"), "pref": row.get("preference_accuracy"), "norm": norm}
         bar.set_postfix({key: f"{value:.3f}" for key, value in shown.items() if value is not None})

@@ -19,7 +19,6 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -168,9 +167,11 @@ def parse_args(argv=None):
     add("--sampler", default="builtin", choices=list(SAMPLERS), help="who draws the replies: the trainer's own weights")
     add("--freeze-vision", action="store_true", help="keep the vision tower as it is")
     add("--max-pixels", type=int, default=None, help="largest image area in pixels; default: the checkpoint's own")
-    add("--micro-tokens", type=int, default=16384, help="padded tokens per forward: lower it when memory runs out")
+    add("--micro-tokens", type=int, default=16384, help="tokens per forward: lower it when memory runs out")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"], help="attention kernels of the vision tower")
+    add("--measure-peak", action="store_true",
+        help="time a matrix product first, and log FLOP/s as a share of it (mfu_sample, mfu_learn)")  # fmt: skip
     add("--seed", type=int, default=0, help="fixes the order of the prompts and every draw")
     add("--save-every", type=int, default=50, help="steps between checkpoints; 0: only at the end or when stopped")
     add("--keep", type=int, default=2, help="checkpoints to keep")
@@ -211,20 +212,23 @@ def main(argv=None):
     optimizer = m.adamw(policy, args.lr)
     run.restore(policy, optimizer)
     P, G = args.prompts, args.group
+    meter = m.Meter(policy, world, args.measure_peak)
 
     bar = tqdm(total=args.steps, initial=run.step, desc="grpo", disable=not world.main)
     for step in range(run.step, args.steps):
         # 1. Sample: G replies to each of this rank's prompts
-        clock = [time.perf_counter()]
-        batch = m.epoch_order(args.seed, len(records), step * P, P)
+        batch = m.epoch_order(args.seed, len(records), step * P, 2 * P)  # this step's and the next's
         places = range(world.rank, P, world.size)
         mine = [records[batch[place]] for place in places]
         prompts = [encoder.prompt(record) for record in mine]
+        encoder.prefetch(records[batch[P + place]] for place in places)
+        meter.lap("rest")
         replies = SAMPLERS[args.sampler](
             policy, prompts, G, seeds=[(args.seed * 10**6 + step) * 10**6 + place for place in places],
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
         )  # fmt: skip
-        clock.append(time.perf_counter())
+        drawn = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
+        meter.lap("sample", sum(meter.cost.forward(drawn)))
 
         # 2. Score: rules give each reply a reward, the group gives it an advantage
         texts = [[encoder.decode(reply.ids) for reply in group] for group in replies]
@@ -239,11 +243,11 @@ def main(argv=None):
         advantages = group_advantages(everyone, args.advantage_scale)[world.rank :: world.size]
         lengths = torch.tensor([[len(reply.ids) for reply in group] for group in replies]).float()
         tokens = world.sum(lengths.sum())[0]
-        clock.append(time.perf_counter())
+        meter.lap("score")
 
         # 3. Learn: clipped updates on the groups that carry a signal
         useful = [p for p in range(len(prompts)) if args.kl or advantages[p].any()]
-        groups = [(prompts[p], [reply.ids for reply in replies[p]]) for p in useful]
+        groups = [drawn[p] for p in useful]
         spare = (prompts[0], [replies[0][0].ids[:1]])  # a filler: keeps ranks in step, at weight 0
         micros = m.micro_batches(world, groups, args.micro_tokens)
         learned, gap, norm = dict.fromkeys(("loss", "kl", "clip_fraction"), 0.0), 0.0, 0.0
@@ -278,7 +282,7 @@ def main(argv=None):
                 if epoch == 0:  # the sampler's log-probs against the trainer's: 1e-5 in fp32, more in bf16
                     gap = max(gap, ((logp.detach() - old) * mask).abs().max().item())
             norm = m.update(policy, optimizer, lr, args.grad_clip)
-        clock.append(time.perf_counter())
+        meter.lap("learn", args.updates * meter.cost.learn(groups, reference=args.kl > 0))
 
         # 4. Record
         flat = [score for group in scores for score in group]
@@ -289,11 +293,11 @@ def main(argv=None):
         surprise = -sum(reply.logps.sum().item() for group in replies for reply in group)
         entropy, signal = world.sum(surprise / tokens, len(useful) / P)  # E[-log p] over sampled tokens is the entropy
         learned = dict(zip(learned, world.sum(*learned.values()), strict=True))
-        seconds = [after - before for before, after in zip(clock, clock[1:], strict=False)]
+        account = meter.row()
+        seconds = sum(value for name, value in account.items() if name.startswith("seconds"))
         row = {"step": step + 1, **means, **learned, "entropy": entropy, "useful_groups": signal}
         row |= {"grad_norm": norm, "lr": lr, "sampler_gap": max(world.gather(gap))}
-        row |= {"rollouts_per_s": P * G / sum(seconds)}
-        row |= dict(zip(("seconds_sample", "seconds_score", "seconds_learn"), seconds, strict=True))
+        row |= {"rollouts_per_s": P * G / seconds, "tokens_per_s": tokens / seconds, **account}
         shown = [
             {"id": mine[0]["id"], "source": mine[0]["source"], "reply": text, **score}
             for text, score in list(zip(texts[0], scores[0], strict=True))[:2]

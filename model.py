@@ -5,17 +5,20 @@ Read it in this order, one section per noun:
     1. records       JSONL in and out, with errors that name file and line
     2. world         one process or many: rank, device, sums over ranks
     3. encoder       a record -> token ids, patches and M-RoPE positions; text <-> reply ids
-    4. groups        prompt once: `[prompt | reply 1 | … | reply G]` in one row
-    5. policy        the wrapped Hugging Face model: a batch -> log-probs or logits
-    6. sampler       prefill once per prompt, one KV cache for its G replies
-    7. optimisation  learning-rate schedule, micro-batches, gradient clipping
-    8. runs          a run directory: log, checkpoints, --resume, export
-    9. tiny          `python model.py --tiny DIR`: a small Qwen2.5-VL from nothing
+    4. groups        prompt once: `[all prompts | all replies]` in one row without padding
+    5. attention     a reply over its prompt's keys and its own, in parts that are merged
+    6. policy        the wrapped Hugging Face model: a batch -> log-probs or logits
+    7. sampler       prefill once per prompt, one KV cache for its G replies
+    8. optimisation  learning-rate schedule, micro-batches, gradient clipping
+    9. account       where a step's seconds, FLOPs and memory go
+    10. runs         a run directory: log, checkpoints, --resume, export
+    11. tiny         `python model.py --tiny DIR`: a small Qwen2.5-VL from nothing
 
 Nothing here knows a loss or a reward, and nothing branches on the size of the model.
 
 Shapes: P prompts, G replies each, B = P·G replies, T tokens of the longest reply, L tokens of a packed row,
-N reply tokens of a batch, H hidden size, V vocabulary. Log-probs are natural logarithms (nats), fp32.
+N reply tokens of a batch, M hidden states that predict them, H hidden size, d size of a head, V vocabulary. Log-probs
+are natural logarithms (nats), fp32.
 """
 
 import argparse
@@ -23,27 +26,26 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
-
-IGNORE = -1  # segment number of padding in a packed row; the prompt is 0, reply g is g
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Records
@@ -77,16 +79,19 @@ def read_jsonl(path):
         yield number, row
 
 
+def write_text(path, text):
+    """Write a file under a temporary name, then rename it: whoever reads it finds all of it or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def write_jsonl(path, rows):
-    """Write one JSON object a line, under a temporary name first. Keys that start with "_" are ours and are dropped."""
+    """Write one JSON object a line, all or nothing. Keys that start with "_" are ours and are dropped."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        for row in rows:
-            public = {key: value for key, value in row.items() if not key.startswith("_")}
-            file.write(json.dumps(public, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    public = ({key: value for key, value in row.items() if not key.startswith("_")} for row in rows)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in public))
 
 
 def read_records(paths, check=None, text_fields=()):
@@ -303,7 +308,8 @@ class Encoder:
                     self.tokenizer.chat_template = json.loads(text)["chat_template"] if name.endswith("json") else text
         if None in (self.image_token, self.end_id) or not self.tokenizer("a", add_special_tokens=False)["input_ids"]:
             raise DataError(f"{path}: its tokenizer files are missing or incomplete")
-        self._cache, self._room = OrderedDict(), cache_bytes
+        self._cache, self._room, self._lock = OrderedDict(), cache_bytes, threading.Lock()
+        self._workers = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2)), "pictures")
 
     def target_size(self, width, height):
         """(width, height) in multiples of patch × merge, area within the limits. ValueError for a thin strip."""
@@ -323,16 +329,31 @@ class Encoder:
 
     def picture(self, path):
         """(patches (n, D) fp32, grid (3,)) of one image file, from the cache when it was seen before."""
-        if path in self._cache:
+        return self._begin(path).result()
+
+    def prefetch(self, records):
+        """Begin to encode the pictures of records that will soon be asked for, in worker threads."""
+        for record in records:
+            for path in record["images"]:
+                self._begin(path)
+
+    def _begin(self, path):
+        with self._lock:
+            if path not in self._cache:
+                self._cache[path] = self._workers.submit(self._encode, path)
             self._cache.move_to_end(path)
             return self._cache[path]
+
+    def _encode(self, path):
         with Image.open(path) as image:
             out = self.image_processor(images=[self.resize(image)], do_resize=False, return_tensors="pt")
         entry = out["pixel_values"], out["image_grid_thw"][0]
-        self._cache[path] = entry
-        self._room -= entry[0].nbytes
-        while self._room < 0 and len(self._cache) > 1:
-            self._room += self._cache.popitem(last=False)[1][0].nbytes
+        with self._lock:
+            self._room -= entry[0].nbytes
+            for old, future in list(self._cache.items()) if self._room < 0 else ():
+                if old != path and future.done() and self._room < 0:
+                    self._room += 0 if future.exception() else future.result()[0].nbytes
+                    del self._cache[old]
         return entry
 
     def chat(self, record):
@@ -416,67 +437,124 @@ class Encoder:
 
 
 @dataclass
-class Batch:
-    """Packed rows, ready for Policy.forward. K = L in training and prefill, cache length when decoding.
+class Segments:
+    """How the tokens of a flat row fall into n consecutive stretches (prompts, or replies).
 
-    ids (R, L); positions (3, R, L); mask (R, 1, L, K) True where attention is allowed; patches, grid: all pictures of
-    the rows in order, or None; read (N,): flat indices into R·L of the hidden states somebody reads;
-    targets (N,): the token each of them must predict, or None when the caller wants logits;
-    place (2, N): reply number and token number of each target, to lay the results out as (B, T)."""
+    lengths (n) Python ints; bounds (n+1,) int32, where each begins; longest: tokens of the longest.
+    index (n, longest): the token in each place of a rectangle, one stretch a row, 0 where there is none; places (N,):
+    each token's place in it; pad (n, longest): True where there is none. All three None if the row is that rectangle.
+    """
+
+    lengths: list
+    bounds: torch.Tensor
+    longest: int
+    index: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    pad: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, lengths):
+        sizes = torch.tensor(lengths, dtype=torch.long)
+        bounds = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
+        longest = max(lengths, default=0)
+        if min(lengths, default=0) == longest:
+            return cls(lengths, bounds.int(), longest)
+        column = torch.arange(longest)
+        pad = column >= sizes[:, None]
+        index = (bounds[:-1, None] + column).masked_fill(pad, 0)
+        return cls(lengths, bounds.int(), longest, index, (~pad).flatten().nonzero()[:, 0], pad)
+
+    def to(self, device):
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)})
+
+    def rows(self, flat):
+        """(N, …) -> (n, longest, …); what stands in the padding means nothing."""
+        if self.index is None:
+            return flat.view(len(self.lengths), self.longest, *flat.shape[1:])
+        return flat[self.index]
+
+    def flat(self, rows):
+        """(n, longest, …) -> (N, …), the inverse."""
+        rows = rows.flatten(0, 1)
+        return rows if self.places is None else rows[self.places]
+
+
+@dataclass
+class Layout:
+    """Who sees whom in a packed row `[all prompts | all replies]`: a prompt itself, a reply its prompt and itself.
+
+    prompts (R), replies (B), shares (R): the reply tokens that belong to each prompt. kept: {layer: (keys, values)} of
+    the prompts, filled by a forward when it is a dict (the sampler's prefill). flash: which kernels, set by the policy.
+    """
+
+    prompts: Segments
+    replies: Segments
+    shares: Segments
+    kept: dict | None = None
+    flash: bool = False
+
+    def to(self, device):
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if hasattr(v, "to")})
+
+    def attend(self, layer, q, k, v, scale):
+        if self.kept is not None:
+            self.kept[layer] = k, v
+        return PromptOnce.apply(q, k, v, self, scale)
+
+
+@dataclass
+class Batch:
+    """A packed row, ready for Policy.forward.
+
+    ids (1, L); positions (3, 1, L); layout: who sees whom; patches, grid: all pictures in order, or None; read (M,):
+    the tokens whose hidden state somebody reads; targets (N,): the tokens to be predicted, or None when the caller
+    wants logits; row (N,): which of the read states predicts each, ascending; place (2, N): reply number and token
+    number of each target, to lay the results out as (B, T)."""
 
     ids: torch.Tensor
     positions: torch.Tensor
-    mask: torch.Tensor
+    layout: Layout
     patches: torch.Tensor | None
     grid: torch.Tensor | None
     read: torch.Tensor
     targets: torch.Tensor | None = None
+    row: torch.Tensor | None = None
     place: torch.Tensor | None = None
 
     def to(self, device):
-        moved = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in vars(self).items()}
-        return Batch(**moved)
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if hasattr(v, "to")})
 
 
 def pack(groups):
-    """Lay groups out as rows `[prompt | reply 1 | … | reply G]`, one group a row.
+    """Lay groups out as one row without padding, `[prompt 1 | … | prompt R | reply 1 | … | reply B]`.
 
-    groups: list of (Prompt, list of reply ids (T_g,), each with its end token). A reply sees the prompt and itself;
-    its positions continue from the prompt's end, so to the model it looks as if it stood there alone. The last token
-    of a reply is only ever predicted, never read from, so it is not fed.
-    Returns a Batch with targets: replies are numbered through all groups, `place` says where each token belongs.
+    groups: list of (Prompt, list of reply ids (T,), each with its end token). A reply sees its prompt and itself; its
+    positions continue from the prompt's end, so to the model it looks as if it stood there alone. The last token of a
+    reply is only ever predicted, never read from, so it is not fed; the last of a prompt predicts the first token of
+    all its replies. Returns a Batch; without any reply it has no targets, and the forward gives logits.
     """
-    width = max(len(prompt.ids) + sum(len(reply) - 1 for reply in replies) for prompt, replies in groups)
-    ids = torch.zeros(len(groups), width, dtype=torch.long)
-    positions = torch.zeros(3, len(groups), width, dtype=torch.long)
-    segment = torch.full((len(groups), width), IGNORE)
-    read, targets, place, number = [], [], [], 0
-    for row, (prompt, replies) in enumerate(groups):
-        end = len(prompt.ids)
-        ids[row, :end], positions[:, row, :end], segment[row, :end] = prompt.ids, prompt.positions, 0
-        start = end
-        for which, reply in enumerate(replies, 1):
-            size = len(reply) - 1
-            ids[row, start : start + size] = reply[:-1]
-            positions[:, row, start : start + size] = prompt.next + torch.arange(size)
-            segment[row, start : start + size] = which
-            # token 0 is predicted by the prompt's last token, token t by the reply's token t-1
-            read.append(row * width + torch.cat([torch.tensor([end - 1]), start + torch.arange(size)]))
-            targets.append(reply)
-            place.append(torch.stack([torch.full((size + 1,), number), torch.arange(size + 1)]))
-            start, number = start + size, number + 1
-    mask = group_mask(segment)
-    patches, grid = pictures_of([prompt for prompt, _ in groups])
-    return Batch(ids, positions, mask, patches, grid, torch.cat(read), torch.cat(targets), torch.cat(place, 1))
-
-
-def group_mask(segment):
-    """(R, L) segment numbers -> (R, 1, L, L) bool: token i may see token j if j is not later and j lies in the prompt
-    or in i's own reply. Padding sees the prompt and itself (a row of all False would be NaN), nobody sees it."""
-    query, key = segment[:, :, None], segment[:, None, :]
-    allowed = ((key == 0) | (key == query)) & (key != IGNORE)
-    allowed = allowed.tril() | torch.eye(segment.shape[1], dtype=torch.bool)
-    return allowed[:, None]
+    prompts = [prompt for prompt, _ in groups]
+    replies = [reply for _, group in groups for reply in group]
+    begin = torch.tensor([prompt.next for prompt, group in groups for _ in group])  # position of each first token
+    size = torch.tensor([len(reply) - 1 for reply in replies], dtype=torch.long)
+    step = torch.cat([torch.arange(1, n + 1) for n in size.tolist()] or [size])  # number of the token that is predicted
+    ids = torch.cat([prompt.ids for prompt in prompts] + [reply[:-1] for reply in replies])
+    behind = (begin.long().repeat_interleave(size) + step - 1).expand(3, -1)
+    positions = torch.cat([prompt.positions for prompt in prompts] + [behind], 1)
+    shares = [sum(len(reply) - 1 for reply in group) for _, group in groups]
+    parts = Segments.of([len(prompt.ids) for prompt in prompts]), Segments.of(size.tolist()), Segments.of(shares)
+    ends = parts[0].bounds[1:].long() - 1
+    first = int(ends[-1]) + 1  # where the replies begin
+    batch = Batch(ids[None], positions[:, None], Layout(*parts), *pictures_of(prompts), ends)
+    if replies:
+        batch.read = torch.cat([ends, torch.arange(first, len(ids))])
+        owner = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for _, group in groups]))
+        batch.row = torch.cat([owner, len(groups) + torch.arange(len(ids) - first)])
+        batch.targets = torch.cat([torch.stack([reply[0] for reply in replies])] + [reply[1:] for reply in replies])
+        number = torch.arange(len(replies))
+        place = torch.cat([number, number.repeat_interleave(size)]), torch.cat([torch.zeros_like(number), step])
+        batch.place = torch.stack(place)
+    return batch
 
 
 def pictures_of(prompts):
@@ -495,7 +573,256 @@ def lay_out(values, place, fill=0.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Policy
+# 5. Attention: three calls, merged by their log-sum-exp
+#
+# A reply's softmax runs over its prompt's keys and its own. Attention over a union of keys is the mean of the
+# attentions over its parts, weighted by exp(log-sum-exp of each part's scores), so nobody copies a prompt's keys for
+# its replies, and no kernel needs a mask:
+#     out = Σ_part exp(lse_part − lse) out_part,   lse = log Σ_part exp(lse_part)
+# Going backward, the gradient through one part is what a kernel gives when it is told the whole out and lse, for
+# p = exp(score − lse) is then the true probability of each key (FlashAttention, arXiv 2205.14135, appendix B).
+
+
+class PromptOnce(torch.autograd.Function):
+    """Attention in a packed row: q (L, heads, d), k and v (L, kv heads, d), layout -> (L, heads, d)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, layout, scale):
+        end, flash = sum(layout.prompts.lengths), layout.flash
+        prompt, reply = slice(None, end), slice(end, None)
+        out, lse = attend(q[prompt], k[prompt], v[prompt], layout.prompts, layout.prompts, True, scale, flash)
+        if end < len(q):
+            own = attend(q[reply], k[reply], v[reply], layout.replies, layout.replies, True, scale, flash)
+            shared = attend(q[reply], k[prompt], v[prompt], layout.shares, layout.prompts, False, scale, flash)
+            merged = merge(own, shared)
+            out, lse = torch.cat([out, merged[0]]), torch.cat([lse, merged[1]])
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.layout, ctx.scale, ctx.end = layout, scale, end
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse = ctx.saved_tensors
+        layout, scale, end = ctx.layout, ctx.scale, ctx.end
+        prompt, reply = slice(None, end), slice(end, None)
+
+        def part(queries, keys, of_queries, of_keys, causal):
+            states = q[queries], k[keys], v[keys], out[queries], lse[queries]
+            return attend_backward(grad[queries], *states, of_queries, of_keys, causal, scale, layout.flash)
+
+        dq, dk, dv = part(prompt, prompt, layout.prompts, layout.prompts, True)
+        if end < len(q):
+            own = part(reply, reply, layout.replies, layout.replies, True)
+            shared = part(reply, prompt, layout.shares, layout.prompts, False)
+            dq = torch.cat([dq, own[0] + shared[0]])
+            dk, dv = torch.cat([dk + shared[1], own[1]]), torch.cat([dv + shared[2], own[2]])
+        return dq, dk, dv, None, None
+
+
+def merge(one, other):
+    """Attention over two disjoint sets of keys, (out (L, heads, d), lse (L, heads)) each -> the same over both."""
+    weight = torch.sigmoid(one[1] - other[1])[..., None]
+    return torch.lerp(other[0].float(), one[0].float(), weight).to(one[0].dtype), torch.logaddexp(one[1], other[1])
+
+
+def attend(q, k, v, of_queries, of_keys, causal, scale, flash):
+    """Query stretch i attends to key stretch i: -> out (Nq, heads, d), lse (Nq, heads) fp32.
+
+    No dropout; kv heads may be fewer than heads. flash: FlashAttention's kernel for stretches of various lengths (CUDA,
+    half precision, part of torch); otherwise in rectangles.
+    """
+    if flash:
+        bounds = of_queries.bounds, of_keys.bounds, of_queries.longest, of_keys.longest
+        out, lse = torch.ops.aten._flash_attention_forward(q, k, v, *bounds, 0.0, causal, False, scale=scale)[:2]
+        return out, lse.T
+    rows = of_queries.rows(q), of_keys.rows(k), of_keys.rows(v)
+    out, lse = attend_rows(*rows, None if causal else of_keys.pad, causal, scale)
+    return of_queries.flat(out), of_queries.flat(lse)
+
+
+def attend_backward(grad, q, k, v, out, lse, of_queries, of_keys, causal, scale, flash):
+    """Gradients (dq, dk, dv) of `attend`; out and lse may be those over more keys than this part's."""
+    if flash:
+        bounds = of_queries.bounds, of_keys.bounds, of_queries.longest, of_keys.longest
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)  # of no dropout
+        states = grad.contiguous(), q, k, v, out, lse.T.contiguous()
+        return torch.ops.aten._flash_attention_backward(*states, *bounds, 0.0, causal, *state, scale=scale)
+    lse = of_queries.rows(lse)
+    if of_queries.pad is not None:
+        lse = lse.masked_fill(of_queries.pad[..., None], math.inf)
+    rows = of_queries.rows(grad), of_queries.rows(q), of_keys.rows(k), of_keys.rows(v), of_queries.rows(out), lse
+    dq, dk, dv = attend_rows_backward(*rows, None if causal else of_keys.pad, causal, scale)
+    return of_queries.flat(dq), of_keys.flat(dk), of_keys.flat(dv)
+
+
+def attend_rows(q, k, v, pad, causal, scale):
+    """Attention in rectangles: q (n, Lq, heads, d), k and v (n, Lk, kv heads, d), pad (n, Lk) True where no key stands.
+
+    causal: query i sees keys 0 … i. Returns out (n, Lq, heads, d) and lse (n, Lq, heads) fp32.
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    mask = additive(pad, q.dtype)
+    if q.device.type == "cpu":
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = fused(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    else:
+        out, lse = plain_attention(q, k, v, mask, causal, scale)
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def attend_rows_backward(grad, q, k, v, out, lse, pad, causal, scale):
+    """Gradients (dq, dk, dv) of `attend_rows`; an lse of +inf marks a query that is not there."""
+    grad, q, k, v, out, lse = (x.transpose(1, 2) for x in (grad, q, k, v, out, lse))
+    mask = additive(pad, q.dtype)
+    if q.device.type == "cpu":
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = fused(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    else:
+        grads = plain_attention_backward(grad, q, k, v, out, lse, mask, causal, scale)
+    return [x.transpose(1, 2) for x in grads]
+
+
+def additive(pad, dtype):
+    """(n, Lk) True where no key stands -> (n, 1, 1, Lk): 0, and -inf there."""
+    return None if pad is None else torch.zeros_like(pad, dtype=dtype).masked_fill(pad, -math.inf)[:, None, None]
+
+
+def plain_scores(q, k, mask, causal, scale):
+    """q (n, heads, Lq, d), k (n, kv heads, Lk, d) -> (n, kv heads, shared·Lq, Lk) fp32, -inf where a key is not seen.
+
+    The query heads that share a key head stand in line as further queries.
+    """
+    score = (fold(q, k) @ k.mT).float() * scale
+    if causal:
+        later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        score = score.masked_fill(later.repeat(q.shape[1] // k.shape[1], 1), -math.inf)
+    return score if mask is None else score + mask
+
+
+def fold(x, k):
+    """(n, heads, Lq, …) -> (n, kv heads, shared·Lq, …)."""
+    return x.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+
+
+def plain_attention(q, k, v, mask, causal, scale):
+    """The formula, for devices and types that have no kernel: -> out (n, heads, Lq, d), lse (n, heads, Lq)."""
+    score = plain_scores(q, k, mask, causal, scale)
+    lse = score.logsumexp(-1)
+    out = (score - lse[..., None]).exp().to(v.dtype) @ v
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+
+
+def plain_attention_backward(grad, q, k, v, out, lse, mask, causal, scale):
+    """With p = exp(score − lse): dv = pᵀ g, and the gradient of the scores is p (g·v − g·out)."""
+    p = (plain_scores(q, k, mask, causal, scale) - fold(lse, k)[..., None]).exp()
+    grad, out = fold(grad, k).float(), fold(out, k).float()
+    ds = p * (grad @ v.float().mT - (grad * out).sum(-1, keepdim=True)) * scale
+    dq, dk, dv = ds @ k.float(), ds.mT @ fold(q, k).float(), p.mT @ grad
+    return dq.reshape(q.shape).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def prompt_once(module, query, key, value, attention_mask, *, scaling, layout=None, **options):
+    """What transformers calls in every layer of the decoder: query (1, heads, L, d) -> ((1, L, heads, d), None).
+
+    layout: a Layout or a Decoding, handed through by Policy.forward. Without one (somebody calls the Hugging Face model
+    itself, or its generate) it is transformers' own attention.
+    """
+    if layout is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return layout.attend(module.layer_idx, q, k, v, scaling)[None], None
+
+
+def windows(module, query, key, value, *, scaling, cu_seq_lens_q, max_length_q, **ignored):
+    """The same for the vision tower: everything sees everything between two bounds (a window, or a whole picture).
+
+    All stretches of one length go in one call; transformers' own way on a CPU is a call for each.
+    """
+    bounds = cu_seq_lens_q
+    if query.is_cuda and query.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn
+
+        bounds, q, k, v = bounds.int(), *(x[0].transpose(0, 1) for x in (query, key, value))
+        return varlen_attn(q, k, v, bounds, bounds, max_length_q, max_length_q, scale=scaling)[None], None
+    lengths, parts, places = bounds.diff(), [], []
+    for size in lengths.unique().tolist():
+        index = (bounds[:-1][lengths == size][:, None] + torch.arange(size, device=bounds.device)).flatten()
+        rows = [x[0][:, index].unflatten(1, (-1, size)).transpose(0, 1) for x in (query, key, value)]
+        out = F.scaled_dot_product_attention(*rows, scale=scaling)  # (stretches, heads, size, d)
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+        places.append(index)
+    return torch.cat(parts)[torch.cat(places).argsort()][None], None
+
+
+def use_our_attention(hf, tower):
+    """Let a Hugging Face model call `prompt_once` in its decoder and, if asked, `windows` in its vision tower."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("prompt_once", prompt_once)
+    AttentionMaskInterface.register("prompt_once", sdpa_mask)  # for whoever calls the model itself
+    AttentionInterface.register("windows_flash", windows)  # for "flash" in its name the tower hands over bounds
+    hf.config.get_text_config()._attn_implementation = "prompt_once"
+    if tower:
+        hf.config.vision_config._attn_implementation = "windows_flash"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Policy
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """log softmax(W h / temperature)[target], never holding more than `rows` rows of logits, forward or backward.
+
+    hidden (M, H), weight (V, H), row (N,) which hidden state predicts each target (N,), forbidden (F,) tokens that
+    count as impossible -> (N,) fp32. Backward computes the logits anew: their gradient is (1[target] − softmax) · g.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, row, targets, temperature, forbidden, rows):
+        ctx.save_for_backward(hidden, weight, row, targets, forbidden)
+        ctx.temperature, ctx.rows = temperature, rows
+        out = torch.zeros(len(targets), device=hidden.device)
+        ctx.lse = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = token_logits(hidden[part], weight, temperature, forbidden)
+            ctx.lse[part] = logits.logsumexp(-1)
+            mine = (row >= start) & (row < start + rows)
+            picked = logits[(row - start).clamp(0, len(logits) - 1), targets] - ctx.lse[row]
+            out = torch.where(mine, picked, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, row, targets, forbidden = ctx.saved_tensors
+        grad = grad / (ctx.temperature or 1.0)
+        total = torch.zeros_like(ctx.lse).index_add_(0, row, grad)  # of all targets that one state predicts
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            logits = token_logits(hidden[part], weight, ctx.temperature, forbidden)
+            chance = logits.sub_(ctx.lse[part, None]).exp_().mul_(-total[part, None])
+            mine = (row >= start) & (row < start + ctx.rows)
+            place = (row - start).clamp(0, len(chance) - 1), targets
+            chance.index_put_(place, grad.masked_fill(~mine, 0.0), accumulate=True)
+            chance = chance.to(weight.dtype)
+            if d_hidden is not None:
+                torch.mm(chance, weight, out=d_hidden[part])
+            if d_weight is not None:
+                d_weight.addmm_(chance.T, hidden[part])
+        return d_hidden, d_weight, None, None, None, None, None
+
+
+def token_logits(hidden, weight, temperature, forbidden):
+    """(n, H) -> (n, V) fp32 logits divided by temperature (0: not divided), forbidden tokens at -inf."""
+    logits = (hidden @ weight.T).float()
+    if temperature not in (0.0, 1.0):
+        logits /= temperature
+    return logits.index_fill_(-1, forbidden, -math.inf)
 
 
 class Policy(nn.Module):
@@ -503,57 +830,42 @@ class Policy(nn.Module):
 
     hf: Qwen2-VL, Qwen2.5-VL or Qwen3-VL ForConditionalGeneration. end_ids: tokens that end a reply. forbidden: tokens
     that are never sampled (image and video pads: one of them in a reply would ask for pixels that do not exist).
+    chunk_bytes: fp32 logits that may exist at a time in training. flash: use FlashAttention's kernels (CUDA only).
+    half: whether it computes in bf16.
     """
 
-    def __init__(self, hf, end_ids, forbidden, chunk=4096):
+    def __init__(self, hf, end_ids, forbidden, chunk_bytes=2**26, flash=False, half=False):
         super().__init__()
         self.hf = hf
-        self.end_ids, self.chunk = tuple(end_ids), chunk
+        self.end_ids, self.chunk_bytes, self.flash, self.half = tuple(end_ids), chunk_bytes, flash, half
         self.register_buffer("forbidden", torch.tensor(forbidden), persistent=False)
+        self.register_buffer("no_mask", torch.zeros(1, 1, 1, 1), persistent=False)  # 4-D: transformers builds none
         # In training the vision tower runs in every forward, on a blank picture where a batch has none: sharded ranks
         # must gather it together, and AdamW must move its weights alike however a batch is cut and dealt.
         self.must_see = False
 
-    def forward(self, batch, cache=None, temperature=1.0):
-        """Log-probs (N,) of batch.targets at `temperature`; without targets, logits (N, V).
-
-        Only the hidden states in batch.read go through lm_head, `chunk` at a time, recomputed in the backward pass.
-        """
-        blind = self.must_see and batch.patches is None and cache is None
+    def forward(self, batch, temperature=1.0):
+        """Log-probs (N,) of batch.targets at `temperature`; without targets, logits (M, V) of the states read."""
+        blind = self.must_see and batch.patches is None and batch.targets is not None
         blank = 0.0 * self.blank_picture() if blind else None  # first, where pictures are: FSDP keeps an order
+        batch.layout.flash = self.flash
         outputs = self.hf.model(
             input_ids=batch.ids,
             position_ids=batch.positions,
-            attention_mask=batch.mask,
+            attention_mask=self.no_mask,
             pixel_values=batch.patches,
             image_grid_thw=batch.grid,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            use_cache=False,
+            layout=batch.layout,
         )
-        hidden = outputs.last_hidden_state.flatten(0, 1)[batch.read]  # (N, H)
+        hidden = outputs.last_hidden_state[0].index_select(0, batch.read)  # (M, H)
         if blind:
             hidden = hidden + blank
+        weight = self.hf.lm_head.weight
         if batch.targets is None:
-            return self.logits(hidden, temperature)
-        parts = []
-        for part, target in zip(hidden.split(self.chunk), batch.targets.split(self.chunk), strict=True):
-            if torch.is_grad_enabled():
-                parts.append(recompute(self.token_log_probs, part, target, temperature, use_reentrant=False))
-            else:
-                parts.append(self.token_log_probs(part, target, temperature))
-        return torch.cat(parts)
-
-    def logits(self, hidden, temperature):
-        """(n, H) -> (n, V) fp32 logits divided by temperature (0: not divided), forbidden tokens at -inf."""
-        logits = self.hf.lm_head(hidden).float()
-        if temperature not in (0.0, 1.0):
-            logits = logits / temperature
-        return logits.index_fill(-1, self.forbidden, -math.inf)
-
-    def token_log_probs(self, hidden, targets, temperature):
-        """Log-prob of each target (n,) under the very distribution the sampler draws from (before top-k and top-p)."""
-        logits = self.logits(hidden, temperature)
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+            return token_logits(hidden, weight, temperature, self.forbidden)
+        rows = max(1, self.chunk_bytes // (4 * len(weight)))
+        return TokenLogProbs.apply(hidden, weight, batch.row, batch.targets, temperature, self.forbidden, rows)
 
     def blank_picture(self):
         """The sum of all features of the smallest black picture."""
@@ -571,20 +883,21 @@ def load(path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False
     """Load a checkpoint directory or hub id: -> (Policy on world.device, Encoder). Only safetensors are read.
 
     dtype: "fp32", "bf16" or "auto" (bf16 on CUDA, fp32 on CPU). A model that is trained keeps fp32 master weights; with
-    bf16 its compute is cast (FSDP mixed precision). attn: "auto", "sdpa" or "flash" for the vision tower; the
-    prompt-once rows always run on SDPA, whose dense mask flash-attn does not take. train: shard with FSDP2 when
-    there is more than one process (or CUDA), recompute activations on CUDA. Raises DataError when it cannot be loaded.
+    bf16 its compute is cast (FSDP mixed precision). attn: "flash", "sdpa" or "auto" (flash on CUDA in bf16). train:
+    shard with FSDP2 when there is more than one process (or CUDA), recompute activations on CUDA. Raises DataError when
+    it cannot be loaded.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
-    from transformers.utils import is_flash_attn_2_available, logging
+    from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if attn == "flash" and not is_flash_attn_2_available():
-        raise DataError("--attn flash: the package flash-attn is not installed (or there is no GPU); use --attn sdpa")
-    flash = attn == "flash" or (attn == "auto" and is_flash_attn_2_available() and world.device.type == "cuda")
+    cuda = world.device.type == "cuda"
     if dtype == "auto":
-        dtype = "bf16" if world.device.type == "cuda" else "fp32"
+        dtype = "bf16" if cuda else "fp32"
+    if attn == "flash" and not (cuda and dtype == "bf16"):
+        raise DataError("--attn flash needs a CUDA GPU and --dtype bf16; use --attn sdpa, which is exact everywhere")
+    flash = attn != "sdpa" and cuda and dtype == "bf16"
     weights = torch.float32 if train or dtype == "fp32" else torch.bfloat16
     if not Path(path).is_dir() and str(path).count("/") != 1:
         raise DataError(f"--model {path}: no such directory (nor a hub id, which reads owner/name)")
@@ -598,7 +911,7 @@ def load(path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False
             config=config,
             dtype=weights,
             use_safetensors=True,
-            attn_implementation={"": "sdpa", "vision_config": "flash_attention_2" if flash else "sdpa"},
+            attn_implementation="sdpa",
         )
         if loaded["missing_keys"]:  # transformers would go on with random numbers in their place
             raise DataError(f"{path}: its safetensors lack {', '.join(sorted(loaded['missing_keys'])[:3])}")
@@ -611,7 +924,8 @@ def load(path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False
         end_ids |= {listed} if isinstance(listed, int) else set(listed or ())
     except OSError:
         pass  # a model without generation_config.json ends on the tokenizer's end token alone
-    policy = Policy(hf, sorted(end_ids), [encoder.image_id, encoder.video_id])
+    policy = Policy(hf, sorted(end_ids), [encoder.image_id, encoder.video_id], flash=flash, half=dtype == "bf16")
+    use_our_attention(hf, tower=flash or not cuda)
     if freeze_vision:
         hf.model.visual.requires_grad_(False)
     policy.must_see = train
@@ -652,7 +966,7 @@ def log_probs(policy, groups, temperature=1.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Sampler
+# 7. Sampler
 
 
 @dataclass
@@ -665,36 +979,43 @@ class Reply:
     finished: bool
 
 
-class SharedCache:
-    """A KV cache of fixed room in the form transformers calls: update() appends in place and returns what is filled.
+class Decoding:
+    """Attention of one new token per living reply: over its prompt's keys, held once for all replies, and its own.
 
-    One row per prompt: its keys once, then the keys of step 0 of all G replies, then of step 1, …
+    kept: {layer: (keys, values)} of a prefill with `prompts`; counts (R): living replies of each prompt, in order;
+    room: tokens a reply may grow to. It takes the place of a Layout.
     """
 
-    is_compileable = False
+    def __init__(self, kept, prompts, counts, room):
+        self.room, self.length, self.pad = room, 0, prompts.pad
+        self.shared = {layer: [prompts.rows(x) for x in pair] for layer, pair in kept.items()}
+        self.own = {layer: [x.new_empty(sum(counts), room, *x.shape[1:]) for x in pair] for layer, pair in kept.items()}
+        self.shares = Segments.of(counts).to(prompts.bounds.device)
+        self.owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(prompts.bounds.device)
 
-    def __init__(self, room):
-        self.room, self.layers, self.length = room, {}, 0
+    def attend(self, layer, q, k, v, scale):
+        """q (B, heads, d), k and v (B, kv heads, d) of the new tokens -> (B, heads, d)."""
+        for buffer, new in zip(self.own[layer], (k, v), strict=True):
+            buffer[:, self.length] = new
+        keys, values = (buffer[:, : self.length + 1] for buffer in self.own[layer])
+        own = attend_rows(q[:, None], keys, values, None, False, scale)
+        shared = attend_rows(self.shares.rows(q), *self.shared[layer], self.pad, False, scale)
+        return merge([x[:, 0] for x in own], [self.shares.flat(x) for x in shared])[0]
 
-    def update(self, keys, values, layer, *args, **kwargs):
-        if layer not in self.layers:
-            rows, heads, _, size = keys.shape
-            self.layers[layer] = [keys.new_zeros(rows, heads, self.room, size) for _ in range(2)]
-        end = self.length + keys.shape[2]
-        for buffer, new in zip(self.layers[layer], (keys, values), strict=True):
-            buffer[:, :, self.length : end] = new
-        return [buffer[:, :, :end] for buffer in self.layers[layer]]
+    def advance(self):
+        """Called once per forward, after every layer has stored its new keys."""
+        self.length += 1
 
-    def advance(self, count):
-        """Called once per forward, after every layer has stored its `count` new keys."""
-        self.length += count
-
-    def keep(self, rows):
-        """Drop all prompts but these: (rows,) indices."""
-        self.layers = {layer: [buffer[rows] for buffer in pair] for layer, pair in self.layers.items()}
-
-    def get_seq_length(self, layer_idx=0):
-        return self.length
+    def keep(self, replies):
+        """Go on with these replies only, (b,) ascending indices; a prompt without any goes too."""
+        for pair in self.own.values():
+            for i, old in enumerate(pair):
+                pair[i] = old.new_empty(len(replies), *old.shape[1:])
+                pair[i][:, : self.length] = old[replies, : self.length]
+        rows, self.owner, counts = self.owner[replies].unique_consecutive(return_inverse=True, return_counts=True)
+        self.shared = {layer: [x[rows] for x in pair] for layer, pair in self.shared.items()}
+        self.pad = None if self.pad is None else self.pad[rows]
+        self.shares = Segments.of(counts.tolist()).to(replies.device)
 
 
 @torch.no_grad()
@@ -726,13 +1047,13 @@ def sample(
     order = sorted(range(len(prompts)), key=length)
     gather_weights(policy)
     while order:
-        rows = []
-        while order and (not rows or (len(rows) + 1) * (length(order[0]) + n * max_new_tokens) <= batch_tokens):
+        rows, size = [], 0
+        while order and (not rows or size + length(order[0]) + n * max_new_tokens <= batch_tokens):
+            size += length(order[0]) + n * max_new_tokens
             rows.append(order.pop(0))
-        longest = length(rows[-1])
-        drawn = sample_rows(
+        drawn = sample_together(
             policy, [prompts[row] for row in rows], n, [seeds[row] for row in rows], temperature, top_k, top_p,
-            max_new_tokens, longest,
+            max_new_tokens,
         )  # fmt: skip
         for row, replies in zip(rows, drawn, strict=True):
             out[row] = replies
@@ -740,70 +1061,62 @@ def sample(
     return out
 
 
-def sample_rows(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens, longest):
+def sample_together(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens):
     """One round of `sample`: prefill R prompts, then decode all R·n replies together, one token a step."""
-    device = policy.forbidden.device
-    rows = len(prompts)
-    lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
-    segment = torch.where(torch.arange(longest) < lengths[:, None], 0, IGNORE)  # (R, longest)
-    ids = torch.zeros(rows, longest, dtype=torch.long)
-    positions = torch.zeros(3, rows, longest, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, : lengths[row]] = prompt.ids
-        positions[:, row, : lengths[row]] = prompt.positions
-    cache = SharedCache(longest + n * (max_new_tokens - 1))
-    read = torch.arange(rows) * longest + lengths - 1
-    batch = Batch(ids, positions, group_mask(segment), *pictures_of(prompts), read).to(device)
-    logits = policy(batch, cache=cache, temperature=temperature)  # (R, V)
-    cache.advance(longest)
-    logits = logits[:, None].expand(-1, n, -1)  # every reply starts from its prompt's last token
+    device, total = policy.forbidden.device, len(prompts) * n
+    prefill = pack([(prompt, []) for prompt in prompts]).to(device)
+    prefill.layout.kept = {}
+    logits = policy(prefill, temperature)  # (R, V): every reply starts from its prompt's last token
+    decoding = Decoding(prefill.layout.kept, prefill.layout.prompts, [n] * len(prompts), max_new_tokens - 1)
 
     # One uniform number per token, from (seed, reply): the draw does not depend on who else is in the batch.
-    uniform = np.stack([[np.random.default_rng([seed, g]).random(max_new_tokens) for g in range(n)] for seed in seeds])
-    uniform = torch.from_numpy(uniform).to(device)  # (R, n, T) fp64
-    start = torch.tensor([prompt.next for prompt in prompts], device=device)
-    prompt_key = (segment == 0).to(device)[:, None, None, :].expand(-1, 1, n, -1)  # (R, 1, n, longest)
-    own_key = torch.eye(n, dtype=torch.bool, device=device)[None, None].expand(rows, 1, -1, -1)  # (R, 1, n, n)
+    uniform = np.stack([np.random.default_rng([seed, g]).random(max_new_tokens) for seed in seeds for g in range(n)])
+    uniform = torch.from_numpy(uniform).to(device)  # (B, T) fp64
+    start = torch.tensor([prompt.next for prompt in prompts], device=device).repeat_interleave(n)
     end_ids = torch.tensor(policy.end_ids, device=device)
-    tokens = torch.zeros(rows, n, max_new_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(rows, n, max_new_tokens, device=device)
-    size = torch.full((rows, n), max_new_tokens, device=device)
-    finished = torch.zeros(rows, n, dtype=torch.bool, device=device)
-    alive = torch.arange(rows, device=device)  # rows still in the cache
+    tokens = torch.zeros(total, max_new_tokens, dtype=torch.long, device=device)
+    logps = torch.zeros(total, max_new_tokens, device=device)
+    size = torch.full((total,), max_new_tokens, device=device)
+    finished = torch.zeros(total, dtype=torch.bool, device=device)
+    alive = torch.arange(total, device=device)  # replies that are carried along
+    pause = 16 if policy.forbidden.is_cuda else 1  # steps between looks at who has ended: on a GPU a look waits for it
+    token, logp = draw(logits, uniform[:, 0].view(-1, n), temperature, top_k, top_p)
     for step in range(max_new_tokens):
-        token, logp = draw(logits, uniform[alive, :, step], temperature, top_k, top_p)  # (r, n) each
-        tokens[alive, :, step], logps[alive, :, step] = token, logp
+        if step:
+            token, logp = draw(logits, uniform[alive, step, None], temperature, top_k, top_p)
+        token = token.flatten()
+        tokens[alive, step], logps[alive, step] = token, logp.flatten()
         ended = torch.isin(token, end_ids) & ~finished[alive]
         size[alive] = torch.where(ended, step + 1, size[alive])
         finished[alive] |= ended
-        open_rows = ~finished[alive].all(1)
-        if step + 1 == max_new_tokens or not open_rows.any():
+        if step + 1 == max_new_tokens:
             break
-        if open_rows.sum() * 4 <= 3 * len(alive):  # a quarter of the prompts is done: stop carrying them along
-            cache.keep(open_rows)
-            alive, token = alive[open_rows], token[open_rows]
-        mask = torch.cat([prompt_key[alive]] + [own_key[: len(alive)]] * (step + 1), -1)
-        where = (start[alive] + step)[None, :, None].expand(3, -1, n)
-        batch = Batch(token, where, mask, None, None, torch.arange(token.numel(), device=device))
-        logits = policy(batch, cache=cache, temperature=temperature).view(len(alive), n, -1)
-        cache.advance(n)
+        if step % pause == 0:
+            going = ~finished[alive]
+            count = int(going.sum())
+            if not count:
+                break
+            if count * 4 <= 3 * len(alive):  # a quarter has ended: stop carrying them along
+                alive, token = alive[going], token[going]
+                decoding.keep(going.nonzero()[:, 0])
+        where = (start[alive] + step).expand(3, 1, -1)
+        batch = Batch(token[None], where, decoding, None, None, torch.arange(len(alive), device=device))
+        logits = policy(batch, temperature)
+        decoding.advance()
     tokens, logps, size, finished = tokens.cpu(), logps.cpu(), size.tolist(), finished.tolist()
-
-    def reply(r, g):
-        return Reply(tokens[r, g, : size[r][g]], logps[r, g, : size[r][g]], finished[r][g])
-
-    return [[reply(r, g) for g in range(n)] for r in range(rows)]
+    replies = [Reply(tokens[b, : size[b]], logps[b, : size[b]], finished[b]) for b in range(total)]
+    return [replies[i : i + n] for i in range(0, total, n)]
 
 
 def draw(logits, uniform, temperature, top_k, top_p):
-    """Draw a token from each (…, V) row of logits by inverting its cumulative distribution at `uniform` (…).
+    """Draw n tokens from each row of logits (R, V) by inverting its cumulative distribution at `uniform` (R, n).
 
-    Returns (token (…), log-prob (…) over the uncut distribution). temperature 0: the largest logit.
+    Returns tokens (R, n) and their log-probs (R, n) under the uncut distribution. temperature 0: the largest logit.
     """
     log_probs = logits.log_softmax(-1)
     if temperature == 0:
-        token = log_probs.argmax(-1)
-        return token, log_probs.gather(-1, token[..., None])[..., 0]
+        token = log_probs.argmax(-1, keepdim=True)
+        return token, log_probs.gather(-1, token)
     kept = log_probs
     if top_k and top_k < kept.shape[-1]:
         kept = kept.masked_fill(kept < kept.topk(top_k, -1).values[..., -1:], -math.inf)
@@ -812,9 +1125,8 @@ def draw(logits, uniform, temperature, top_k, top_p):
         beyond = ordered.cumsum(-1) - ordered >= top_p
         kept = kept.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), -math.inf)
     mass = kept.double().softmax(-1).cumsum(-1)
-    token = torch.searchsorted(mass, (uniform * mass[..., -1])[..., None], right=True)[..., 0]
-    token = token.clamp_max(logits.shape[-1] - 1)
-    return token, log_probs.gather(-1, token[..., None])[..., 0]
+    token = torch.searchsorted(mass, uniform * mass[..., -1:], right=True).clamp_max(logits.shape[-1] - 1)
+    return token, log_probs.gather(-1, token)
 
 
 def gather_weights(policy):
@@ -837,7 +1149,7 @@ def sharded_units(policy):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Optimisation
+# 8. Optimisation
 
 
 def adamw(policy, lr):
@@ -855,17 +1167,19 @@ def learning_rate(step, steps, peak, schedule, warmup):
 
 
 def micro_batches(world, groups, budget):
-    """Cut a list of groups into micro-batches of at most `budget` padded tokens: -> list of lists of indices.
+    """Cut a list of groups into micro-batches of at most `budget` tokens: -> list of lists of indices.
 
     Groups of similar size share a batch. Every rank gets the same number (FSDP's collectives need that): a rank that
     runs out gets empty lists, and its caller runs any group at weight 0 there.
     """
     size = [len(prompt.ids) + sum(len(reply) - 1 for reply in replies) for prompt, replies in groups]
-    batches = []
+    batches, room = [], 0
     for index in sorted(range(len(groups)), key=lambda index: -size[index]):
-        if not batches or size[batches[-1][0]] * (len(batches[-1]) + 1) > budget:
+        if not batches or size[index] > room:
             batches.append([])
+            room = budget
         batches[-1].append(index)
+        room -= size[index]
     most = max(world.gather(len(batches)))
     return batches + [[] for _ in range(most - len(batches))]
 
@@ -889,7 +1203,129 @@ def update(policy, optimizer, lr, max_norm):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. Runs
+# 9. Account
+
+
+class Meter:
+    """Where a step's seconds, FLOPs and memory go.
+
+    lap(phase) books the time since the last lap under a phase, so every second is booked somewhere: what a step does
+    after its last phase (its log, a checkpoint) is found under "rest" of the next. measure_peak: time a large matrix
+    product first, and give every phase's FLOP/s as a share of it too.
+    """
+
+    def __init__(self, policy, world, measure_peak=False):
+        self.world, self.cost = world, Cost(policy)
+        dtype = torch.bfloat16 if world.device.type == "cuda" and policy.half else torch.float32
+        self.peak = matmul_peak(world.device, dtype) if measure_peak else 0.0
+        self.start()
+
+    def start(self):
+        self.seconds, self.flops, self.clock = {}, {}, time.perf_counter()
+
+    def lap(self, phase, flops=None):
+        """Book the seconds since the last lap, and the FLOPs done in them if they are counted, under `phase`."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.clock
+        if flops is not None:
+            self.flops[phase] = self.flops.get(phase, 0.0) + flops
+        self.clock = now
+
+    def row(self):
+        """The account since the last call, for log.jsonl: seconds_<phase>; tflops_<phase> and mfu_<phase> (share of the
+        peak), a process on the mean; peak_memory_gib, the largest of any process so far."""
+        flops = dict(zip(self.flops, self.world.sum(*self.flops.values()), strict=True))
+        out = {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
+        for phase, count in flops.items():
+            rate = count / self.world.size / max(self.seconds[phase], 1e-9)
+            out[f"tflops_{phase}"] = rate / 1e12
+            if self.peak:
+                out[f"mfu_{phase}"] = rate / self.peak
+        out["peak_memory_gib"] = max(self.world.gather(peak_memory(self.world.device))) / 2**30
+        self.seconds, self.flops = {}, {}
+        return out
+
+
+class Cost:
+    """FLOPs of a model by the formula: 2 per weight and token, and 4 per query, key and width in attention.
+
+    What the algorithm needs is counted, not what a way of computing it may repeat (recomputed activations) or waste
+    (padding), so that a share of the peak means the same everywhere.
+    """
+
+    def __init__(self, policy):
+        def matrices(*modules):
+            return sum(weight.numel() for module in modules for weight in module.parameters() if weight.ndim > 1)
+
+        hf, tower = policy.hf, policy.hf.model.visual
+        text, self.vision = hf.config.get_text_config(), hf.config.vision_config
+        self.decoder, self.head = matrices(hf.model.language_model.layers), matrices(hf.lm_head)
+        self.width = text.num_hidden_layers * hf.model.language_model.layers[0].self_attn.q_proj.out_features
+        self.tower = matrices(tower.blocks, tower.patch_embed)  # per patch
+        self.merger = matrices(tower.merger, *getattr(tower, "deepstack_merger_list", ()))  # per image token
+        self.merge = self.vision.spatial_merge_size**2
+        self.tower_width = getattr(self.vision, "embed_dim", self.vision.hidden_size)
+        whole = getattr(self.vision, "fullatt_block_indexes", None)
+        self.whole = len(tower.blocks) if whole is None else len(whole)  # blocks where a picture sees all of itself
+        self.windowed = len(tower.blocks) - self.whole
+        self.frozen = not any(weight.requires_grad for weight in tower.parameters())
+
+    def forward(self, groups):
+        """(FLOPs of decoder and head, FLOPs of the vision tower) of one forward over groups."""
+        text = vision = 0
+        for prompt, replies in groups:
+            P, sizes = len(prompt.ids), [len(reply) - 1 for reply in replies]
+            pairs = P * (P + 1) / 2 + sum(T * (T + 1) / 2 + T * P for T in sizes)
+            text += 2 * self.decoder * (P + sum(sizes)) + 4 * self.width * pairs + 2 * self.head * (1 + sum(sizes))
+            for t, h, w in [] if prompt.grid is None else prompt.grid.tolist():
+                linear = 2 * (self.tower + self.merger / self.merge) * t * h * w
+                pairs = self.whole * t * (h * w) ** 2 + self.windowed * t * self.window_pairs(h) * self.window_pairs(w)
+                vision += linear + 4 * self.tower_width * pairs
+        return text, vision
+
+    def window_pairs(self, size):
+        """Sum of the squared sides of the windows that `size` patches fall into."""
+        if not self.windowed:
+            return 0
+        side = self.vision.window_size // self.vision.patch_size
+        return size // side * side**2 + (size % side) ** 2
+
+    def learn(self, groups, reference=False):
+        """FLOPs of forward and backward (twice the forward), and of a reference's forward if there is one."""
+        text, vision = self.forward(groups)
+        return 3 * text + (1 if self.frozen else 3) * vision + (text + vision if reference else 0)
+
+
+def matmul_peak(device, dtype, seconds=0.5):
+    """FLOP/s of the best of three sizes of square matrix products: what this machine can do at most, as measured."""
+    best = 0.0
+    for size in (2048, 4096, 8192) if device.type == "cuda" else (512, 1024, 2048):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        for warm in (True, False):
+            count, begun = 0, time.perf_counter()
+            while count < 3 or time.perf_counter() - begun < seconds / (10 if warm else 3):
+                a @ b
+                count += 1
+                if device.type == "cuda" and count % 10 == 0:
+                    torch.cuda.synchronize()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            spent = time.perf_counter() - begun
+        best = max(best, 2 * size**3 * count / spent)
+    return best
+
+
+def peak_memory(device):
+    """Bytes: the most this process has held, on the GPU if it has one, otherwise resident in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. Runs
 
 
 @dataclass
@@ -904,7 +1340,8 @@ class Run:
     step: int = 0
     stop: bool = False
 
-    FREE = ("resume", "overwrite", "steps", "save_every", "keep")  # may differ between a run and its resumption
+    # what may differ between a run and its resumption
+    FREE = ("resume", "overwrite", "steps", "save_every", "keep", "measure_peak")
 
     @classmethod
     def open(cls, args, world):
@@ -919,8 +1356,7 @@ class Run:
             run.step = int((run.out / "LATEST").read_text().split("_")[-1])
         world.barrier()
         if world.main:
-            (run.out / "args.json.partial").write_text(json.dumps(settings, indent=1, default=str) + "\n")
-            (run.out / "args.json.partial").replace(run.out / "args.json")
+            write_text(run.out / "args.json", json.dumps(settings, indent=1, default=str) + "\n")
             for name in ("log.jsonl", "samples.jsonl"):  # drop what a killed run wrote after its last checkpoint
                 path = run.out / name
                 rows = [row for row in run._whole_rows(path) if row["step"] <= run.step] if path.exists() else []
@@ -934,7 +1370,7 @@ class Run:
         log = self.out / "log.jsonl"
         used = (self.out / "LATEST").exists() or (log.exists() and log.stat().st_size > 0)
         if used and args.overwrite:
-            for name in ("args.json", "log.jsonl", "samples.jsonl", "LATEST", "checkpoints"):
+            for name in ("args.json", "log.jsonl", "samples.jsonl", "reference.json", "LATEST", "checkpoints"):
                 path = self.out / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         elif used and not args.resume:
@@ -996,8 +1432,7 @@ class Run:
             save_file(weights, partial / "weights.safetensors")
             save_file(moments, partial / "optimizer.safetensors")
             partial.replace(folder)
-            (self.out / "LATEST.partial").write_text(name)
-            (self.out / "LATEST.partial").replace(self.out / "LATEST")
+            write_text(self.out / "LATEST", name)
             saved = sorted(path for path in folder.parent.glob("step_??????") if path.name <= name)
             for old in saved[:-keep]:  # a later one, of a run killed before it named it in LATEST, must not count
                 shutil.rmtree(old)
@@ -1068,7 +1503,7 @@ def save_model(policy, encoder, folder, weights=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. Tiny
+# 11. Tiny
 
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",

@@ -117,9 +117,10 @@ def rows(out):
 
 
 def timeless(out):
-    """log.jsonl without what the clock decides."""
+    """log.jsonl without what the clock and the machine decide."""
+    clocks = ("seconds", "tflops_", "mfu_", "peak_memory")
     return [
-        {key: value for key, value in row.items() if not key.startswith("seconds") and not key.endswith("_per_s")}
+        {key: value for key, value in row.items() if not key.startswith(clocks) and not key.endswith("_per_s")}
         for row in rows(out)
     ]
 

@@ -100,6 +100,8 @@ def check_equal(two, one, before, steps):
         for key, value in expected.items():
             if key == "sampler_gap":
                 assert row[key] < 1e-5
+            elif key == "preference_accuracy" and expected["margin"] == pytest.approx(0, abs=1e-6):
+                continue  # the first step: policy and reference are the same, every pair is a tie
             elif key == "grad_norm":
                 assert row[key] == pytest.approx(value, rel=1e-5, abs=1e-6), (key, row["step"])
             else:

@@ -102,7 +102,8 @@ def parse_args(argv=None):
     add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
     add("--freeze-vision", action="store_true", help="keep the vision tower as it is")
     add("--max-pixels", type=int, default=None, help="largest image area in pixels; default: the checkpoint's own")
-    add("--micro-tokens", type=int, default=16384, help="tokens per forward: lower it when memory runs out")
+    add("--micro-tokens", type=int, default=0,
+        help="tokens per forward, lower when memory runs out; 0: 16384 on a GPU, 2048 on a CPU")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"], help="attention kernels of the vision tower")
     add("--measure-peak", action="store_true",
@@ -113,12 +114,12 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on from the last checkpoint in --out (same settings)")
     add("--overwrite", action="store_true", help="start anew in a directory that holds a run")
     args = parser.parse_args(argv)
-    for name in ("batch", "micro_tokens", "keep"):
+    for name in ("batch", "keep"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.lr <= 0 or args.beta <= 0:
         parser.error("--lr and --beta must be above 0")
-    for name in ("sft_weight", "grad_clip", "warmup", "steps", "save_every", "seed"):
+    for name in ("sft_weight", "micro_tokens", "grad_clip", "warmup", "steps", "save_every", "seed"):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     return args

@@ -167,7 +167,8 @@ def parse_args(argv=None):
     add("--sampler", default="builtin", choices=list(SAMPLERS), help="who draws the replies: the trainer's own weights")
     add("--freeze-vision", action="store_true", help="keep the vision tower as it is")
     add("--max-pixels", type=int, default=None, help="largest image area in pixels; default: the checkpoint's own")
-    add("--micro-tokens", type=int, default=16384, help="tokens per forward: lower it when memory runs out")
+    add("--micro-tokens", type=int, default=0,
+        help="tokens per forward, lower when memory runs out; 0: 16384 on a GPU, 2048 on a CPU")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"], help="attention kernels of the vision tower")
     add("--measure-peak", action="store_true",
@@ -180,7 +181,7 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     embedded = not {"--model", "--data", "-h", "--help"} & {flag.split("=")[0] for flag in argv}
     args = parser.parse_args(EMBEDDED_FLAGS + argv if embedded else argv)
-    for name in ("steps", "prompts", "group", "updates", "max_new_tokens", "micro_tokens", "keep"):
+    for name in ("steps", "prompts", "group", "updates", "max_new_tokens", "keep"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.lr <= 0 or args.temperature <= 0 or not 0 < args.top_p <= 1:
@@ -189,7 +190,8 @@ def parse_args(argv=None):
         parser.error("--group 1 has nothing to compare a reply with: every advantage would be 0")
     if not 0 < args.clip_low <= 1:
         parser.error("--clip-low must be in (0, 1]: the ratio is clipped below 1 - clip-low")
-    for name in ("clip_high", "kl", "grad_clip", "warmup", "top_k", "format_weight", "save_every", "seed"):
+    at_least_0 = "clip_high", "kl", "grad_clip", "warmup", "top_k", "format_weight", "micro_tokens", "save_every", "seed"
+    for name in at_least_0:
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     return args

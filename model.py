@@ -738,7 +738,7 @@ def prompt_once(module, query, key, value, attention_mask, *, scaling, layout=No
 def windows(module, query, key, value, *, scaling, cu_seq_lens_q, max_length_q, **ignored):
     """The same for the vision tower: everything sees everything between two bounds (a window, or a whole picture).
 
-    All stretches of one length go in one call; transformers' own way on a CPU is a call for each.
+    Neighbours of one length go in one call; transformers' own way on a CPU is a call for each.
     """
     bounds = cu_seq_lens_q
     if query.is_cuda and query.dtype != torch.float32:
@@ -746,17 +746,27 @@ def windows(module, query, key, value, *, scaling, cu_seq_lens_q, max_length_q, 
 
         bounds, q, k, v = bounds.int(), *(x[0].transpose(0, 1) for x in (query, key, value))
         return varlen_attn(q, k, v, bounds, bounds, max_length_q, max_length_q, scale=scaling)[None], None
-    lengths, parts, places = bounds.diff(), [], []
-    for size in lengths.unique().tolist():
-        index = (bounds[:-1][lengths == size][:, None] + torch.arange(size, device=bounds.device)).flatten()
-        rows = [x[0][:, index].unflatten(1, (-1, size)).transpose(0, 1) for x in (query, key, value)]
-        out = F.scaled_dot_product_attention(*rows, scale=scaling)  # (stretches, heads, size, d)
-        parts.append(out.transpose(1, 2).flatten(0, 1))
-        places.append(index)
-    return torch.cat(parts)[torch.cat(places).argsort()][None], None
+    sizes, counts = bounds.diff().unique_consecutive(return_counts=True)
+    sizes, widths, parts = sizes.tolist(), (sizes * counts).tolist(), []
+    for size, *rows in zip(sizes, *(x[0].split(widths, 1) for x in (query, key, value)), strict=True):
+        rows = [x.unflatten(1, (-1, size)).transpose(0, 1) for x in rows]  # (stretches, heads, size, d)
+        parts.append(F.scaled_dot_product_attention(*rows, scale=scaling).transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)[None], None
 
 
-def use_our_attention(hf, tower):
+class PatchEmbed(nn.Module):
+    """A patch embedding whose kernel is as large as its stride is a linear layer; a convolution runs slower."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        self.proj = convolution
+
+    def forward(self, patches):
+        weight = self.proj.weight.flatten(1)
+        return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
+
+
+def use_our_kernels(hf, tower):
     """Let a Hugging Face model call `prompt_once` in its decoder and, if asked, `windows` in its vision tower."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -765,6 +775,7 @@ def use_our_attention(hf, tower):
     AttentionMaskInterface.register("prompt_once", sdpa_mask)  # for whoever calls the model itself
     AttentionInterface.register("windows_flash", windows)  # for "flash" in its name the tower hands over bounds
     hf.config.get_text_config()._attn_implementation = "prompt_once"
+    hf.model.visual.patch_embed = PatchEmbed(hf.model.visual.patch_embed.proj)
     if tower:
         hf.config.vision_config._attn_implementation = "windows_flash"
 
@@ -925,7 +936,7 @@ def load(path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False
     except OSError:
         pass  # a model without generation_config.json ends on the tokenizer's end token alone
     policy = Policy(hf, sorted(end_ids), [encoder.image_id, encoder.video_id], flash=flash, half=dtype == "bf16")
-    use_our_attention(hf, tower=flash or not cuda)
+    use_our_kernels(hf, tower=flash or not cuda)
     if freeze_vision:
         hf.model.visual.requires_grad_(False)
     policy.must_see = train
@@ -1029,13 +1040,13 @@ def sample(
     top_k=0,
     top_p=1.0,
     max_new_tokens=256,
-    batch_tokens=32768,
+    batch_tokens=None,
 ):
     """Draw n replies per prompt: -> list (P) of lists (n) of Reply, on the CPU.
 
     seeds: one int per prompt. Reply g of a prompt is a function of the weights, its prompt, its seed and g: neither the
     batch it is drawn in nor the number of processes matters. temperature 0 is greedy (n must be 1). top_k 0 and
-    top_p 1.0 switch those cuts off. batch_tokens bounds the KV cache of one round (tokens).
+    top_p 1.0 switch those cuts off. batch_tokens bounds the KV cache of one round (tokens); None: what fits in memory.
     """
     if temperature == 0 and n != 1:
         raise ValueError("greedy decoding gives one reply: n must be 1")
@@ -1045,6 +1056,7 @@ def sample(
         return len(prompts[index].ids)
 
     order = sorted(range(len(prompts)), key=length)
+    batch_tokens = batch_tokens or cache_room(policy)
     gather_weights(policy)
     while order:
         rows, size = [], 0
@@ -1108,25 +1120,42 @@ def sample_together(policy, prompts, n, seeds, temperature, top_k, top_p, max_ne
     return [replies[i : i + n] for i in range(0, total, n)]
 
 
-def draw(logits, uniform, temperature, top_k, top_p):
+def draw(logits, uniform, temperature, top_k, top_p, block=512):
     """Draw n tokens from each row of logits (R, V) by inverting its cumulative distribution at `uniform` (R, n).
 
     Returns tokens (R, n) and their log-probs (R, n) under the uncut distribution. temperature 0: the largest logit.
+    The distribution is summed up in fp64, but only over blocks of tokens and then inside the block that is hit.
     """
-    log_probs = logits.log_softmax(-1)
+    lse = logits.logsumexp(-1, keepdim=True)
     if temperature == 0:
-        token = log_probs.argmax(-1, keepdim=True)
-        return token, log_probs.gather(-1, token)
-    kept = log_probs
+        token = logits.argmax(-1, keepdim=True)
+        return token, logits.gather(-1, token) - lse
+    kept = logits
     if top_k and top_k < kept.shape[-1]:
         kept = kept.masked_fill(kept < kept.topk(top_k, -1).values[..., -1:], -math.inf)
     if top_p < 1.0:  # the smallest set of likeliest tokens whose mass reaches top_p
         ordered, index = kept.softmax(-1).sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p
         kept = kept.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), -math.inf)
-    mass = kept.double().softmax(-1).cumsum(-1)
-    token = torch.searchsorted(mass, uniform * mass[..., -1:], right=True).clamp_max(logits.shape[-1] - 1)
-    return token, log_probs.gather(-1, token)
+    mass = F.pad((kept - kept.amax(-1, keepdim=True)).exp(), (0, -kept.shape[-1] % block)).unflatten(-1, (-1, block))
+    sums = mass.sum(-1, dtype=torch.float64)  # (R, blocks)
+    ends = sums.cumsum(-1)
+    height = uniform * ends[:, -1:]
+    hit = torch.searchsorted(ends, height, right=True)  # (R, n): the block
+    share = (height - (ends - sums).gather(-1, hit)) / sums.gather(-1, hit)  # of the block's mass that lies below
+    inside = mass[torch.arange(len(mass), device=hit.device)[:, None], hit].double().cumsum(-1)  # (R, n, block)
+    height = inside[..., -1:] * share[..., None].clamp(0.0, 1 - 2**-52)  # below the whole: never a token of no mass
+    token = hit * block + torch.searchsorted(inside, height, right=True)[..., 0]
+    return token, logits.gather(-1, token) - lse
+
+
+def cache_room(policy):
+    """Tokens of KV cache that fit: into 1 GiB on a CPU, into a third of the free memory of a GPU (a power of two, so
+    that small changes of what is free do not change how prompts are dealt to rounds)."""
+    text, layer = policy.hf.config.get_text_config(), policy.hf.model.language_model.layers[0].self_attn
+    size = 2 * text.num_hidden_layers * layer.k_proj.out_features * (2 if policy.half else 4)
+    room = torch.cuda.mem_get_info()[0] // 3 if policy.forbidden.is_cuda else 2**30
+    return 2 ** int(math.log2(room / size))
 
 
 def gather_weights(policy):
@@ -1156,7 +1185,7 @@ def adamw(policy, lr):
     """AdamW without weight decay over the weights that learn."""
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     assert not sharded_units(policy) or all(hasattr(weight, "full_tensor") for weight in trained), "gathered weights"
-    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=trained[0].is_cuda)
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
 
 
 def learning_rate(step, steps, peak, schedule, warmup):
@@ -1169,10 +1198,12 @@ def learning_rate(step, steps, peak, schedule, warmup):
 def micro_batches(world, groups, budget):
     """Cut a list of groups into micro-batches of at most `budget` tokens: -> list of lists of indices.
 
+    budget 0: 16,384 on a GPU; 2,048 on a CPU, where larger tensors cost page faults and win nothing (bench/).
     Groups of similar size share a batch. Every rank gets the same number (FSDP's collectives need that): a rank that
     runs out gets empty lists, and its caller runs any group at weight 0 there.
     """
     size = [len(prompt.ids) + sum(len(reply) - 1 for reply in replies) for prompt, replies in groups]
+    budget = budget or (16384 if world.device.type == "cuda" else 2048)
     batches, room = [], 0
     for index in sorted(range(len(groups)), key=lambda index: -size[index]):
         if not batches or size[index] > room:

@@ -190,8 +190,8 @@ def parse_args(argv=None):
         parser.error("--group 1 has nothing to compare a reply with: every advantage would be 0")
     if not 0 < args.clip_low <= 1:
         parser.error("--clip-low must be in (0, 1]: the ratio is clipped below 1 - clip-low")
-    at_least_0 = "clip_high", "kl", "grad_clip", "warmup", "top_k", "format_weight", "micro_tokens", "save_every", "seed"
-    for name in at_least_0:
+    counts = "warmup", "top_k", "micro_tokens", "save_every", "seed"
+    for name in ("clip_high", "kl", "grad_clip", "format_weight", *counts):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
     return args

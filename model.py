@@ -632,7 +632,8 @@ def attend(q, k, v, of_queries, of_keys, causal, scale, flash):
     half precision, part of torch); otherwise in rectangles.
     """
     if flash:
-        bounds = of_queries.bounds, of_keys.bounds, of_queries.longest, of_keys.longest
+        # at least 2: told 1, the kernel believes that every stretch has exactly one query; ours may have none
+        bounds = of_queries.bounds, of_keys.bounds, max(2, of_queries.longest), of_keys.longest
         out, lse = torch.ops.aten._flash_attention_forward(q, k, v, *bounds, 0.0, causal, False, scale=scale)[:2]
         return out, lse.T
     rows = of_queries.rows(q), of_keys.rows(k), of_keys.rows(v)
@@ -936,13 +937,14 @@ def load(path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False
     except OSError:
         pass  # a model without generation_config.json ends on the tokenizer's end token alone
     policy = Policy(hf, sorted(end_ids), [encoder.image_id, encoder.video_id], flash=flash, half=dtype == "bf16")
+    policy.chunk_bytes = 2**29 if cuda else 2**26
     use_our_kernels(hf, tower=flash or not cuda)
     if freeze_vision:
         hf.model.visual.requires_grad_(False)
     policy.must_see = train
     if train and (world.size > 1 or world.device.type == "cuda"):
         if world.device.type == "cuda":
-            hf.gradient_checkpointing_enable({"use_reentrant": False})
+            hf.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             hf.train()
         shard(policy, world, torch.bfloat16 if dtype == "bf16" else None)
     return policy.to(world.device), encoder
@@ -958,7 +960,8 @@ def shard(policy, world, compute_dtype):
     policy.to(world.device)
     options = {"mesh": init_device_mesh(world.device.type, (world.size,))}
     if compute_dtype is not None:
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+        # Inputs are not cast: a cast gives every unit a copy of the Layout, and what a prefill keeps is lost with it.
+        options["mp_policy"] = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     for block in policy.hf.model.language_model.layers:
         fully_shard(block, **options)
     fully_shard(policy.hf.model.visual, **options)
@@ -997,35 +1000,47 @@ class Decoding:
     room: tokens a reply may grow to. It takes the place of a Layout.
     """
 
-    def __init__(self, kept, prompts, counts, room):
-        self.room, self.length, self.pad = room, 0, prompts.pad
-        self.shared = {layer: [prompts.rows(x) for x in pair] for layer, pair in kept.items()}
+    def __init__(self, kept, prompts, counts, room, flash=False):
+        self.prompts, self.room, self.length, self.flash = prompts, room, 0, flash
+        self.shared = kept if flash else {layer: [prompts.rows(x) for x in pair] for layer, pair in kept.items()}
         self.own = {layer: [x.new_empty(sum(counts), room, *x.shape[1:]) for x in pair] for layer, pair in kept.items()}
-        self.shares = Segments.of(counts).to(prompts.bounds.device)
-        self.owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(prompts.bounds.device)
+        self.pad, device = prompts.pad, prompts.bounds.device
+        self.shares = Segments.of(counts).to(device)
+        self.owner = torch.arange(len(counts), device=device).repeat_interleave(torch.tensor(counts, device=device))
 
     def attend(self, layer, q, k, v, scale):
         """q (B, heads, d), k and v (B, kv heads, d) of the new tokens -> (B, heads, d)."""
         for buffer, new in zip(self.own[layer], (k, v), strict=True):
             buffer[:, self.length] = new
-        keys, values = (buffer[:, : self.length + 1] for buffer in self.own[layer])
-        own = attend_rows(q[:, None], keys, values, None, False, scale)
-        shared = attend_rows(self.shares.rows(q), *self.shared[layer], self.pad, False, scale)
-        return merge([x[:, 0] for x in own], [self.shares.flat(x) for x in shared])[0]
+        states = q[:, None], *(buffer[:, : self.length + 1] for buffer in self.own[layer])
+        if self.flash:
+            kernel, size = torch.ops.aten._flash_attention_forward, self.length + 1
+            out, lse = kernel(*states, None, None, 1, size, 0.0, False, False, scale=scale)[:2]
+            own = out[:, 0], lse[..., 0]
+            shared = attend(q, *self.shared[layer], self.shares, self.prompts, False, scale, True)
+        else:
+            own = [x[:, 0] for x in attend_rows(*states, None, False, scale)]
+            shared = attend_rows(self.shares.rows(q), *self.shared[layer], self.pad, False, scale)
+            shared = [self.shares.flat(x) for x in shared]
+        return merge(own, shared)[0]
 
     def advance(self):
         """Called once per forward, after every layer has stored its new keys."""
         self.length += 1
 
     def keep(self, replies):
-        """Go on with these replies only, (b,) ascending indices; a prompt without any goes too."""
+        """Go on with these replies only, (b,) ascending indices."""
         for pair in self.own.values():
             for i, old in enumerate(pair):
                 pair[i] = old.new_empty(len(replies), *old.shape[1:])
                 pair[i][:, : self.length] = old[replies, : self.length]
-        rows, self.owner, counts = self.owner[replies].unique_consecutive(return_inverse=True, return_counts=True)
-        self.shared = {layer: [x[rows] for x in pair] for layer, pair in self.shared.items()}
-        self.pad = None if self.pad is None else self.pad[rows]
+        self.owner = self.owner[replies]
+        if self.flash:  # a prompt without replies costs nothing
+            counts = self.owner.bincount(minlength=len(self.prompts.lengths))
+        else:
+            rows, self.owner, counts = self.owner.unique_consecutive(return_inverse=True, return_counts=True)
+            self.shared = {layer: [x[rows] for x in pair] for layer, pair in self.shared.items()}
+            self.pad = None if self.pad is None else self.pad[rows]
         self.shares = Segments.of(counts.tolist()).to(replies.device)
 
 
@@ -1056,8 +1071,8 @@ def sample(
         return len(prompts[index].ids)
 
     order = sorted(range(len(prompts)), key=length)
-    batch_tokens = batch_tokens or cache_room(policy)
     gather_weights(policy)
+    batch_tokens = batch_tokens or cache_room(policy)
     while order:
         rows, size = [], 0
         while order and (not rows or size + length(order[0]) + n * max_new_tokens <= batch_tokens):
@@ -1079,7 +1094,8 @@ def sample_together(policy, prompts, n, seeds, temperature, top_k, top_p, max_ne
     prefill = pack([(prompt, []) for prompt in prompts]).to(device)
     prefill.layout.kept = {}
     logits = policy(prefill, temperature)  # (R, V): every reply starts from its prompt's last token
-    decoding = Decoding(prefill.layout.kept, prefill.layout.prompts, [n] * len(prompts), max_new_tokens - 1)
+    layout = prefill.layout
+    decoding = Decoding(layout.kept, layout.prompts, [n] * len(prompts), max_new_tokens - 1, policy.flash)
 
     # One uniform number per token, from (seed, reply): the draw does not depend on who else is in the batch.
     uniform = np.stack([np.random.default_rng([seed, g]).random(max_new_tokens) for seed in seeds for g in range(n)])
@@ -1154,7 +1170,10 @@ def cache_room(policy):
     that small changes of what is free do not change how prompts are dealt to rounds)."""
     text, layer = policy.hf.config.get_text_config(), policy.hf.model.language_model.layers[0].self_attn
     size = 2 * text.num_hidden_layers * layer.k_proj.out_features * (2 if policy.half else 4)
-    room = torch.cuda.mem_get_info()[0] // 3 if policy.forbidden.is_cuda else 2**30
+    room = 2**30
+    if policy.forbidden.is_cuda:  # what the driver has left, and what torch holds without need
+        room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        room //= 3
     return 2 ** int(math.log2(room / size))
 
 
@@ -1392,6 +1411,8 @@ class Run:
                 path = run.out / name
                 rows = [row for row in run._whole_rows(path) if row["step"] <= run.step] if path.exists() else []
                 write_jsonl(path, rows)
+            for half in (run.out / "checkpoints").glob("*.partial"):
+                shutil.rmtree(half)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, run._ask_to_stop)
         return run

@@ -244,6 +244,14 @@ def test_the_flops_of_the_formula_are_those_that_torch_counts(models, records, f
     assert cost.learn(groups, reference=True) == pytest.approx(4 * sum(found))
 
 
+def test_a_frozen_tower_has_no_backward_pass_to_count(tiny_dirs, records):
+    policy, encoder = model.load(tiny_dirs["qwen2_5_vl"], CPU, train=True, freeze_vision=True)
+    groups = groups_of(encoder, records, CASES["eight replies on a picture"])
+    cost = model.Cost(policy)
+    text, vision = cost.forward(groups)
+    assert vision > 0 and cost.learn(groups) == pytest.approx(3 * text + vision)
+
+
 def test_a_lap_books_time_since_the_last_one_and_flops_become_a_rate(models, monkeypatch):
     policy, _ = models["qwen2_5_vl"]
     meter, now = model.Meter(policy, CPU), [100.0]
@@ -341,6 +349,100 @@ def test_attention_in_parts_is_attention_over_the_whole(kernel, row, heads, kv_h
         strict=True,
     ):
         torch.testing.assert_close(one, other, **EXACT)
+
+
+@pytest.fixture
+def flash_kernels():
+    """CUDA's kernels for stretches of various lengths, stood in for by the formula, with the checks the real ones make.
+
+    They show what the calls mean (which stretches, which log-sum-exp, which layout); how the kernels round is shown by
+    bench/gpu.sh on a GPU.
+    """
+    library = torch.library.Library("aten", "IMPL")
+
+    def scores(q, k, scale, causal):
+        keys = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)
+        score = torch.einsum("ihd,jhd->hij", q.float(), keys) * scale
+        later = torch.arange(len(k)) > torch.arange(len(q))[:, None] + len(k) - len(q)
+        return score.masked_fill(later, -math.inf) if causal else score
+
+    def stretches(bounds_q, bounds_k, longest_q, longest_k):
+        assert bounds_q.dtype == bounds_k.dtype == torch.int32 and len(bounds_q) == len(bounds_k)
+        assert longest_q >= bounds_q.diff().max() and longest_k >= bounds_k.diff().max()
+        return [(slice(a, b), slice(c, d)) for a, b, c, d in zip(
+            *(bounds.tolist() for bounds in (bounds_q[:-1], bounds_q[1:], bounds_k[:-1], bounds_k[1:])), strict=True
+        )]  # fmt: skip
+
+    def forward(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, debug, *, scale=None, **options):
+        if bounds_q is None:  # (B, L, heads, d) -> lse (B, heads, L)
+            assert (longest_q, longest_k) == (q.shape[1], k.shape[1])
+            size = [torch.tensor([0, x.shape[1]]).int() for x in (q, k)]
+            rest = *size, longest_q, longest_k, 0.0, causal, False
+            each = [forward(q[b], k[b], v[b], *rest, scale=scale) for b in range(len(q))]
+            return torch.stack([one[0] for one in each]), torch.stack([one[1] for one in each]), q, q, q
+        assert longest_q > 1 or len(q) == len(bounds_q) - 1, "told 1, the kernel reads one query of every stretch"
+        out, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q))
+        for i, j in stretches(bounds_q, bounds_k, longest_q, longest_k):
+            score = scores(q[i], k[j], scale, causal)
+            lse[:, i] = score.logsumexp(-1)
+            shared = v[j].float().repeat_interleave(q.shape[1] // k.shape[1], 1)
+            out[i] = torch.einsum("hij,jhd->ihd", score.softmax(-1), shared).to(q.dtype)
+        return out, lse, q, q, q
+
+    def backward(grad, q, k, v, out, lse, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, seed, offset, *,
+                 scale=None, **options):  # fmt: skip
+        assert grad.shape == q.shape == out.shape and lse.shape == (q.shape[1], len(q)) and lse.is_contiguous()
+        dq, dk, dv = (torch.full_like(x, math.nan) for x in (q, k, v))
+        many = q.shape[1] // k.shape[1]
+        for i, j in stretches(bounds_q, bounds_k, longest_q, longest_k):
+            p = (scores(q[i], k[j], scale, causal) - lse[:, i, None]).exp()
+            keys, values = (x[j].float().repeat_interleave(many, 1) for x in (k, v))
+            delta = (grad[i].float() * out[i].float()).sum(-1).T[..., None]
+            ds = p * (torch.einsum("ihd,jhd->hij", grad[i].float(), values) - delta) * scale
+            dq[i] = torch.einsum("hij,jhd->ihd", ds, keys).to(q.dtype)
+            for into, left, right in ((dk, ds, q[i].float()), (dv, p, grad[i].float())):
+                into[j] = torch.einsum("hij,ihd->jhd", left, right).unflatten(1, (-1, many)).sum(2).to(q.dtype)
+        return dq, dk, dv
+
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2)])
+@pytest.mark.parametrize("row", ROWS)
+def test_the_calls_of_the_flash_kernels_mean_the_same_attention(flash_kernels, row, heads, kv_heads):
+    prompts, replies, owners = ROWS[row]
+    noise = torch.Generator().manual_seed(9)
+    states = [torch.randn(sum(prompts) + sum(replies), n, 32, generator=noise) for n in (heads, kv_heads, kv_heads)]
+    results = []
+    for flash in (False, True):
+        q, k, v = (x.clone().requires_grad_() for x in states)
+        layout = layout_of(prompts, replies, owners)
+        layout.flash = flash
+        out = model.PromptOnce.apply(q, k, v, layout, 0.3)
+        results.append([out, *torch.autograd.grad((out * torch.arange(32.0)).sum(), (q, k, v))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+@every_family
+def test_sampling_with_flash_kernels_draws_the_same_replies(flash_kernels, models, records, early_ends, family):
+    policy, encoder = models[family]
+    prompts = [encoder.prompt(records[i]) for i in (0, 1, 2, 3, 1)]
+    asked = {"seeds": [21, 22, 23, 24, 25], "temperature": 3.0, "max_new_tokens": 14}
+    expected = model.sample(policy, prompts, 3, **asked)
+    policy.flash = True
+    try:
+        found = model.sample(policy, prompts, 3, **asked)
+        groups = [(prompts[i], [reply.ids for reply in group]) for i, group in enumerate(found)]
+        gaps = model.log_probs(policy, groups, 3.0)[0]
+    finally:
+        policy.flash = False
+    assert ids_of(found) == ids_of(expected) and len({len(reply.ids) for reply in sum(found, [])}) > 3
+    for logp, reply in zip(gaps, sum(found, []), strict=True):
+        torch.testing.assert_close(logp[: len(reply.ids)], reply.logps, **EXACT)
 
 
 def test_scores_of_a_hundred_nats_neither_overflow_nor_leak_from_the_padding(kernel):
@@ -661,9 +763,9 @@ CHANCES = torch.tensor([0.0, 0.25, 0.5, 0.0, 0.1, 0.15, 0.0])  # cumulated: 0, .
 TOP = 1 - 2**-53  # the largest number a uniform generator can give
 
 
-def drawn_at(uniform, temperature=1.0, top_k=0, top_p=1.0, chances=CHANCES):
+def drawn_at(uniform, temperature=1.0, top_k=0, top_p=1.0, chances=CHANCES, **options):
     number = torch.tensor([[uniform]], dtype=torch.float64)
-    token, logp = model.draw(chances.log()[None], number, temperature, top_k, top_p)
+    token, logp = model.draw(chances.log()[None], number, temperature, top_k, top_p, **options)
     assert float(logp) == pytest.approx(math.log(chances[token]), abs=1e-6), "the log-prob before the cuts"
     return int(token)
 
@@ -672,7 +774,8 @@ def drawn_at(uniform, temperature=1.0, top_k=0, top_p=1.0, chances=CHANCES):
     "uniform, token", [(0.0, 1), (0.2499, 1), (0.2501, 2), (0.7499, 2), (0.7501, 4), (0.8501, 5), (TOP, 5)]
 )
 def test_a_draw_inverts_the_cumulated_distribution(uniform, token):
-    assert drawn_at(uniform) == token
+    for block in (1, 2, 3, 7, 512):
+        assert drawn_at(uniform, block=block) == token
 
 
 def test_a_greedy_draw_takes_the_likeliest_token_whatever_the_uniform_number():
@@ -705,11 +808,12 @@ def test_top_p_counts_after_top_k():
 
 def test_frequencies_of_draws_match_the_softmax():
     uniform = torch.from_numpy(np.random.default_rng(4).random(40000))
-    token, _ = model.draw(CHANCES.log()[None], uniform[None], 1.0, 0, 1.0)
-    observed, expected = np.bincount(token[0], minlength=7), 40000 * CHANCES.double().numpy()
-    assert not observed[[0, 3, 6]].any()
-    chi_square = sum((observed[k] - expected[k]) ** 2 / expected[k] for k in (1, 2, 4, 5))
-    assert chi_square < 16.3, "3 degrees of freedom: 1 in 1000"
+    for block in (2, 512):
+        token, _ = model.draw(CHANCES.log()[None], uniform[None], 1.0, 0, 1.0, block)
+        observed, expected = np.bincount(token[0], minlength=7), 40000 * CHANCES.double().numpy()
+        assert not observed[[0, 3, 6]].any()
+        chi_square = sum((observed[k] - expected[k]) ** 2 / expected[k] for k in (1, 2, 4, 5))
+        assert chi_square < 16.3, "3 degrees of freedom: 1 in 1000"
 
 
 def test_no_uniform_number_draws_a_token_of_no_chance():
@@ -719,7 +823,8 @@ def test_no_uniform_number_draws_a_token_of_no_chance():
     logits[:100, -5:], logits[50:150, :5] = -math.inf, -math.inf
     for uniform in (0.0, 2.0**-53, 0.5, TOP):
         for top_k, top_p in ((0, 1.0), (4, 1.0), (0, 0.7), (7, 0.4), (0, 1e-9), (50, 0.999999)):
-            token, logp = model.draw(logits, torch.full((400, 1), uniform, dtype=torch.float64), 1.0, top_k, top_p)
+            number = torch.full((400, 1), uniform, dtype=torch.float64)
+            token, logp = model.draw(logits, number, 1.0, top_k, top_p, block=8)
             assert torch.isfinite(logp).all(), (uniform, top_k, top_p)
             rank = (logits > logits.gather(-1, token)).sum(-1)
             assert top_k == 0 or (rank < top_k).all()

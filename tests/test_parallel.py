@@ -89,6 +89,7 @@ def both(material, tmp_path_factory):
     call("grpo", **material.grpo(lr=LR, steps=2, out=begun))
     call("grpo", **material.grpo(lr=LR, steps=4, out=folder / "one" / "resumed"))
     jobs.append(("grpo", material.grpo(lr=LR, steps=4, out=begun, resume=True)))
+    jobs.append(("grpo", material.grpo(lr=LR, steps=2, dtype="bf16", kl=0.04, out=folder / "two" / "bf16")))
     torchrun(jobs, folder)
     return folder
 
@@ -194,3 +195,10 @@ def test_bad_input_ends_both_processes_soon_and_prints_one_line(material, tmp_pa
         errors = [text for text in err.splitlines() if text.startswith("error: ")]
         assert len(errors) == 1 and errors[0].startswith(line), err
         assert rows(tmp_path / "out") == []
+
+
+def test_two_processes_sample_and_learn_in_bf16_over_fp32_masters(both):
+    log = rows(both / "two" / "bf16")
+    assert len(log) == 2 and all(0 < row["grad_norm"] < 1e3 for row in log)
+    assert all(row["sampler_gap"] < 0.5 for row in log), "bf16 may round; a prompt's lost keys would be whole nats"
+    assert {str(weight.dtype) for weight in weights(both / "two" / "bf16").values()} == {"torch.float32"}

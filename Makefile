@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 
-.PHONY: demo test photos bugs lint
+.PHONY: demo test photos bugs lint bench
 demo: $(VENV)/ready
 	PATH="$(BIN):$$PATH" bash recipes/demo.sh runs/demo
 
@@ -15,6 +15,12 @@ photos: $(VENV)/ready
 
 bugs: $(VENV)/ready
 	PATH="$(BIN):$$PATH" python tests/plant_bugs.py
+
+# an environment of its own (several GB) with the libraries we compare with, then an hour of turns on two cores
+bench:
+	bash bench/setup.sh .venv-bench
+	.venv-bench/bin/python bench/versus.py
+	.venv-bench/bin/python bench/readme.py
 
 lint: $(VENV)/ready
 	PATH="$(BIN):$$PATH" ruff check .

@@ -170,7 +170,7 @@ def parse_args(argv=None):
     add("--micro-tokens", type=int, default=0,
         help="tokens per forward, lower when memory runs out; 0: 16384 on a GPU, 2048 on a CPU")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
-    add("--attn", default="auto", choices=["auto", "sdpa", "flash"], help="attention kernels of the vision tower")
+    add("--attn", default="auto", choices=["auto", "sdpa", "flash"], help="flash: the FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")
     add("--measure-peak", action="store_true",
         help="time a matrix product first, and log FLOP/s as a share of it (mfu_sample, mfu_learn)")  # fmt: skip
     add("--seed", type=int, default=0, help="fixes the order of the prompts and every draw")

@@ -725,7 +725,7 @@ def plain_attention_backward(grad, q, k, v, out, lse, mask, causal, scale):
 def prompt_once(module, query, key, value, attention_mask, *, scaling, layout=None, **options):
     """What transformers calls in every layer of the decoder: query (1, heads, L, d) -> ((1, L, heads, d), None).
 
-    layout: a Layout or a Decoding, handed through by Policy.forward. Without one (somebody calls the Hugging Face model
+    layout: a Layout, handed through by Policy.forward. Without one (somebody calls the Hugging Face model
     itself, or its generate) it is transformers' own attention.
     """
     if layout is None:
@@ -997,7 +997,7 @@ class Decoding:
     """Attention of one new token per living reply: over its prompt's keys, held once for all replies, and its own.
 
     kept: {layer: (keys, values)} of a prefill with `prompts`; counts (R): living replies of each prompt, in order;
-    room: tokens a reply may grow to. It takes the place of a Layout.
+    room: tokens a reply may grow to; length: tokens it has.
     """
 
     def __init__(self, kept, prompts, counts, room, flash=False):
@@ -1024,10 +1024,6 @@ class Decoding:
             shared = [self.shares.flat(x) for x in shared]
         return merge(own, shared)[0]
 
-    def advance(self):
-        """Called once per forward, after every layer has stored its new keys."""
-        self.length += 1
-
     def keep(self, replies):
         """Go on with these replies only, (b,) ascending indices."""
         for pair in self.own.values():
@@ -1042,6 +1038,39 @@ class Decoding:
             self.shared = {layer: [x[rows] for x in pair] for layer, pair in self.shared.items()}
             self.pad = None if self.pad is None else self.pad[rows]
         self.shares = Segments.of(counts.tolist()).to(replies.device)
+
+
+def decode(policy, decoding, token, position, temperature):
+    """One more token of every living reply: token (B,), position (B,) -> logits (B, V).
+
+    The decoder block of all three families, written out, because a step of B tokens is so short that transformers' own
+    way (general caches and masks, norms and rotations in many small calls) takes longer than its arithmetic. What the
+    trainer computes is the reference: the tests compare the two, and every training step logs their gap.
+    """
+    text = policy.hf.model.language_model
+    hidden = text.embed_tokens(token)
+    # Reply tokens are text: their three M-RoPE positions are equal, so any of the three tables is the table.
+    tables = text.rotary_emb(hidden, position.expand(3, 1, -1))
+    cos, sin = (x.reshape(-1, len(token), 1, x.shape[-1])[0] for x in tables)
+    for number, block in enumerate(text.layers):
+        layer = block.self_attn
+        states = rms_norm(block.input_layernorm, hidden)
+        projections = layer.q_proj, layer.k_proj, layer.v_proj
+        q, k, v = (project(states).unflatten(-1, (-1, layer.head_dim)) for project in projections)
+        if hasattr(layer, "q_norm"):  # Qwen3-VL
+            q, k = rms_norm(layer.q_norm, q), rms_norm(layer.k_norm, k)
+        both = torch.cat([q, k], 1)
+        left, right = both.chunk(2, -1)
+        both = torch.addcmul(both * cos, torch.cat([-right, left], -1), sin)
+        q, k = both.split([q.shape[1], k.shape[1]], 1)
+        hidden = hidden + layer.o_proj(decoding.attend(number, q, k, v, layer.scaling).flatten(1))
+        hidden = hidden + block.mlp(rms_norm(block.post_attention_layernorm, hidden))
+    decoding.length += 1
+    return token_logits(rms_norm(text.norm, hidden), policy.hf.lm_head.weight, temperature, policy.forbidden)
+
+
+def rms_norm(norm, x):
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 @torch.no_grad()
@@ -1127,10 +1156,7 @@ def sample_together(policy, prompts, n, seeds, temperature, top_k, top_p, max_ne
             if count * 4 <= 3 * len(alive):  # a quarter has ended: stop carrying them along
                 alive, token = alive[going], token[going]
                 decoding.keep(going.nonzero()[:, 0])
-        where = (start[alive] + step).expand(3, 1, -1)
-        batch = Batch(token[None], where, decoding, None, None, torch.arange(len(alive), device=device))
-        logits = policy(batch, temperature)
-        decoding.advance()
+        logits = decode(policy, decoding, token, start[alive] + step, temperature)
     tokens, logps, size, finished = tokens.cpu(), logps.cpu(), size.tolist(), finished.tolist()
     replies = [Reply(tokens[b, : size[b]], logps[b, : size[b]], finished[b]) for b in range(total)]
     return [replies[i : i + n] for i in range(0, total, n)]

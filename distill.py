@@ -202,7 +202,8 @@ def parse_args(argv=None):
     )
     add("--max-pixels", type=int, default=None, help="largest image area in pixels; default: the checkpoint's own")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="type of weights and compute")
-    add("--attn", default="auto", choices=["auto", "sdpa", "flash"], help="flash: the FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")
+    add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
+        help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip
     add("--seed", type=int, default=0, help="fixes every draw, whatever --batch and the number of processes")
     args = parser.parse_args(argv)
     for name in ("samples", "max_new_tokens", "batch"):

@@ -63,7 +63,7 @@ def as_group(encoder, pair, loss):
 def reference_log_probs(policy, encoder, world, pairs, indices, budget):
     """{index: (log-prob of chosen, of rejected)}, summed over the reply, under the policy as it is now.
 
-    indices are dealt over the ranks; every rank gets every result. budget: tokens per forward.
+    indices are dealt over the ranks; every rank gets every result. budget: tokens and patches per forward.
     """
     mine, out = indices[world.rank :: world.size], {}
     window = 256  # encoded pairs held at a time
@@ -103,9 +103,10 @@ def parse_args(argv=None):
     add("--freeze-vision", action="store_true", help="keep the vision tower as it is")
     add("--max-pixels", type=int, default=None, help="largest image area in pixels; default: the checkpoint's own")
     add("--micro-tokens", type=int, default=0,
-        help="tokens per forward, lower when memory runs out; 0: 16384 on a GPU, 2048 on a CPU")  # fmt: skip
+        help="tokens and patches per forward, lower when memory runs out; 0: 16384 on a GPU, 3072 on a CPU")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
-    add("--attn", default="auto", choices=["auto", "sdpa", "flash"], help="flash: the FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")
+    add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
+        help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip
     add("--measure-peak", action="store_true",
         help="time a matrix product first, and log FLOP/s as a share of it (mfu_learn)")  # fmt: skip
     add("--seed", type=int, default=0, help="fixes the order of the pairs")

@@ -648,7 +648,7 @@ def parse_args(argv=None):
     p.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"),
                    help="of weights and computation; auto (default) is bf16 on a GPU, fp32 on a CPU")
     p.add_argument("--attn", default="auto", choices=("auto", "sdpa", "flash"),
-                   help="flash: the FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere (default auto)")
+                   help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere (default auto)")
     p.add_argument("--id", nargs="+", default=[], metavar="FILE", help="records in the trained reply format (GF)")
     p.add_argument("--ood", nargs="+", default=[], metavar="FILE", help="records in formats never trained (GF)")
     p.add_argument("--ood-weights", nargs="+", type=named_weight, metavar="SOURCE=W",

@@ -168,9 +168,10 @@ def parse_args(argv=None):
     add("--freeze-vision", action="store_true", help="keep the vision tower as it is")
     add("--max-pixels", type=int, default=None, help="largest image area in pixels; default: the checkpoint's own")
     add("--micro-tokens", type=int, default=0,
-        help="tokens per forward, lower when memory runs out; 0: 16384 on a GPU, 2048 on a CPU")  # fmt: skip
+        help="tokens and patches per forward, lower when memory runs out; 0: 16384 on a GPU, 3072 on a CPU")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
-    add("--attn", default="auto", choices=["auto", "sdpa", "flash"], help="flash: the FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")
+    add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
+        help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip
     add("--measure-peak", action="store_true",
         help="time a matrix product first, and log FLOP/s as a share of it (mfu_sample, mfu_learn)")  # fmt: skip
     add("--seed", type=int, default=0, help="fixes the order of the prompts and every draw")

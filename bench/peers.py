@@ -10,7 +10,8 @@ dpo_trainer.py, trainer/utils.py):
   reference's; it keeps a second model for the reference (precomputing it is refused for pictures).
 - On a CPU, TRL's fused lm_head scores every position of the row, prompt and padding included, also for the entropy
   (on CUDA it keeps to the replies). It never holds all logits at once, nor do we.
-- generate() with num_return_sequences copies prompt and picture before prefill.
+- generate() with num_return_sequences encodes each picture once, but copies the prompt, its picture's tokens included,
+  before prefill. (TRL does not use it: its copies are made earlier.)
 - vLLM does about what we do: one prefill a prompt (its prefix cache), one picture through the tower. It is run as it
   comes, compiled by torch's inductor (minutes at its start, not counted), and eager.
 

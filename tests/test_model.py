@@ -1317,6 +1317,9 @@ def test_micro_batches_count_what_pack_feeds():
     groups[0] = prompt, [torch.zeros(5, dtype=torch.long), torch.zeros(4, dtype=torch.long)]  # 2 + 4 + 3 = 9
     assert model.micro_batches(CPU, groups, 16) == [[1], [0, 2], [3]]
     assert model.pack([groups[0], groups[2]]).ids.numel() == 16
+    groups[2][0].patches = torch.zeros(5, 1)  # pictures pass through a tower's blocks: 7 + 5 = 12
+    assert model.micro_batches(CPU, groups, 16) == [[2], [1], [0, 3]]
+    assert model.micro_batches(CPU, groups, 22) == [[2, 1], [0, 3]]
 
 
 @pytest.mark.parametrize("budget", [1, 40, 64, 100, 1000])

@@ -103,7 +103,7 @@ def parse_args(argv=None):
     add("--freeze-vision", action="store_true", help="keep the vision tower as it is")
     add("--max-pixels", type=int, default=None, help="largest image area in pixels; default: the checkpoint's own")
     add("--micro-tokens", type=int, default=0,
-        help="tokens and patches per forward, lower when memory runs out; 0: 16384 on a GPU, 3072 on a CPU")  # fmt: skip
+        help="tokens and patches per forward, less if memory runs out; 0: 16384 on a GPU, 3072 on a CPU")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
         help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip

@@ -228,7 +228,7 @@ def sample_texts(
     texts = []
     bar = tqdm(total=len(records), desc=name, disable=not world.main)
     for start in range(0, len(records), batch):
-        prompts = [encoder.prompt(record) for record in records[start : start + batch]]
+        prompts = encoder.prompts(records[start : start + batch])
         replies = m.sample(
             policy, prompts, samples, seeds=seeds[start : start + batch],
             temperature=temperature, max_new_tokens=max_new_tokens,

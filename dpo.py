@@ -69,6 +69,7 @@ def reference_log_probs(policy, encoder, world, pairs, indices, budget):
     window = 256  # encoded pairs held at a time
     for start in tqdm(range(0, math.ceil(len(indices) / world.size), window), desc="reference", disable=not world.main):
         part = mine[start : start + window]
+        encoder.prefetch(pairs[index] for index in part)
         groups = [as_group(encoder, pairs[index], "dpo") for index in part]
         spare = as_group(encoder, pairs[indices[0]], "dpo")
         for batch in m.micro_batches(world, groups, budget):

@@ -722,7 +722,7 @@ def main(argv=None):
     for start in tqdm(range(0, len(mine), args.batch), desc="eval", disable=None if world.main else True):
         batch = mine[start : start + args.batch]
         drawn = model.sample(
-            policy, [encoder.prompt(records[index]) for index in batch], args.samples,
+            policy, encoder.prompts([records[index] for index in batch]), args.samples,
             seeds=[args.seed * 1_000_003 + index for index in batch], temperature=args.temperature,
             top_k=args.top_k, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
         )  # fmt: skip

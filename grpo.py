@@ -223,7 +223,7 @@ def main(argv=None):
         batch = m.epoch_order(args.seed, len(records), step * P, 2 * P)  # this step's and the next's
         places = range(world.rank, P, world.size)
         mine = [records[batch[place]] for place in places]
-        prompts = [encoder.prompt(record) for record in mine]
+        prompts = encoder.prompts(mine)
         encoder.prefetch(records[batch[P + place]] for place in places)
         meter.lap("rest")
         replies = SAMPLERS[args.sampler](

@@ -310,7 +310,7 @@ class Encoder:
             raise DataError(f"{path}: its tokenizer files are missing or incomplete")
         self._cache, self._room, self._lock = OrderedDict(), cache_bytes, threading.Lock()
         self._measured = {}
-        self._workers = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2)), "pictures")
+        self._workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "pictures")
 
     def target_size(self, width, height):
         """(width, height) in multiples of patch × merge, area within the limits. ValueError for a thin strip."""
@@ -427,6 +427,11 @@ class Encoder:
         positions = self.rope_index(ids[None], mm_token_type_ids=kinds, image_grid_thw=grid)[0][:, 0]
         patches = torch.cat([patches for patches, _ in pictures])
         return Prompt(ids, positions, int(positions.max()) + 1, patches, grid, plain)
+
+    def prompts(self, records):
+        """Encode several questions, their pictures side by side in worker threads: -> list of Prompt."""
+        self.prefetch(records)
+        return [self.prompt(record) for record in records]
 
     def encode_reply(self, text, where="a reply"):
         """Token ids (T,) of a reply's text with the end token appended: what a model would have sampled."""

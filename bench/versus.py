@@ -101,7 +101,7 @@ CELLS = {
     "sample-a": sampling("a"),
     "sample-b": sampling("b"),
     "sample-c": sampling("c"),
-    "memory-grpo": memory("GRPO", "grpo", 4),  # micro-batches are as large as with 8 prompts, and TRL's step takes minutes
+    "memory-grpo": memory("GRPO", "grpo", 4),  # as large micro-batches as with 8, in less time
     "memory-dpo": memory("DPO + SFT", "dpo", 8),
     "groups-a": scaling("a", (4, 8, 16, 32, 64)),
     "groups-b": scaling("b", (4, 8, 16, 32)),

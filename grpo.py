@@ -169,6 +169,8 @@ def parse_args(argv=None):
     add("--max-pixels", type=int, default=None, help="largest image area in pixels; default: the checkpoint's own")
     add("--micro-tokens", type=int, default=0,
         help="tokens and patches per forward, less if memory runs out; 0: 16384 on a GPU, 3072 on a CPU")  # fmt: skip
+    add("--recompute", default="auto", choices=["auto", "on", "off"],
+        help="compute a block's activations again going backward: less memory, more time; auto: on GPUs")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
         help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip
@@ -208,7 +210,7 @@ def main(argv=None):
     records = m.read_records(args.data, rewards.check_gold)
     run = m.Run.open(args, world)
     options = {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
-    options |= {"train": True, "freeze_vision": args.freeze_vision}
+    options |= {"train": True, "freeze_vision": args.freeze_vision, "recompute": args.recompute}
     policy, encoder = m.load(args.model, world, **options)
     encoder.check(world, records)
     reference = m.load(args.model, world, **options)[0].requires_grad_(False) if args.kl else None

@@ -905,13 +905,15 @@ class Policy(nn.Module):
         return sum(part.float().sum() for part in [torch.cat(out.pooler_output), *deep])
 
 
-def load(path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False, freeze_vision=False):
+def load(
+    path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False, freeze_vision=False, recompute="auto"
+):  # fmt: skip
     """Load a checkpoint directory or hub id: -> (Policy on world.device, Encoder). Only safetensors are read.
 
     dtype: "fp32", "bf16" or "auto" (bf16 on CUDA, fp32 on CPU). A model that is trained keeps fp32 master weights; with
     bf16 its compute is cast (FSDP mixed precision). attn: "flash", "sdpa" or "auto" (flash on CUDA in bf16). train:
-    shard with FSDP2 when there is more than one process (or CUDA), recompute activations on CUDA. Raises DataError when
-    it cannot be loaded.
+    shard with FSDP2 when there is more than one process (or CUDA). recompute: keep no activations inside a block but
+    compute them again going backward, "on", "off" or "auto" (on CUDA). Raises DataError when it cannot be loaded.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
     from transformers.utils import logging
@@ -956,10 +958,10 @@ def load(path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False
     if freeze_vision:
         hf.model.visual.requires_grad_(False)
     policy.must_see = train
-    if train and (world.size > 1 or world.device.type == "cuda"):
-        if world.device.type == "cuda":
-            hf.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-            hf.train()
+    if train and (recompute == "on" or (recompute == "auto" and cuda)):
+        hf.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        hf.train()  # transformers recomputes in training mode only; nothing here drops out
+    if train and (world.size > 1 or cuda):
         shard(policy, world, torch.bfloat16 if dtype == "bf16" else None)
     return policy.to(world.device), encoder
 

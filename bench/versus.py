@@ -19,9 +19,9 @@ What the cells are:
     memory-*      peak memory of two steps at the size of (b) with Qwen's vocabulary of 151,936
     groups-a/b    our GRPO step against its number of groups: seconds a group should not change
 
-Replies have a fixed length: no token ends them, on no side. Rewards are a checksum of the reply's text and a count: cheap,
-and different inside every group, so that no group is skipped. The peers are in peers.py, with what they
-compute and we do not.
+Replies have a fixed length: no token ends them, on no side. Rewards are a checksum of the reply's text and a count:
+cheap, and different inside every group, so that no group is skipped. The peers are in peers.py, with what they compute
+and we do not.
 """
 
 import argparse

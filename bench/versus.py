@@ -277,14 +277,14 @@ def ours_dpo(gate, spec):
     def ask_now(step):
         begun = time.perf_counter()
         *who, pairs, budget = held
-        indices = m.epoch_order(0, len(pairs), step * PAIRS, PAIRS)
+        indices = m.epoch_order(0, len(pairs), step * spec["prompts"], spec["prompts"])
         for index, value in whole_pass(*who, pairs, indices, budget).items():
             known[index][:] = value
         return {"seconds_reference": time.perf_counter() - begun}
 
     dpo.reference_log_probs = ask_later
     hook(gate, spec, ask_now)
-    dpo.main(common(spec) + ["--batch", str(PAIRS), "--schedule", "constant", "--steps", str(spec["steps"])])
+    dpo.main(common(spec) + ["--batch", str(spec["prompts"]), "--schedule", "constant", "--steps", str(spec["steps"])])
 
 
 def common(spec):

@@ -83,7 +83,10 @@ FLASH = some(
 )
 HEAD = some("test_model", "log_probs_of_tokens_and_their_gradients_are_those_of_log_softmax")
 ACCOUNT = some(
-    "test_model", "the_flops_of_the_formula_are_those_that_torch_counts", "a_frozen_tower_has_no_backward_pass_to_count"
+    "test_model",
+    "the_flops_of_the_formula_are_those_that_torch_counts",
+    "flops_of_windows_by_hand",
+    "a_frozen_tower_has_no_backward_pass_to_count",
 )
 ENCODER = some("test_model", "a_reply_survives_encoding_and_decoding_with_every_special_token_visible")
 ORDER = some("test_model", "every_epoch_is_a_permutation_of_its_own", "another_seed_gives_another_order")

@@ -259,6 +259,18 @@ def test_the_flops_of_the_formula_are_those_that_torch_counts(models, records, f
     assert cost.learn(groups, reference=True) == pytest.approx(4 * sum(found))
 
 
+def test_flops_of_windows_by_hand(models):
+    policy, _ = models["qwen2_5_vl"]
+    cost, vision = model.Cost(policy), policy.hf.config.vision_config
+    # 20 patches a side: windows of 8, 8 and 4, so each side sees 64 + 64 + 16 pairs
+    grid = torch.tensor([[1, 20, 20]])
+    found = cost.forward([(model.Prompt(torch.zeros(100), torch.zeros(3, 100), 100, None, grid, []), [])])[1]
+    whole = len(vision.fullatt_block_indexes)
+    pairs = whole * 400**2 + (vision.depth - whole) * 144**2
+    assert 0 < whole < vision.depth
+    assert found == 2 * cost.tower * 400 + 2 * cost.merger * 100 + 4 * vision.hidden_size * pairs
+
+
 def test_a_frozen_tower_has_no_backward_pass_to_count(tiny_dirs, records):
     policy, encoder = model.load(tiny_dirs["qwen2_5_vl"], CPU, train=True, freeze_vision=True)
     groups = groups_of(encoder, records, CASES["eight replies on a picture"])

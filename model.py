@@ -1308,7 +1308,7 @@ class VLLM:
             load_format="dummy", generation_config="vllm", logprobs_mode="processed_logprobs", max_num_seqs=256,
             max_model_len=longest + max_new_tokens, limit_mm_per_prompt={"image": max(1, images), "video": 0},
             # its image processor finds every picture in a size that it need not change
-            mm_processor_kwargs={"min_pixels": encoder.factor**2, "max_pixels": encoder.max_pixels},
+            mm_processor_kwargs={"size": {"shortest_edge": encoder.factor**2, "longest_edge": encoder.max_pixels}},
             # otherwise mean and deviation of the pixels are buffers of the model, and load_format="dummy" fills buffers
             # with noise that no weight of ours replaces (found by the canary log-probs in vLLM 0.32)
             mm_device_do_normalize=False, **options,

@@ -252,8 +252,8 @@ def main(argv=None):
     sampler = m.sample
     if args.sampler == "vllm":
         sampler = m.VLLM(
-            args.model, policy, encoder, world, records, max_new_tokens=args.max_new_tokens, tp=args.vllm_tp,
-            memory=args.vllm_memory, canary_every=args.canary_every, seed=args.seed,
+            args.model, policy, encoder, world, records[world.rank :: world.size], tp=args.vllm_tp,
+            max_new_tokens=args.max_new_tokens, memory=args.vllm_memory, canary_every=args.canary_every, seed=args.seed,
         )  # fmt: skip
     P, G = args.prompts, args.group
     meter = m.Meter(policy, world, args.measure_peak)

@@ -1275,10 +1275,10 @@ class VLLM:
     The replies' log-probs are those of the distribution that was drawn from: after top-k and top-p, not before as in
     `sample`. Same seeds, same replies, up to near-ties; they are not the replies of `sample`.
 
-    path: the checkpoint, for its config and tokenizer; the weights come from the policy. records: all that will be
-    asked; they fix the longest prompt. memory: share of the GPU that weights and KV cache of the engine may take.
-    canary_every: calls between canaries after the first two; 0: no more. Raises DataError when vLLM cannot be used,
-    CanaryError when it cannot be trusted. Tried with vLLM's CPU build, tp too; CUDA's sleep mode is not tried yet.
+    path: the checkpoint, for its config and tokenizer; the weights come from the policy. records: this process's share
+    of all that will be asked, for the longest prompt. memory: share of the GPU that the engine's weights and KV cache
+    may take. canary_every: calls between canaries after the first two; 0: no more. Raises DataError when vLLM cannot be
+    used, CanaryError when it cannot be trusted. Tried with vLLM's CPU build, tp too; nothing was tried on CUDA yet.
     """
 
     def __init__(
@@ -1294,15 +1294,15 @@ class VLLM:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
 
-        mine = [(*encoder.measure(record), len(record["images"])) for record in records[world.rank :: world.size]]
-        sizes = [(len(plain) + sum(counts) - len(counts), images) for plain, counts, images in mine]
+        measured = [encoder.measure(record) for record in records]
+        sizes = [(len(plain) + sum(counts) - len(counts), len(counts)) for plain, counts in measured]
         longest, images = (max(column) for column in zip(*sum(world.gather(sizes), []), strict=True))
         options = {"distributed_executor_backend": "external_launcher"} if world.size > 1 else {}
         if self.cuda:
             options |= {"gpu_memory_utilization": memory, "enable_sleep_mode": True}
         else:
-            options |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
-            keep_plain_weights()
+            options |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**30, "block_size": 32}
+            tame_cpu_build()
         self.engine = LLM(
             str(path), dtype="bfloat16" if policy.half else "float32", seed=seed, tensor_parallel_size=tp,
             load_format="dummy", generation_config="vllm", logprobs_mode="processed_logprobs", max_num_seqs=256,
@@ -1390,23 +1390,24 @@ class VLLM:
         return [[reply_of(drawn) for drawn in output.outputs] for output in outputs]
 
     def canaries(self, policy, prompts, temperature, tokens):
-        """Compare the engine with the trainer on two prompts; one has a picture if any has."""
-        prompts = sorted(prompts, key=lambda prompt: not prompt.images)[:1] + prompts[-1:]
-        greedy = {"temperature": 0, "max_new_tokens": tokens}
-        draw = {"seeds": [1, 2], "top_k": 0, "top_p": 1.0}
+        """Compare the engine with the trainer on one prompt, then, after a detour, on another; with pictures if any."""
+        prompts = sorted(prompts, key=lambda prompt: not prompt.images)
+        first, seen = prompts[:1], prompts[0].images
+        other = [prompt for prompt in prompts if set(prompt.images).isdisjoint(seen)][:1] or first
+        greedy = {"seeds": [0], "temperature": 0, "top_k": 0, "top_p": 1.0, "max_new_tokens": tokens}
+        random = greedy | {"temperature": temperature}
 
-        def compare(name):
-            drawn = self.generate(policy, prompts, 2, **draw, temperature=temperature, max_new_tokens=tokens)
-            return canary_log_probs(name, policy, prompts, drawn, temperature)
+        def compare(name, prompts):
+            drawn = self.generate(policy, prompts, 4, **random)
+            canary_log_probs(name, policy, prompts, drawn, temperature)
 
-        compare("log-probs")
-        canary_greedy(policy, prompts, sample(policy, prompts, 1, **draw, **greedy),
-                      self.generate(policy, prompts, 1, **draw, **greedy))  # fmt: skip
-        # Let wrong weights look at the same prompts, then send the true ones: nothing of the wrong may be left
+        compare("log-probs", first)
+        canary_greedy(policy, first, sample(policy, first, 1, **greedy), self.generate(policy, first, 1, **greedy))
+        # Wrong weights read a prompt, and a picture, that the true ones have not yet seen; none of it may be left after
         self.sync(policy, scale=0.5)
-        canary_sync(lambda: compare("wrong weights"))
+        canary_sync(lambda: compare("wrong weights", other))
         self.sync(policy)
-        compare("caches")
+        compare("caches", other)
 
     def close(self):
         """Give back the memory, for the next model."""
@@ -1439,14 +1440,18 @@ def parse_version(text):
     return tuple(int(part) for part in text.split(".")[:2])
 
 
-def keep_plain_weights():
-    """vLLM's CPU build packs the weights of linear layers when it is made and drops them: later ones find no place."""
-    import vllm.model_executor.layers.utils as layers
+def tame_cpu_build():
+    """Two habits of vLLM's CPU build that a trainer cannot live with are replaced; the GPU build has neither."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    from vllm.model_executor.layers import utils
 
     def plain(layer, remove_weight):
         layer.cpu_linear = F.linear
 
-    layers.dispatch_cpu_unquantized_gemm = plain
+    # It packs the weights of linear layers once and drops them: later ones would find no place
+    utils.dispatch_cpu_unquantized_gemm = plain
+    # Engines talk through shared memory of a fixed name: what a killed run left would keep the next from starting
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
 def checkpoint_weights(policy, scale=1.0):

@@ -45,6 +45,7 @@ def some(file, *names):
 
 
 LOSSES = "tests/test_losses.py"
+CANARIES = "tests/test_canaries.py"
 REWARDS = "tests/test_rewards.py"
 JIGSAW = "tests/test_jigsaw.py"
 # The other files take longer: from them only the tests that must notice.
@@ -348,6 +349,23 @@ BUGS = [Bug(*entry) for entry in (
      "    return token, kept.log_softmax(-1).gather(-1, token)\n\n\ndef cache_room", SAMPLER),
     ("the block that is hit is summed up from its neighbour", "model.py",
      "share = (height - (ends - sums).gather(-1, hit))", "share = (height - ends.gather(-1, hit))", DRAW),
+
+    # ---- model.py: the canaries of vLLM
+    ("a canary takes NaN for a small difference", "model.py",
+     "if not (gap.max() <= largest and gap.mean() <= mean):", "if gap.max() > largest or gap.mean() > mean:", CANARIES),
+    ("a canary has no bound of the mean", "model.py",
+     "if not (gap.max() <= largest and gap.mean() <= mean):", "if not gap.max() <= largest:", CANARIES),
+    ("a canary forgets the temperature", "model.py",
+     "trainer_log_probs(policy, groups, temperature)\n    theirs", "trainer_log_probs(policy, groups)\n    theirs",
+     CANARIES),
+    ("greedy tokens that differ are never compared", "model.py",
+     "groups.append((prompt, [one.ids[: place + 1], other.ids[: place + 1]]))",
+     "groups.append((prompt, [one.ids[: place + 1], one.ids[: place + 1]]))", CANARIES),
+    ("weights that vLLM has and nobody sends are not missed", "model.py",
+     "missing = sorted(wanted - set().union(*loaded.values()))", "missing = []", CANARIES),
+    ("wrong weights may go unnoticed", "model.py",
+     'raise CanaryError("canary sync', 'CanaryError("canary sync', CANARIES),
+    ("any later version of vLLM will do", "model.py", " < parse_version(VLLM_VERSIONS[1]):", ":", CANARIES),
 
     # ---- rewards.py
     ("the format weight is ignored", "rewards.py", "format_weight * well_formed", "0.5 * well_formed", REWARDS),

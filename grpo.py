@@ -102,7 +102,7 @@ def grpo_loss(
     r = policy_ratio(logp, old_logp, mask, ratio)
     gain = torch.minimum(r * advantage[:, None], r.clamp(1 - clip_low, 1 + clip_high) * advantage[:, None])
     if correction is not None:
-        gain = gain * correction.masked_fill(~mask, 0.0)
+        gain = gain * correction
     if kl:
         gain = gain - kl * k3(logp, ref_logp, mask)
     return -(weight[:, None] * gain.masked_fill(~mask, 0.0)).sum()

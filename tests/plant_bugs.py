@@ -162,7 +162,6 @@ BUGS = [Bug(*entry) for entry in (
      "log_ratio = log_ratio.sum(1, keepdim=True)", "log_ratio = log_ratio.mean(1, keepdim=True)", LOSSES),
     ("importance weights carry a gradient", "grpo.py",
      "(old_logp - sampler_logp).detach()", "(old_logp - sampler_logp)", LOSSES),
-    ("the correction's padding counts", "grpo.py", "correction.masked_fill(~mask, 0.0)", "correction", LOSSES),
     ("the correction weighs the KL too", "grpo.py",
      "    return -(weight[:, None] * gain.masked_fill(~mask, 0.0)).sum()\n\n\ndef k3",
      "    gain = gain if correction is None else gain * correction.nan_to_num()\n"

@@ -679,7 +679,7 @@ def attend_rows(q, k, v, pad, causal, scale):
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     mask = additive(pad, q.dtype)
-    if q.device.type == "cpu":
+    if q.device.type in ("cpu", "meta"):  # meta: recipes/plan.py counts memory there
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = fused(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     else:
@@ -691,7 +691,7 @@ def attend_rows_backward(grad, q, k, v, out, lse, pad, causal, scale):
     """Gradients (dq, dk, dv) of `attend_rows`; an lse of +inf marks a query that is not there."""
     grad, q, k, v, out, lse = (x.transpose(1, 2) for x in (grad, q, k, v, out, lse))
     mask = additive(pad, q.dtype)
-    if q.device.type == "cpu":
+    if q.device.type in ("cpu", "meta"):  # meta: recipes/plan.py counts memory there
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         grads = fused(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
     else:
@@ -758,7 +758,7 @@ def windows(module, query, key, value, *, scaling, cu_seq_lens_q, max_length_q, 
     Neighbours of one length go in one call; transformers' own way on a CPU is a call for each.
     """
     bounds = cu_seq_lens_q
-    if query.is_cuda and query.dtype != torch.float32:
+    if query.device.type in ("cuda", "meta") and query.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
 
         bounds, q, k, v = bounds.int(), *(x[0].transpose(0, 1) for x in (query, key, value))

@@ -935,6 +935,10 @@ def load(
         raise DataError("--attn flash needs a CUDA GPU and --dtype bf16; use --attn sdpa, which is exact everywhere")
     flash = attn != "sdpa" and cuda and dtype == "bf16"
     weights = torch.float32 if train or dtype == "fp32" else torch.bfloat16
+    if world.size % replicas:
+        raise DataError(f"--replicas {replicas} does not divide the {world.size} process(es)")
+    if offload and not cuda:
+        raise DataError("--offload moves weights from a GPU to main memory: it needs CUDA")
     sharded = train and (world.size > 1 or cuda)
     try:
         folder = local_folder(path)
@@ -997,10 +1001,6 @@ def shard_policy(policy, world, compute_dtype, mode="full", replicas=1, offload=
 
     if mode == "none":
         replicas = world.size
-    if world.size % replicas:
-        raise DataError(f"--replicas {replicas} does not divide the {world.size} processes")
-    if offload and world.device.type != "cuda":
-        raise DataError("--offload moves weights from a GPU to main memory: it needs CUDA")
     if not dist.is_initialized():  # one CUDA process without torchrun
         dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     shape, names = (world.size,), ("shard",)

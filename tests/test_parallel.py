@@ -9,6 +9,7 @@ All comparable runs share one start of two processes and one of four: starting P
 training.
 """
 
+import json
 import signal
 
 import pytest
@@ -31,6 +32,7 @@ from commands import (
 
 import model as m
 
+FILE = 100_000  # bytes of a file, where a model is exported in several
 LR = 3e-4  # AdamW moves every weight by about this much per update, even where the gradient is close to nothing
 
 
@@ -115,6 +117,11 @@ def both(material, tmp_path_factory):
     call("grpo", **material.grpo(lr=LR, steps=4, out=folder / "one" / "resumed"))
     jobs[2].append(("grpo", material.grpo(lr=LR, steps=4, out=begun, resume=True)))
     jobs[2].append(("grpo", material.grpo(lr=LR, steps=2, dtype="bf16", kl=0.04, out=folder / "two" / "bf16")))
+    for name, size in (("small", 2000), ("large", 60000)):
+        m.make_tiny(folder / name, hidden=256, heads=4, layers=2, vocab=size)
+    jobs[4].append(("checks", {"check": "memory", "model": folder / "large", "out": folder / "memory"}))
+    exported = {"check": "export", "model": material.speaker, "out": folder / "files", "bytes": FILE}
+    jobs[2].append(("checks", exported))
     for count in jobs:
         torchrun(jobs[count], folder, count)
     return folder
@@ -194,6 +201,41 @@ def test_the_cases_are_what_their_names_say(material, both):
 def test_two_processes_go_on_with_what_one_began(material, both):
     assert [row["step"] for row in rows(both / "two/resumed")] == [1, 2, 3, 4]
     check_equal(both / "two/resumed", both / "one/resumed", material.speaker, 4)
+
+
+def test_a_model_is_exported_in_files_that_the_processes_write_in_turns(material, both):
+    from transformers import AutoModelForImageTextToText
+
+    written = json.loads((both / "files/written.json").read_text())
+    names = [sorted(name for name, _ in part) for part in written]
+    count = len(sum(names, []))
+    assert count > 3 and abs(len(names[0]) - len(names[1])) <= 1
+    largest = max(value.nbytes for value in weights(material.speaker).values())
+    assert all(size <= max(FILE, largest) for part in written for _, size in part), "nobody holds more than a file"
+    expected = [f"model-{number:05d}-of-{count:05d}.safetensors.partial" for number in range(1, count + 1)]
+    assert sorted(sum(names, [])) == expected
+    hf, loading = AutoModelForImageTextToText.from_pretrained(both / "files", output_loading_info=True)
+    assert not any(loading.values()), loading
+    plain = AutoModelForImageTextToText.from_pretrained(material.speaker)
+    assert distance(dict(hf.state_dict()), dict(plain.state_dict())) == 0
+    policy, _ = m.load(both / "files", m.setup(), train=True)
+    assert distance(m.full_weights(policy), m.full_weights(m.load(material.speaker, m.setup(), train=True)[0])) == 0
+
+
+def test_no_process_ever_holds_the_whole_model_while_loading_it(both):
+    whole = (both / "large/model.safetensors").stat().st_size
+    grown = json.loads((both / "memory/grown.json").read_text())
+    assert len(grown) == 4 and whole > 60e6
+    # its shard, and the pages of the file that it read for it
+    assert all(0.2 * whole < size < 0.75 * whole for size in grown), [size / whole for size in grown]
+
+
+def test_replicas_must_divide_the_processes_and_offload_needs_a_gpu(material, tmp_path, capsys):
+    refused = ({"replicas": 2}, "--replicas 2 does not divide the 1 "), ({"offload": True}, "it needs CUDA")
+    for settings, line in refused:
+        with pytest.raises(SystemExit) as ended:
+            m.run(lambda more=settings: call("grpo", **material.grpo(out=tmp_path / "out", **more)))
+        assert ended.value.code == 2 and line in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_sigterm_stops_both_processes_with_a_checkpoint_that_one_process_goes_on_with(material, tmp_path):

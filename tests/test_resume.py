@@ -8,8 +8,10 @@ import json
 import random
 import shutil
 import signal
+import threading
 
 import pytest
+import torch
 from commands import ROOT, Material, call, checkpoint, distance, end, rows, start, stop, timeless, weights
 
 import model as m
@@ -149,6 +151,35 @@ def test_a_checkpoint_newer_than_the_one_just_written_does_not_push_it_out(mater
     assert (tmp_path / "LATEST").read_text() == "step_000004"
     assert "hf.model.language_model.norm.weight" in checkpoint(tmp_path, 4)
     assert not (tmp_path / "checkpoints/step_000003").exists()
+
+
+def test_a_checkpoint_holds_the_moment_it_was_asked_for_though_it_is_written_later(material, tmp_path):
+    policy, _ = m.load(material.speaker, m.setup(), train=True)
+    before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
+    run, may_write = m.Run(tmp_path, m.setup()), threading.Event()
+    run.writer.submit(may_write.wait)  # the writer is busy
+    run.save(1, policy, m.adamw(policy, 1e-3))
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.zero_()  # training goes on
+    assert not (tmp_path / "LATEST").exists()
+    may_write.set()
+    run.finish()
+    assert (tmp_path / "LATEST").read_text() == "step_000001"
+    assert distance(checkpoint(tmp_path, 1), before) == 0
+
+
+def test_what_goes_wrong_in_the_background_ends_the_run_and_leaves_the_last_checkpoint(material, tmp_path):
+    policy, _ = m.load(material.speaker, m.setup(), train=True)
+    run = m.Run(tmp_path, m.setup())
+    run.save(1, policy, m.adamw(policy, 1e-3))
+    run.finish()
+    (tmp_path / "checkpoints/step_000002.partial").write_text("a file stands where the folder should be")
+    run.save(2, policy, m.adamw(policy, 1e-3))
+    with pytest.raises(BaseException, match="step_000002|exists"):
+        run.save(3, policy, m.adamw(policy, 1e-3))
+    assert (tmp_path / "LATEST").read_text() == "step_000001"
+    assert checkpoint(tmp_path, 1)
 
 
 @pytest.mark.parametrize("keep, kept", [(1, [5]), (3, [3, 4, 5])])

@@ -171,6 +171,8 @@ def parse_args(argv=None):
         help="tokens and patches per forward, less if memory runs out; 0: 16384 on a GPU, 3072 on a CPU")  # fmt: skip
     add("--recompute", default="auto", choices=["auto", "on", "off"],
         help="compute a block's activations again going backward: less memory, more time; auto: on GPUs")  # fmt: skip
+    add("--compile", action="store_true",
+        help="fuse norms and MLPs with torch.compile (a minute at the start): the same but for rounding")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
         help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip
@@ -211,6 +213,7 @@ def main(argv=None):
     run = m.Run.open(args, world)
     options = {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
     options |= {"train": True, "freeze_vision": args.freeze_vision, "recompute": args.recompute}
+    options |= {"compile": args.compile}
     policy, encoder = m.load(args.model, world, **options)
     encoder.check(world, records)
     reference = m.load(args.model, world, **options)[0].requires_grad_(False) if args.kl else None

@@ -1191,6 +1191,7 @@ def capture(function, last=None):
     Follows torch's notes on CUDA graphs: one run on a side stream first, for what must not happen in a capture (kernels
     are loaded, libraries take their workspaces), then the capture, which runs nothing. last: a graph that will not be
     replayed again, whose memory this one takes. Other threads may use the GPU meanwhile (NCCL's watchdog does).
+    Not yet run on a GPU: the tests record and replay on a CPU, and bench/gpu.py's stage `graphs` waits for one.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -548,6 +548,10 @@ def decoded(policy, prompts, way, length=24):
 
 
 def graphs(stage):
+    """Logits of decoding by replay and in standing shapes against the growing ones', then seconds a token of both ways.
+
+    No GPU has run this yet: --smoke on a CPU goes through the standing shapes, and captures nothing (`Again`).
+    """
     if not stage.cuda:
         m.capture = Again.capture
     folder = model_folder(stage, small=True)

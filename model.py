@@ -33,9 +33,10 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +46,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ def setup():
     size = int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -679,7 +680,7 @@ def attend_rows(q, k, v, pad, causal, scale):
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     mask = additive(pad, q.dtype)
-    if q.device.type == "cpu":
+    if q.device.type in ("cpu", "meta"):  # meta: recipes/plan.py counts memory there
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = fused(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     else:
@@ -691,7 +692,7 @@ def attend_rows_backward(grad, q, k, v, out, lse, pad, causal, scale):
     """Gradients (dq, dk, dv) of `attend_rows`; an lse of +inf marks a query that is not there."""
     grad, q, k, v, out, lse = (x.transpose(1, 2) for x in (grad, q, k, v, out, lse))
     mask = additive(pad, q.dtype)
-    if q.device.type == "cpu":
+    if q.device.type in ("cpu", "meta"):  # meta: recipes/plan.py counts memory there
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         grads = fused(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
     else:
@@ -758,7 +759,7 @@ def windows(module, query, key, value, *, scaling, cu_seq_lens_q, max_length_q, 
     Neighbours of one length go in one call; transformers' own way on a CPU is a call for each.
     """
     bounds = cu_seq_lens_q
-    if query.is_cuda and query.dtype != torch.float32:
+    if query.device.type in ("cuda", "meta") and query.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
 
         bounds, q, k, v = bounds.int(), *(x[0].transpose(0, 1) for x in (query, key, value))
@@ -871,6 +872,7 @@ class Policy(nn.Module):
         # In training the vision tower runs in every forward, on a blank picture where a batch has none: sharded ranks
         # must gather it together, and AdamW must move its weights alike however a batch is cut and dealt.
         self.must_see = False
+        self.shard_mode, self.accumulate = "full", "whole"  # see shard_policy and backward
 
     def forward(self, batch, temperature=1.0):
         """Log-probs (N,) of batch.targets at `temperature`; without targets, logits (M, V) of the states read."""
@@ -909,16 +911,19 @@ class Policy(nn.Module):
 
 def load(
     path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False, freeze_vision=False, recompute="auto",
-    compile=False,
+    shard="full", replicas=1, offload=False, accumulate="whole", compile=False,
 ):  # fmt: skip
     """Load a checkpoint directory or hub id: -> (Policy on world.device, Encoder). Only safetensors are read.
 
     dtype: "fp32", "bf16" or "auto" (bf16 on CUDA, fp32 on CPU). A model that is trained keeps fp32 master weights; with
     bf16 its compute is cast (FSDP mixed precision). attn: "flash", "sdpa" or "auto" (flash on CUDA in bf16). train:
-    shard with FSDP2 when there is more than one process (or CUDA). recompute: keep no activations inside a block but
-    compute them again going backward, "on", "off" or "auto" (on CUDA). compile: see `compile_parts`. Raises DataError
-    when it cannot be loaded.
+    shard with FSDP2 when there is more than one process (or CUDA): shard, replicas and offload as in `shard_policy`,
+    accumulate as in `backward`.
+    recompute: keep no activations inside a block but compute them again going backward, "on", "off" or "auto" (on
+    CUDA). The model is built without memory, cut, and then filled: each process reads only its shards from the files.
+    compile: see `compile_parts`. Raises DataError when it cannot be loaded.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
     from transformers.utils import logging
 
@@ -931,45 +936,54 @@ def load(
         raise DataError("--attn flash needs a CUDA GPU and --dtype bf16; use --attn sdpa, which is exact everywhere")
     flash = attn != "sdpa" and cuda and dtype == "bf16"
     weights = torch.float32 if train or dtype == "fp32" else torch.bfloat16
-    if not Path(path).is_dir() and str(path).count("/") != 1:
-        raise DataError(f"--model {path}: no such directory (nor a hub id, which reads owner/name)")
+    sharded = train and (world.size > 1 or cuda)
     try:
-        config = AutoConfig.from_pretrained(path)
+        folder = local_folder(path)
+        config = AutoConfig.from_pretrained(folder)
         if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
             raise DataError(f"{path}: model_type {config.model_type} is not supported (qwen2_vl, qwen2_5_vl, qwen3_vl)")
-        hf, loaded = AutoModelForImageTextToText.from_pretrained(
-            path,
-            output_loading_info=True,
-            config=config,
-            dtype=weights,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-        )
-        if loaded["missing_keys"]:  # transformers would go on with random numbers in their place
-            raise DataError(f"{path}: its safetensors lack {', '.join(sorted(loaded['missing_keys'])[:3])}")
-        encoder = Encoder(path, config, hf.model.get_rope_index, max_pixels)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{path}: no model could be loaded ({str(error).splitlines()[0]})") from error
-    end_ids = {encoder.end_id}
-    try:
-        listed = GenerationConfig.from_pretrained(path).eos_token_id
-        end_ids |= {listed} if isinstance(listed, int) else set(listed or ())
-    except OSError:
-        pass  # a model without generation_config.json ends on the tokenizer's end token alone
-    policy = Policy(hf, sorted(end_ids), [encoder.image_id, encoder.video_id], flash=flash, half=dtype == "bf16")
-    policy.chunk_bytes = 2**29 if cuda else 2**26
-    use_our_kernels(hf, tower=flash or not cuda)
-    if compile:
-        compile_parts(hf, world.device)
-    if freeze_vision:
-        hf.model.visual.requires_grad_(False)
-    policy.must_see = train
-    if train and (recompute == "on" or (recompute == "auto" and cuda)):
-        hf.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        hf.train()  # transformers recomputes in training mode only; nothing here drops out
-    if train and (world.size > 1 or cuda):
-        shard(policy, world, torch.bfloat16 if dtype == "bf16" else None)
-    return policy.to(world.device), encoder
+        with torch.device("meta"):
+            hf = AutoModelForImageTextToText.from_config(config, dtype=weights, attn_implementation="sdpa").eval()
+        encoder = Encoder(folder, config, hf.model.get_rope_index, max_pixels)
+        end_ids = {encoder.end_id}
+        try:
+            hf.generation_config = GenerationConfig.from_pretrained(folder)
+            listed = hf.generation_config.eos_token_id
+            end_ids |= {listed} if isinstance(listed, int) else set(listed or ())
+        except OSError:
+            pass  # a model without generation_config.json ends on the tokenizer's end token alone
+        policy = Policy(hf, sorted(end_ids), [encoder.image_id, encoder.video_id], flash=flash, half=dtype == "bf16")
+        policy.chunk_bytes = 2**29 if cuda else 2**26
+        use_our_kernels(hf, tower=flash or not cuda)
+        if compile:
+            compile_parts(hf, world.device)
+        if freeze_vision:
+            hf.model.visual.requires_grad_(False)
+        policy.must_see, policy.accumulate = train, accumulate
+        if train and (recompute == "on" or (recompute == "auto" and cuda)):
+            hf.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            hf.train()  # transformers recomputes in training mode only; nothing here drops out
+        if sharded:
+            shard_policy(policy, world, torch.bfloat16 if dtype == "bf16" else None, shard, replicas, offload)
+        give_memory(policy, world.device, offload and sharded)
+        read_weights(policy, folder)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, CheckpointException) as error:
+        causes = getattr(error, "failures", {})  # what checkpoint reading collects of all processes
+        cause = next((str(failure[0]) for failure in causes.values()), str(error))
+        cause = (cause.splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: no model could be loaded ({cause})") from error
+    return policy, encoder
+
+
+def local_folder(path):
+    """The directory of a model, downloaded first if `path` is a hub id (owner/name). DataError when it is neither."""
+    if Path(path).is_dir():
+        return str(path)
+    if str(path).count("/") != 1:
+        raise DataError(f"--model {path}: no such directory (nor a hub id, which reads owner/name)")
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
 
 
 def compile_parts(hf, device):
@@ -988,22 +1002,77 @@ def compile_parts(hf, device):
         part.compile(dynamic=True)
 
 
-def shard(policy, world, compute_dtype):
-    """FSDP2: one unit per decoder block, one for the vision tower, the root for embeddings, norm and lm_head."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def shard_policy(policy, world, compute_dtype, mode="full", replicas=1, offload=False):
+    """FSDP2: one unit per decoder block, one for the vision tower, the root for embeddings, norm and lm_head.
 
+    mode "full": weights, gradients and optimizer state are cut over the processes, a unit's weights are gathered when
+    it runs; "grad": the weights stay gathered from the first forward of an update to its last backward; "none": every
+    process holds the whole model and only gradients are averaged. replicas: copies of the model, each cut over
+    size / replicas neighbouring processes (HSDP: as many copies as nodes keeps the gathering inside a node). offload:
+    masters, gradients and optimizer state live in main memory (CUDA only).
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    if mode == "none":
+        replicas = world.size
+    if world.size % replicas:
+        raise DataError(f"--replicas {replicas} does not divide the {world.size} processes")
+    if offload and world.device.type != "cuda":
+        raise DataError("--offload moves weights from a GPU to main memory: it needs CUDA")
     if not dist.is_initialized():  # one CUDA process without torchrun
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    policy.to(world.device)
-    options = {"mesh": init_device_mesh(world.device.type, (world.size,))}
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    shape, names = (world.size,), ("shard",)
+    if replicas > 1:
+        shape, names = (replicas, world.size // replicas), ("copy", "shard")
+    policy.shard_mode = mode
+    options = {"mesh": init_device_mesh(world.device.type, shape, mesh_dim_names=names)}
+    options["reshard_after_forward"] = mode == "full"
     if compute_dtype is not None:
         # Inputs are not cast: a cast gives every unit a copy of the Layout, and what a prefill keeps is lost with it.
         options["mp_policy"] = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy()
     for block in policy.hf.model.language_model.layers:
         fully_shard(block, **options)
     fully_shard(policy.hf.model.visual, **options)
-    fully_shard(policy, **options)
+    fully_shard(policy, **options | {"reshard_after_forward": False})  # its weights begin and end every forward
+
+
+def give_memory(policy, device, offload=False):
+    """Give a policy built on the meta device its memory: weights that hold nothing yet, buffers as they are made."""
+    forbidden = policy.forbidden
+    policy.to_empty(device="cpu" if offload else device)
+    if not sharded_units(policy):
+        policy.hf.tie_weights()  # FSDP keeps tied weights together by itself
+    for module in policy.modules():
+        if next(module.buffers(recurse=False), None) is not None and module is not policy:
+            policy.hf._init_weights(module)  # rotary frequencies
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+    policy.forbidden, policy.no_mask = forbidden.to(device), torch.zeros(1, 1, 1, 1, device=device)
+
+
+def read_weights(policy, folder):
+    """Fill a policy from a directory's safetensors, each process reading the slices that are its own."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    dcp, storage, _ = checkpointing()
+    reader = storage(str(folder))
+    # Files carry the names of the year they were written in; transformers knows what they are called now.
+    renamings = [rule for rule in get_model_conversion_mapping(policy.hf) if isinstance(rule, WeightRenaming)]
+    keys = {rename_source_key(key, renamings, [])[0]: key for key in reader.read_metadata().state_dict_metadata}
+    weights = {name.removeprefix("hf."): weight.detach() for name, weight in policy.named_parameters()}
+    missing = sorted(weights.keys() - keys.keys())
+    if missing:
+        raise DataError(f"{folder}: its safetensors lack {', '.join(missing[:3])}")
+    dcp.load({keys[name]: weight for name, weight in weights.items()}, storage_reader=reader, no_dist=not grouped())
+
+
+def grouped():
+    """Whether this process belongs to a process group."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def log_probs(policy, groups, temperature=1.0):
@@ -1353,7 +1422,7 @@ def gather_weights(policy):
 def release_weights(policy):
     for module in sharded_units(policy):
         module.reshard()
-        module.set_reshard_after_forward(module is not policy, recurse=False)
+        module.set_reshard_after_forward(policy.shard_mode == "full" and module is not policy, recurse=False)
 
 
 def sharded_units(policy):
@@ -1404,9 +1473,14 @@ def micro_batches(world, groups, budget):
 
 
 def backward(policy, world, loss, last):
-    """Add a micro-batch's gradient. `loss` is this rank's share of a sum over all ranks; FSDP averages, so undo it."""
+    """Add a micro-batch's gradient. `loss` is this rank's share of a sum over all ranks; FSDP averages, so undo it.
+
+    last: whether it is the update's last micro-batch. Until then gradients stay where they are (policy.accumulate
+    "whole": least traffic, but a process holds a whole fp32 gradient) or are cut and averaged at once ("shards").
+    """
     if sharded_units(policy):
-        policy.set_requires_gradient_sync(last)
+        policy.set_requires_gradient_sync(last or policy.accumulate == "shards")
+        policy.set_reshard_after_backward(last or policy.shard_mode == "full")
     (loss * world.size).backward()
 
 
@@ -1558,14 +1632,18 @@ class Run:
     world: World
     step: int = 0
     stop: bool = False
+    group: object = None  # of the processes, for the thread that writes checkpoints
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
+    writing: object = None  # that thread's present task
 
     # what may differ between a run and its resumption
     FREE = ("resume", "overwrite", "steps", "save_every", "keep", "measure_peak")
+    FREE += ("shard", "replicas", "offload", "accumulate")  # like the number of processes
 
     @classmethod
     def open(cls, args, world):
         """Create or reopen args.out. DataError if it holds a run and neither --resume nor --overwrite is given."""
-        run = cls(Path(args.out), world)
+        run = cls(Path(args.out), world, group=dist.new_group(backend="gloo") if world.size > 1 else None)
         settings = {key: value for key, value in sorted(vars(args).items()) if key not in ("resume", "overwrite")}
         problem = run._prepare(args, settings) if world.main else None
         problem = world.gather(problem)[0]
@@ -1639,88 +1717,142 @@ class Run:
 
     def leave_if_asked(self, step, steps):
         if self.stop and step < steps:
+            self.finish()
             raise KeyboardInterrupt(f"stopped after step {step} of {steps}; --resume goes on from there")
 
     def save(self, step, policy, optimizer, keep=2):
-        """Write checkpoints/step_000123 (weights and optimizer as safetensors), then point LATEST at it."""
-        name = f"step_{step:06d}"
-        weights, moments = full_weights(policy), full_moments(policy, optimizer)
+        """Write checkpoints/step_000123 (weights and AdamW's state as safetensors, each process its shards), then point
+        LATEST at it. The shards are copied at once and written in the background, while the next steps go on."""
+        self.finish()
+        folder = self.out / "checkpoints" / f"step_{step:06d}"
         if self.world.main:
-            folder, partial = self.out / "checkpoints" / name, self.out / "checkpoints" / f"{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.mkdir(parents=True)
-            save_file(weights, partial / "weights.safetensors")
-            save_file(moments, partial / "optimizer.safetensors")
-            partial.replace(folder)
-            write_text(self.out / "LATEST", name)
-            saved = sorted(path for path in folder.parent.glob("step_??????") if path.name <= name)
+            for stale in (folder, partial_of(folder)):
+                shutil.rmtree(stale, ignore_errors=True)
+        self.world.barrier()
+        state = {name: value.to("cpu", copy=True) for name, value in checkpoint_state(policy, optimizer).items()}
+        self.writing = self.writer.submit(self._write, folder, state, keep)
+
+    def _write(self, folder, state, keep):
+        dcp, _, storage = checkpointing()
+        writer = storage(str(partial_of(folder)), save_distributed=True)
+        dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=not grouped())
+        if self.world.main:  # every process has written: the first one hears last
+            partial_of(folder).replace(folder)
+            write_text(self.out / "LATEST", folder.name)
+            saved = sorted(path for path in folder.parent.glob("step_??????") if path.name <= folder.name)
             for old in saved[:-keep]:  # a later one, of a run killed before it named it in LATEST, must not count
                 shutil.rmtree(old)
-        self.world.barrier()
+
+    def finish(self):
+        """Wait until the last checkpoint is written; raises what went wrong there."""
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
 
     def restore(self, policy, optimizer):
-        """Load the checkpoint LATEST names into policy and optimizer, if this run has one (step > 0)."""
+        """Load the checkpoint LATEST names into policy and optimizer, if this run has one (step > 0). It may have been
+        written by another number of processes: each reads the slices that are its own now."""
         if not self.step:
             return
-        folder = self.out / "checkpoints" / f"step_{self.step:06d}"
-        weights, moments = load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors")
-        with torch.no_grad():
-            for name, weight in policy.named_parameters():
-                copy_full(weight, weights[name])
-                if weight.requires_grad and f"{name}/step" in moments:
-                    state = optimizer.state[weight]
-                    state["step"] = moments[f"{name}/step"].to(weight.device if weight.is_cuda else "cpu")
-                    for key in ("exp_avg", "exp_avg_sq"):
-                        state[key] = torch.zeros_like(weight)
-                        copy_full(state[key], moments[f"{name}/{key}"])
+        dcp, storage, _ = checkpointing()
+        reader = storage(str(self.out / "checkpoints" / f"step_{self.step:06d}"))
+        known = reader.read_metadata().state_dict_metadata
+        for name, weight in policy.named_parameters():
+            if f"{name}/step" in known:  # AdamW makes its state in a weight's first update
+                moments = {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
+                clock = torch.zeros((), device=weight.device)
+                optimizer.state[weight] = {"step": clock, **moments}
+        state = checkpoint_state(policy, optimizer)
+        dcp.load(state, storage_reader=reader, no_dist=not grouped())
+        for name, weight in policy.named_parameters():
+            if f"{name}/step" in known:
+                optimizer.state[weight]["step"].copy_(state[f"{name}/step"][0])
 
     def export(self, policy, encoder):
         """Make the run directory a Hugging Face model directory: config, safetensors, tokenizer, image settings."""
-        weights = full_weights(policy)
-        if self.world.main:
-            save_model(policy, encoder, self.out, weights)
-        self.world.barrier()
+        self.finish()
+        save_model(policy, encoder, self.out, self.world)
+
+
+def partial_of(folder):
+    return folder.with_name(folder.name + ".partial")
+
+
+def checkpointing():
+    """torch's distributed checkpoints, in safetensors (its own format holds pickles): (module, reader, writer)."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: that is how it is meant
+    return dcp, HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+
+def checkpoint_state(policy, optimizer):
+    """{name: tensor or shards} of everything a run goes on from: weights, and AdamW's state as "name/exp_avg", …"""
+    state = {}
+    for name, weight in policy.named_parameters():
+        state[name] = weight.detach()
+        for key, value in optimizer.state.get(weight, {}).items():
+            state[f"{name}/{key}"] = value.reshape(1) if key == "step" else value
+    return state
 
 
 def full(tensor):
-    """The whole tensor on the CPU, gathered from its shards (a collective: call it on every rank)."""
+    """The whole tensor, gathered from its shards (a collective: call it on every rank)."""
     tensor = tensor.detach()
-    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return tensor.cpu().contiguous()
-
-
-def copy_full(target, source):
-    """Copy a whole CPU tensor into a plain or sharded one, each rank taking its shard."""
-    if hasattr(target, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
-    target.copy_(source)
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def full_weights(policy):
-    """{name: whole fp32 tensor}; tied weights once."""
-    return {name: full(weight) for name, weight in policy.named_parameters()}
+    """{name: whole fp32 tensor on the CPU}; tied weights once. For models that fit into one process."""
+    return {name: full(weight).cpu().contiguous() for name, weight in policy.named_parameters()}
 
 
-def full_moments(policy, optimizer):
-    """AdamW's state as {"weight name/exp_avg": whole tensor, …}."""
-    out = {}
-    for name, weight in policy.named_parameters():
-        for key, value in optimizer.state.get(weight, {}).items():
-            out[f"{name}/{key}"] = full(value)
-    return out
+def save_model(policy, encoder, folder, world=World(0, 1, None), file_bytes=2**32):
+    """Write a directory that from_pretrained, vLLM and the next stage load; a large model in files of file_bytes.
 
+    The processes gather one tensor at a time and write files in turns, so none ever holds more than a file.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
 
-def save_model(policy, encoder, folder, weights=None):
-    """Write a directory that from_pretrained, vLLM and the next stage load (weights: as full_weights gives them)."""
-    folder = Path(folder)
-    weights = weights if weights is not None else full_weights(policy)
-    state = {name.removeprefix("hf."): weight for name, weight in weights.items()}
-    policy.hf.save_pretrained(folder, state_dict=state)
-    encoder.tokenizer.save_pretrained(folder)
-    encoder.image_processor.save_pretrained(folder)
+    folder, hf = Path(folder), policy.hf
+    weights = {name.removeprefix("hf."): weight for name, weight in policy.named_parameters()}
+    order = list(weights)
+    numbers = revert_weight_conversion(hf, {name: torch.tensor(number) for number, name in enumerate(order)})
+    files, room = [], 0
+    for key, number in numbers.items():  # key: the name that files of this family carry
+        size = weights[order[number]].numel() * weights[order[number]].element_size()
+        if not files or size > room:
+            files.append([])
+            room = file_bytes
+        files[-1].append((key, order[number]))
+        room -= size
+    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    names = names if len(files) > 1 else ["model.safetensors"]
+    if world.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
+            old.unlink()
+        hf.config.save_pretrained(folder)
+        hf.generation_config.save_pretrained(folder)
+        encoder.tokenizer.save_pretrained(folder)
+        encoder.image_processor.save_pretrained(folder)
+        if len(files) > 1:
+            total = sum(weight.numel() * weight.element_size() for weight in weights.values())
+            places = {key: name for name, part in zip(names, files, strict=True) for key, _ in part}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+    world.barrier()
+    for i, (file, part) in enumerate(zip(names, files, strict=True)):
+        tensors, mine = {}, i % world.size == world.rank
+        for key, name in part:
+            whole = full(weights[name])
+            if mine:
+                tensors[key] = whole.cpu().contiguous()
+        if mine:
+            save_file(tensors, folder / f"{file}.partial", metadata={"format": "pt"})
+            (folder / f"{file}.partial").replace(folder / file)
+    world.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1733,6 +1733,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tiny_dirs, recor
         run.log({"step": step}, [{"reply": "A"}])
         if step == 2:
             run.save(step, policy, optimizer)
+    run.finish()
     unbroken = {name: weight.clone() for name, weight in model.full_weights(policy).items()}
 
     policy, _ = model.load(path, CPU, train=True)
@@ -1766,6 +1767,7 @@ def test_checkpoints_are_few_whole_and_written_when_due(scratch_model, records, 
     assert [step for step in range(1, 8) if run.checkpoint_due(step, 7, 0)] == [7]
     for step in (3, 6, 7):
         run.save(step, policy, optimizer, keep=2)
+    run.finish()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000006", "step_000007"]
     assert (tmp_path / "LATEST").read_text() == "step_000007"
     signal.raise_signal(signal.SIGTERM)  # asked to stop: a checkpoint is due, then the run leaves

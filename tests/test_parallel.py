@@ -1,11 +1,12 @@
-"""Two processes must do what one does: the same replies, losses, gradient norms, weights and checkpoints.
+"""Two processes, or four, must do what one does: the same replies, losses, gradient norms, weights and checkpoints.
 
-`torchrun` starts them on the CPU (gloo), the weights sharded by FSDP2. In many cases the ranks differ: one has pictures
-and the other none, one has nothing to learn from, one needs more forwards than the other, one has no pair at all. If a
-rank then skips a collective, the other waits for ever, or answers the wrong one. So every start has a timeout, and a
-hang is a failure.
+`torchrun` starts them on the CPU (gloo), the weights sharded by FSDP2 in every way there is. In many cases the ranks
+differ: one has pictures and the other none, one has nothing to learn from, one needs more forwards than the other, one
+has no pair at all. If a rank then skips a collective, the other waits for ever, or answers the wrong one. So every
+start has a timeout, and a hang is a failure.
 
-All comparable runs share one start of two processes: starting Python and torch takes longer than training.
+All comparable runs share one start of two processes and one of four: starting Python and torch takes longer than
+training.
 """
 
 import signal
@@ -16,6 +17,7 @@ from commands import (
     TWO_PROCESSES,
     Material,
     call,
+    checkpoint,
     distance,
     end,
     rows,
@@ -63,6 +65,27 @@ CASES = {
 }
 
 
+# Ways to share the work: (case, number of processes, flags). One process has done each case in the plain way.
+WAYS = [(name, 2, {}) for name in CASES]
+WAYS += [
+    ("dpo", 2, {"shard": "grad"}),
+    ("dpo in small micro-batches", 2, {"shard": "grad"}),
+    ("dpo in small micro-batches", 2, {"shard": "none"}),
+    ("unequal micro-batches with KL", 2, {"shard": "none"}),
+    ("unequal micro-batches with KL", 2, {"shard": "grad"}),
+    ("unequal micro-batches with KL", 2, {"accumulate": "shards"}),
+    ("unequal micro-batches", 2, {"recompute": "on"}),
+    ("dpo with one pair left at the end", 4, {}),
+    ("dpo in small micro-batches", 4, {"shard": "none"}),
+    ("dpo on Qwen3-VL", 4, {}),
+    ("dpo", 4, {"replicas": 2}),
+    ("grpo with KL and two updates", 4, {}),
+    ("grpo with KL and two updates", 4, {"replicas": 2, "accumulate": "shards"}),
+    ("grpo", 4, {"shard": "none"}),
+    ("grpo", 4, {"shard": "grad", "replicas": 2}),
+]
+
+
 def settings_of(material, name):
     stage, changes = CASES[name]
     changes = dict(changes)
@@ -77,22 +100,30 @@ def settings_of(material, name):
 
 @pytest.fixture(scope="module")
 def both(material, tmp_path_factory):
-    """A folder with the runs of one process in one/…, those of two in two/…"""
+    """A folder with the runs of one process in one/…, those of two in two/…, the ways in ways/0, ways/1, …"""
     folder = tmp_path_factory.mktemp("both")
     m.make_tiny(material.folder / "qwen3_vl", "qwen3_vl", layers=2)
-    jobs = []
+    jobs = {2: [], 4: []}
     for name in CASES:
         stage, settings = settings_of(material, name)
         call(stage, **settings, out=folder / "one" / name)
-        jobs.append((stage, settings | {"out": folder / "two" / name}))
+    for number, (name, count, flags) in enumerate(WAYS):
+        stage, settings = settings_of(material, name)
+        jobs[count].append((stage, settings | flags | {"out": way(folder, number)}))
     # a run that one process begins and two go on with
     begun = folder / "two" / "resumed"
     call("grpo", **material.grpo(lr=LR, steps=2, out=begun))
     call("grpo", **material.grpo(lr=LR, steps=4, out=folder / "one" / "resumed"))
-    jobs.append(("grpo", material.grpo(lr=LR, steps=4, out=begun, resume=True)))
-    jobs.append(("grpo", material.grpo(lr=LR, steps=2, dtype="bf16", kl=0.04, out=folder / "two" / "bf16")))
-    torchrun(jobs, folder)
+    jobs[2].append(("grpo", material.grpo(lr=LR, steps=4, out=begun, resume=True)))
+    jobs[2].append(("grpo", material.grpo(lr=LR, steps=2, dtype="bf16", kl=0.04, out=folder / "two" / "bf16")))
+    for count in jobs:
+        torchrun(jobs[count], folder, count)
     return folder
+
+
+def way(folder, number):
+    name, count, flags = WAYS[number]
+    return folder / ("ways" if flags or count > 2 else "two") / (str(number) if flags or count > 2 else name)
 
 
 def check_equal(two, one, before, steps):
@@ -113,11 +144,12 @@ def check_equal(two, one, before, steps):
     after, expected, start_weights = weights(two), weights(one), weights(before)
     moved = total(expected, start_weights)
     assert total(after, expected) <= 1e-3 * moved and distance(after, expected) < 5e-5
-    folder = f"checkpoints/step_{steps:06d}"
-    moments, wanted = (weights(out / folder, "optimizer.safetensors") for out in (two, one))
-    assert moments.keys() == wanted.keys()
+    state, wanted = checkpoint(two, steps), checkpoint(one, steps)
+    assert state.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert (moments[name] - value).abs().max() <= 1e-6 + 1e-3 * value.abs().max(), name
+        if "/" not in name:
+            continue  # a weight, see above
+        assert (state[name] - value).abs().max() <= 1e-6 + 1e-3 * value.abs().max(), name
     return moved
 
 
@@ -126,11 +158,12 @@ def total(one, other):
     return sum((one[name] - other[name]).square().sum().item() for name in one) ** 0.5
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_equal_one_for(material, both, name):
+@pytest.mark.parametrize("number", range(len(WAYS)), ids=[f"{count} {name} {flags}" for name, count, flags in WAYS])
+def test_several_processes_equal_one(material, both, number):
+    name = WAYS[number][0]
     _, settings = settings_of(material, name)
-    one, two = both / "one" / name, both / "two" / name
-    moved = check_equal(two, one, settings["model"], len(rows(one)))
+    one = both / "one" / name
+    moved = check_equal(way(both, number), one, settings["model"], len(rows(one)))
     if name == "nothing to learn on any rank":
         assert moved == 0
     else:

@@ -10,7 +10,7 @@ import shutil
 import signal
 
 import pytest
-from commands import ROOT, Material, call, distance, end, rows, start, stop, timeless, weights
+from commands import ROOT, Material, call, checkpoint, distance, end, rows, start, stop, timeless, weights
 
 import model as m
 
@@ -40,9 +40,7 @@ def check_same(out, whole, steps=STEPS):
     assert timeless(out) == timeless(whole)
     assert (out / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     assert distance(weights(out), weights(whole)) == 0
-    for name in ("weights.safetensors", "optimizer.safetensors"):
-        folder = f"checkpoints/step_{steps:06d}"
-        assert distance(weights(out / folder, name), weights(whole / folder, name)) == 0
+    assert distance(checkpoint(out, steps), checkpoint(whole, steps)) == 0
     assert (out / "LATEST").read_text() == f"step_{steps:06d}"
     assert not list(out.rglob("*.partial"))
 
@@ -67,7 +65,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(material, unbr
                 file.write('{"step": 17, "loss": 0.')
         half = out / "checkpoints/step_000018.partial"
         half.mkdir()
-        (half / "weights.safetensors").write_bytes(b"half")
+        (half / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
         (out / "log.jsonl.partial").write_text('{"step"')
         call(stage, **getattr(material, stage)(out=out, resume=True, **SETTINGS[stage]))
         check_same(out, unbroken[stage])
@@ -132,7 +130,8 @@ def test_a_run_that_died_between_its_last_checkpoint_and_latest_goes_on_from_the
     args = json.loads((out / "args.json").read_text()) | {"out": str(out)}
     (out / "args.json").write_text(json.dumps(args))
     (out / "LATEST").write_text("step_000002")  # 3 to 6 are there, but nobody vouches for them
-    (out / "checkpoints/step_000003/weights.safetensors").write_bytes(b"half")
+    for file in (out / "checkpoints/step_000003").iterdir():
+        file.write_bytes(b"half")
     call("dpo", **material.dpo(out=out, steps=6, save_every=1, keep=1, resume=True))
     check_same(out, tmp_path / "whole", 6)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000006"]
@@ -144,9 +143,11 @@ def test_a_checkpoint_newer_than_the_one_just_written_does_not_push_it_out(mater
         (tmp_path / f"checkpoints/step_00000{step}").mkdir(parents=True)
     (tmp_path / "LATEST").write_text("step_000003")
     policy, _ = m.load(material.speaker, m.setup(), train=True)
-    m.Run(tmp_path, m.setup(), step=3).save(4, policy, m.adamw(policy, 1e-3), keep=1)
+    run = m.Run(tmp_path, m.setup(), step=3)
+    run.save(4, policy, m.adamw(policy, 1e-3), keep=1)
+    run.finish()
     assert (tmp_path / "LATEST").read_text() == "step_000004"
-    assert (tmp_path / "checkpoints/step_000004/weights.safetensors").exists()
+    assert "hf.model.language_model.norm.weight" in checkpoint(tmp_path, 4)
     assert not (tmp_path / "checkpoints/step_000003").exists()
 
 

@@ -165,13 +165,18 @@ def random_model(folder, device, dtype):
 
 def load(stage, folder, train, dtype="auto"):
     """model.load itself, but for `Both`, random weights where the folder has none, and replies that no token ends."""
-    from transformers import AutoModelForImageTextToText as Auto
 
-    def made(path, dtype, **options):
-        return random_model(path, stage.device, dtype), {"missing_keys": []}
+    def drawn(policy, folder):
+        """In place of reading them: weights of the size that a model begins with."""
+        torch.manual_seed(0)
+        for name, weight in policy.named_parameters():
+            if weight.ndim > 1:
+                weight.detach().normal_(std=policy.hf.config.get_text_config().initializer_range)
+            else:
+                weight.detach().fill_(0.0 if name.endswith("bias") else 1.0)
 
-    reader = Auto.from_pretrained if (folder / "model.safetensors").exists() else made
-    with mock.patch.object(m, "Policy", Both), mock.patch.object(Auto, "from_pretrained", reader):
+    reader = m.read_weights if (folder / "model.safetensors").exists() else drawn
+    with mock.patch.object(m, "Policy", Both), mock.patch.object(m, "read_weights", reader):
         policy, encoder = m.load(folder, stage.world, dtype=dtype, train=train)
     policy.end_ids = (-1,)
     if train and not stage.cuda:  # what CUDA does to a policy that learns, so that --smoke finds most of its faults
@@ -179,7 +184,7 @@ def load(stage, folder, train, dtype="auto"):
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         policy.hf.gradient_checkpointing_enable({"use_reentrant": False})
         policy.hf.train()
-        m.shard(policy, stage.world, torch.bfloat16 if policy.half else None)
+        m.shard_policy(policy, stage.world, torch.bfloat16 if policy.half else None)
     return policy, encoder
 
 

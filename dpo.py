@@ -115,6 +115,8 @@ def parse_args(argv=None):
     add("--accumulate", default="whole", choices=["whole", "shards"],
         help="gradients between micro-batches: whole: in every process, averaged once per update (fast); "
         "shards: averaged and cut each time (a 72B model has no room for a whole one)")  # fmt: skip
+    add("--compile", action="store_true",
+        help="fuse norms and MLPs with torch.compile (a minute at the start): the same but for rounding")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
         help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip
@@ -150,7 +152,7 @@ def main(argv=None):
     policy, encoder = m.load(
         args.model, world, dtype=args.dtype, attn=args.attn, max_pixels=args.max_pixels, train=True,
         freeze_vision=args.freeze_vision, recompute=args.recompute, shard=args.shard, replicas=args.replicas,
-        offload=args.offload, accumulate=args.accumulate,
+        offload=args.offload, accumulate=args.accumulate, compile=args.compile,
     )  # fmt: skip
     encoder.check(world, pairs)
 

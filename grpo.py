@@ -179,6 +179,8 @@ def parse_args(argv=None):
     add("--accumulate", default="whole", choices=["whole", "shards"],
         help="gradients between micro-batches: whole: in every process, averaged once per update (fast); "
         "shards: averaged and cut each time (a 72B model has no room for a whole one)")  # fmt: skip
+    add("--compile", action="store_true",
+        help="fuse norms and MLPs with torch.compile (a minute at the start): the same but for rounding")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
         help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip
@@ -219,7 +221,7 @@ def main(argv=None):
     run = m.Run.open(args, world)
     options = {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
     options |= {"train": True, "freeze_vision": args.freeze_vision, "recompute": args.recompute}
-    options |= {name: getattr(args, name) for name in ("shard", "replicas", "offload", "accumulate")}
+    options |= {name: getattr(args, name) for name in ("shard", "replicas", "offload", "accumulate", "compile")}
     policy, encoder = m.load(args.model, world, **options)
     encoder.check(world, records)
     options |= {"shard": "none" if args.shard == "none" else "full"}  # nobody goes backward through a reference

@@ -37,6 +37,7 @@ import warnings
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -910,7 +911,7 @@ class Policy(nn.Module):
 
 def load(
     path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False, freeze_vision=False, recompute="auto",
-    shard="full", replicas=1, offload=False, accumulate="whole",
+    shard="full", replicas=1, offload=False, accumulate="whole", compile=False,
 ):  # fmt: skip
     """Load a checkpoint directory or hub id: -> (Policy on world.device, Encoder). Only safetensors are read.
 
@@ -920,7 +921,7 @@ def load(
     accumulate as in `backward`.
     recompute: keep no activations inside a block but compute them again going backward, "on", "off" or "auto" (on
     CUDA). The model is built without memory, cut, and then filled: each process reads only its shards from the files.
-    Raises DataError when it cannot be loaded.
+    compile: see `compile_parts`. Raises DataError when it cannot be loaded.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
@@ -958,6 +959,8 @@ def load(
         policy = Policy(hf, sorted(end_ids), [encoder.image_id, encoder.video_id], flash=flash, half=dtype == "bf16")
         policy.chunk_bytes = 2**29 if cuda else 2**26
         use_our_kernels(hf, tower=flash or not cuda)
+        if compile:
+            compile_parts(hf, world.device)
         if freeze_vision:
             hf.model.visual.requires_grad_(False)
         policy.must_see, policy.accumulate = train, accumulate
@@ -985,6 +988,22 @@ def local_folder(path):
     from huggingface_hub import snapshot_download
 
     return snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
+
+
+def compile_parts(hf, device):
+    """Let torch.compile fuse what moving shapes do not trouble: the decoder's norms and MLPs, the tower's MLPs.
+
+    In place, and at first use: names and places of weights stay, and FSDP, recomputation and CUDA graphs see nothing of
+    it. A trial comes first, so that a machine without a compiler says so before anything is trained.
+    """
+    try:
+        torch.compile(lambda x: F.silu(x) * x, dynamic=True)(torch.ones(4, 8, device=device))
+    except Exception as error:  # whatever a compiler may raise
+        raise DataError(f"--compile: torch.compile fails here ({str(error).splitlines()[0]})") from error
+    names = "input_layernorm", "post_attention_layernorm", "mlp"
+    parts = [getattr(block, name) for block in hf.model.language_model.layers for name in names]
+    for part in parts + [block.mlp for block in hf.model.visual.blocks]:
+        part.compile(dynamic=True)
 
 
 def shard_policy(policy, world, compute_dtype, mode="full", replicas=1, offload=False):
@@ -1098,19 +1117,28 @@ class Decoding:
 
     def attend(self, layer, q, k, v, scale):
         """q (B, heads, d), k and v (B, kv heads, d) of the new tokens -> (B, heads, d)."""
-        for buffer, new in zip(self.own[layer], (k, v), strict=True):
-            buffer[:, self.length] = new
-        states = q[:, None], *(buffer[:, : self.length + 1] for buffer in self.own[layer])
+        own = self.attend_own(self.own[layer], q, k, v, scale)
         if self.flash:
-            kernel, size = torch.ops.aten._flash_attention_forward, self.length + 1
-            out, lse = kernel(*states, None, None, 1, size, 0.0, False, False, scale=scale)[:2]
-            own = out[:, 0], lse[..., 0]
             shared = attend(q, *self.shared[layer], self.shares, self.prompts, False, scale, True)
         else:
-            own = [x[:, 0] for x in attend_rows(*states, None, False, scale)]
             shared = attend_rows(self.shares.rows(q), *self.shared[layer], self.pad, False, scale)
             shared = [self.shares.flat(x) for x in shared]
         return merge(own, shared)[0]
+
+    def attend_own(self, buffers, q, k, v, scale):
+        """Store the new keys and values; -> out (B, heads, d) and lse (B, heads) over each reply's own tokens."""
+        for buffer, new in zip(buffers, (k, v), strict=True):
+            buffer[:, self.length] = new
+        states = q[:, None], *(buffer[:, : self.length + 1] for buffer in buffers)
+        if self.flash:
+            kernel, size = torch.ops.aten._flash_attention_forward, self.length + 1
+            out, lse = kernel(*states, None, None, 1, size, 0.0, False, False, scale=scale)[:2]
+            return out[:, 0], lse[..., 0]
+        return [x[:, 0] for x in attend_rows(*states, None, False, scale)]
+
+    def advance(self):
+        """The tokens of this step are in: the next ones go behind them."""
+        self.length += 1
 
     def keep(self, replies):
         """Go on with these replies only, (b,) ascending indices."""
@@ -1126,6 +1154,46 @@ class Decoding:
             self.shared = {layer: [x[rows] for x in pair] for layer, pair in self.shared.items()}
             self.pad = None if self.pad is None else self.pad[rows]
         self.shares = Segments.of(counts.tolist()).to(replies.device)
+
+
+class StaticDecoding(Decoding):
+    """The same in shapes and addresses that stand still between two `keep`s, so that a CUDA graph can replay a step.
+
+    How long replies are is data here, not a shape: `place` (1,) and `used` (B,) on the device say where new keys go and
+    how many each reply has, and attention gets the whole room. Without a graph it costs more than the above.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.stand()
+
+    def keep(self, replies):
+        super().keep(replies)
+        self.stand()
+
+    def stand(self):
+        device, stretch = self.owner.device, torch.arange(len(self.owner) + 1, dtype=torch.int32)
+        self.bounds, self.rooms = stretch.to(device), (stretch * self.room).to(device)
+        self.place = torch.tensor([self.length], device=device)
+        self.used = torch.full_like(self.bounds[1:], self.length + 1)
+        for buffer in (buffer for pair in self.own.values() for buffer in pair):
+            buffer[:, self.length :] = 0  # a weight of 0 on memory nobody wrote may still be NaN
+
+    def advance(self):
+        super().advance()
+        self.place += 1
+        self.used += 1
+
+    def attend_own(self, buffers, q, k, v, scale):
+        for buffer, new in zip(buffers, (k, v), strict=True):
+            buffer.index_copy_(1, self.place, new[:, None])
+        if self.flash:
+            kernel, states = torch.ops.aten._flash_attention_forward, [buffer.flatten(0, 1) for buffer in buffers]
+            rest = self.bounds, self.rooms, 1, self.room, 0.0, False, False  # one query each, as the kernel believes
+            out, lse = kernel(q, *states, *rest, scale=scale, seqused_k=self.used)[:2]
+            return out, lse.T
+        unused = torch.arange(self.room, device=q.device) >= self.used[:, None]
+        return [x[:, 0] for x in attend_rows(q[:, None], *buffers, unused, False, scale)]
 
 
 def decode(policy, decoding, token, position, temperature):
@@ -1153,12 +1221,56 @@ def decode(policy, decoding, token, position, temperature):
         q, k = both.split([q.shape[1], k.shape[1]], 1)
         hidden = hidden + layer.o_proj(decoding.attend(number, q, k, v, layer.scaling).flatten(1))
         hidden = hidden + block.mlp(rms_norm(block.post_attention_layernorm, hidden))
-    decoding.length += 1
     return token_logits(rms_norm(text.norm, hidden), policy.hf.lm_head.weight, temperature, policy.forbidden)
 
 
 def rms_norm(norm, x):
     return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+GRAPH_PAYS = 16  # steps that must be left: to capture a graph takes the time of about three
+
+
+class GraphedDecode:
+    """`decode` with a StaticDecoding: captured as a CUDA graph once for each number of living replies, then replayed.
+
+    A step of few tokens is a thousand short kernels, and launching them one by one takes longer than they run; a graph
+    is one launch. It repeats the very kernels on the very addresses of its capture, so token and position are copied to
+    where it reads them, and the logits lie where the next call overwrites them. Weights must stay where they are: true
+    within one call of `sample` (gather_weights), and a graph lives no longer.
+    """
+
+    def __init__(self, decode):
+        self.decode, self.graph, self.token = decode, None, ()
+
+    def __call__(self, token, position):
+        if len(token) != len(self.token):  # `keep` has moved the keys, and no graph of this width is left
+            self.token, self.position, self.logits = token.clone(), position.clone(), None
+            # The last graph goes when the new one is there: its memory is taken over, and must be held until then.
+            self.graph, self.logits = capture(partial(self.decode, self.token, self.position), self.graph)
+        self.token.copy_(token)
+        self.position.copy_(position)
+        self.graph.replay()
+        return self.logits
+
+
+def capture(function, last=None):
+    """What function() launches on the GPU, as a CUDA graph, and the tensor that every replay of it fills anew.
+
+    Follows torch's notes on CUDA graphs: one run on a side stream first, for what must not happen in a capture (kernels
+    are loaded, libraries take their workspaces), then the capture, which runs nothing. last: a graph that will not be
+    replayed again, whose memory this one takes. Other threads may use the GPU meanwhile (NCCL's watchdog does).
+    Not yet run on a GPU: the tests record and replay on a CPU, and bench/gpu.py's stage `graphs` waits for one.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=last and last.pool(), capture_error_mode="thread_local"):
+        out = function()
+    return graph, out
 
 
 @torch.no_grad()
@@ -1173,12 +1285,14 @@ def sample(
     top_p=1.0,
     max_new_tokens=256,
     batch_tokens=None,
+    graphs="auto",
 ):
     """Draw n replies per prompt: -> list (P) of lists (n) of Reply, on the CPU.
 
     seeds: one int per prompt. Reply g of a prompt is a function of the weights, its prompt, its seed and g: neither the
     batch it is drawn in nor the number of processes matters. temperature 0 is greedy (n must be 1). top_k 0 and
     top_p 1.0 switch those cuts off. batch_tokens bounds the KV cache of one round (tokens); None: what fits in memory.
+    graphs: decode by replaying CUDA graphs; "auto": where FlashAttention's kernels run on a GPU.
     """
     if temperature == 0 and n != 1:
         raise ValueError("greedy decoding gives one reply: n must be 1")
@@ -1190,6 +1304,7 @@ def sample(
     order = sorted(range(len(prompts)), key=length)
     gather_weights(policy)
     batch_tokens = batch_tokens or cache_room(policy)
+    graphs = policy.flash and policy.forbidden.is_cuda if graphs == "auto" else graphs
     while order:
         rows, size = [], 0
         while order and (not rows or size + length(order[0]) + n * max_new_tokens <= batch_tokens):
@@ -1197,7 +1312,7 @@ def sample(
             rows.append(order.pop(0))
         drawn = sample_together(
             policy, [prompts[row] for row in rows], n, [seeds[row] for row in rows], temperature, top_k, top_p,
-            max_new_tokens,
+            max_new_tokens, graphs,
         )  # fmt: skip
         for row, replies in zip(rows, drawn, strict=True):
             out[row] = replies
@@ -1205,14 +1320,18 @@ def sample(
     return out
 
 
-def sample_together(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens):
+def sample_together(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens, graphs):
     """One round of `sample`: prefill R prompts, then decode all R·n replies together, one token a step."""
     device, total = policy.forbidden.device, len(prompts) * n
     prefill = pack([(prompt, []) for prompt in prompts]).to(device)
     prefill.layout.kept = {}
     logits = policy(prefill, temperature)  # (R, V): every reply starts from its prompt's last token
     layout = prefill.layout
-    decoding = Decoding(layout.kept, layout.prompts, [n] * len(prompts), max_new_tokens - 1, policy.flash)
+    graphs = graphs and max_new_tokens > GRAPH_PAYS
+    kind = StaticDecoding if graphs else Decoding
+    decoding = kind(layout.kept, layout.prompts, [n] * len(prompts), max_new_tokens - 1, policy.flash)
+    next_logits = partial(decode, policy, decoding, temperature=temperature)
+    next_logits = GraphedDecode(next_logits) if graphs else next_logits
 
     # One uniform number per token, from (seed, reply): the draw does not depend on who else is in the batch.
     uniform = np.stack([np.random.default_rng([seed, g]).random(max_new_tokens) for seed in seeds for g in range(n)])
@@ -1241,10 +1360,12 @@ def sample_together(policy, prompts, n, seeds, temperature, top_k, top_p, max_ne
             count = int(going.sum())
             if not count:
                 break
-            if count * 4 <= 3 * len(alive):  # a quarter has ended: stop carrying them along
+            # Stop carrying along those who have ended, when they are a quarter; half, where that costs a new graph
+            if count * 4 <= (2 if graphs else 3) * len(alive) and (not graphs or max_new_tokens - step > GRAPH_PAYS):
                 alive, token = alive[going], token[going]
                 decoding.keep(going.nonzero()[:, 0])
-        logits = decode(policy, decoding, token, start[alive] + step, temperature)
+        logits = next_logits(token, start[alive] + step)
+        decoding.advance()
     tokens, logps, size, finished = tokens.cpu(), logps.cpu(), size.tolist(), finished.tolist()
     replies = [Reply(tokens[b, : size[b]], logps[b, : size[b]], finished[b]) for b in range(total)]
     return [replies[i : i + n] for i in range(0, total, n)]

@@ -57,6 +57,7 @@ CASES = {
     "sft one reply at a time": ("dpo", {"batch": 1, "steps": 6, "loss": "sft"}),
     "dpo on Qwen3-VL": ("dpo", {"model": "qwen3_vl", "data": "p0-t0", "batch": 2}),
     "grpo": ("grpo", {}),
+    "grpo compiled": ("grpo", {"kl": 0.04, "compile": True, "recompute": "on"}),
     "grpo with KL and two updates": ("grpo", {"kl": 0.04, "updates": 2, "normalizer": "token"}),
     "pictures on one rank": ("grpo", {"data": ("p0", "t0"), "prompts": 2}),
     "nothing to learn on one rank": ("grpo", {"data": ("p1", "u0"), "prompts": 2, "advantage_scale": "batch"}),

@@ -107,6 +107,16 @@ def parse_args(argv=None):
         help="tokens and patches per forward, less if memory runs out; 0: 16384 on a GPU, 3072 on a CPU")  # fmt: skip
     add("--recompute", default="auto", choices=["auto", "on", "off"],
         help="compute a block's activations again going backward: less memory, more time; auto: on GPUs")  # fmt: skip
+    add("--shard", default="full", choices=["full", "grad", "none"],
+        help="what processes share out: full: weights, gradients and optimizer state; grad: the last two "
+        "(weights stay gathered during an update); none: nothing, each holds the whole model")  # fmt: skip
+    add("--replicas", type=int, default=1, help="copies of the sharded model (HSDP): as many as nodes; 1: one over all")
+    add("--offload", action="store_true", help="keep masters, gradients and optimizer state in main memory (CUDA)")
+    add("--accumulate", default="whole", choices=["whole", "shards"],
+        help="gradients between micro-batches: whole: in every process, averaged once per update (fast); "
+        "shards: averaged and cut each time (a 72B model has no room for a whole one)")  # fmt: skip
+    add("--compile", action="store_true",
+        help="fuse norms and MLPs with torch.compile (a minute at the start): the same but for rounding")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
         help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip
@@ -118,7 +128,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on from the last checkpoint in --out (same settings)")
     add("--overwrite", action="store_true", help="start anew in a directory that holds a run")
     args = parser.parse_args(argv)
-    for name in ("batch", "keep"):
+    for name in ("batch", "replicas", "keep"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.lr <= 0 or args.beta <= 0:
@@ -141,7 +151,8 @@ def main(argv=None):
     run = m.Run.open(args, world)
     policy, encoder = m.load(
         args.model, world, dtype=args.dtype, attn=args.attn, max_pixels=args.max_pixels, train=True,
-        freeze_vision=args.freeze_vision, recompute=args.recompute,
+        freeze_vision=args.freeze_vision, recompute=args.recompute, shard=args.shard, replicas=args.replicas,
+        offload=args.offload, accumulate=args.accumulate, compile=args.compile,
     )  # fmt: skip
     encoder.check(world, pairs)
 

@@ -202,6 +202,16 @@ def parse_args(argv=None):
         help="tokens and patches per forward, less if memory runs out; 0: 16384 on a GPU, 3072 on a CPU")  # fmt: skip
     add("--recompute", default="auto", choices=["auto", "on", "off"],
         help="compute a block's activations again going backward: less memory, more time; auto: on GPUs")  # fmt: skip
+    add("--shard", default="full", choices=["full", "grad", "none"],
+        help="what processes share out: full: weights, gradients and optimizer state; grad: the last two "
+        "(weights stay gathered during an update); none: nothing, each holds the whole model")  # fmt: skip
+    add("--replicas", type=int, default=1, help="copies of the sharded model (HSDP): as many as nodes; 1: one over all")
+    add("--offload", action="store_true", help="keep masters, gradients and optimizer state in main memory (CUDA)")
+    add("--accumulate", default="whole", choices=["whole", "shards"],
+        help="gradients between micro-batches: whole: in every process, averaged once per update (fast); "
+        "shards: averaged and cut each time (a 72B model has no room for a whole one)")  # fmt: skip
+    add("--compile", action="store_true",
+        help="fuse norms and MLPs with torch.compile (a minute at the start): the same but for rounding")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
         help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip
@@ -215,7 +225,7 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     embedded = not {"--model", "--data", "-h", "--help"} & {flag.split("=")[0] for flag in argv}
     args = parser.parse_args(EMBEDDED_FLAGS + argv if embedded else argv)
-    for name in ("steps", "prompts", "group", "updates", "max_new_tokens", "keep"):
+    for name in ("steps", "prompts", "group", "updates", "max_new_tokens", "replicas", "keep"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.lr <= 0 or args.temperature <= 0 or not 0 < args.top_p <= 1:
@@ -244,8 +254,10 @@ def main(argv=None):
     run = m.Run.open(args, world)
     options = {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
     options |= {"train": True, "freeze_vision": args.freeze_vision, "recompute": args.recompute}
+    options |= {name: getattr(args, name) for name in ("shard", "replicas", "offload", "accumulate", "compile")}
     policy, encoder = m.load(args.model, world, **options)
     encoder.check(world, records)
+    options |= {"shard": "none" if args.shard == "none" else "full"}  # nobody goes backward through a reference
     reference = m.load(args.model, world, **options)[0].requires_grad_(False) if args.kl else None
     optimizer = m.adamw(policy, args.lr)
     run.restore(policy, optimizer)

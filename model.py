@@ -36,9 +36,11 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def setup():
     size = int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -690,7 +692,7 @@ def attend_rows(q, k, v, pad, causal, scale):
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     mask = additive(pad, q.dtype)
-    if q.device.type == "cpu":
+    if q.device.type in ("cpu", "meta"):  # meta: recipes/plan.py counts memory there
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = fused(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     else:
@@ -702,7 +704,7 @@ def attend_rows_backward(grad, q, k, v, out, lse, pad, causal, scale):
     """Gradients (dq, dk, dv) of `attend_rows`; an lse of +inf marks a query that is not there."""
     grad, q, k, v, out, lse = (x.transpose(1, 2) for x in (grad, q, k, v, out, lse))
     mask = additive(pad, q.dtype)
-    if q.device.type == "cpu":
+    if q.device.type in ("cpu", "meta"):  # meta: recipes/plan.py counts memory there
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         grads = fused(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
     else:
@@ -769,7 +771,7 @@ def windows(module, query, key, value, *, scaling, cu_seq_lens_q, max_length_q, 
     Neighbours of one length go in one call; transformers' own way on a CPU is a call for each.
     """
     bounds = cu_seq_lens_q
-    if query.is_cuda and query.dtype != torch.float32:
+    if query.device.type in ("cuda", "meta") and query.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
 
         bounds, q, k, v = bounds.int(), *(x[0].transpose(0, 1) for x in (query, key, value))
@@ -882,6 +884,7 @@ class Policy(nn.Module):
         # In training the vision tower runs in every forward, on a blank picture where a batch has none: sharded ranks
         # must gather it together, and AdamW must move its weights alike however a batch is cut and dealt.
         self.must_see = False
+        self.shard_mode, self.accumulate = "full", "whole"  # see shard_policy and backward
 
     def forward(self, batch, temperature=1.0):
         """Log-probs (N,) of batch.targets at `temperature`; without targets, logits (M, V) of the states read."""
@@ -919,15 +922,20 @@ class Policy(nn.Module):
 
 
 def load(
-    path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False, freeze_vision=False, recompute="auto"
+    path, world, *, dtype="auto", attn="auto", max_pixels=None, train=False, freeze_vision=False, recompute="auto",
+    shard="full", replicas=1, offload=False, accumulate="whole", compile=False,
 ):  # fmt: skip
     """Load a checkpoint directory or hub id: -> (Policy on world.device, Encoder). Only safetensors are read.
 
     dtype: "fp32", "bf16" or "auto" (bf16 on CUDA, fp32 on CPU). A model that is trained keeps fp32 master weights; with
     bf16 its compute is cast (FSDP mixed precision). attn: "flash", "sdpa" or "auto" (flash on CUDA in bf16). train:
-    shard with FSDP2 when there is more than one process (or CUDA). recompute: keep no activations inside a block but
-    compute them again going backward, "on", "off" or "auto" (on CUDA). Raises DataError when it cannot be loaded.
+    shard with FSDP2 when there is more than one process (or CUDA): shard, replicas and offload as in `shard_policy`,
+    accumulate as in `backward`.
+    recompute: keep no activations inside a block but compute them again going backward, "on", "off" or "auto" (on
+    CUDA). The model is built without memory, cut, and then filled: each process reads only its shards from the files.
+    compile: see `compile_parts`. Raises DataError when it cannot be loaded.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
     from transformers.utils import logging
 
@@ -940,61 +948,143 @@ def load(
         raise DataError("--attn flash needs a CUDA GPU and --dtype bf16; use --attn sdpa, which is exact everywhere")
     flash = attn != "sdpa" and cuda and dtype == "bf16"
     weights = torch.float32 if train or dtype == "fp32" else torch.bfloat16
-    if not Path(path).is_dir() and str(path).count("/") != 1:
-        raise DataError(f"--model {path}: no such directory (nor a hub id, which reads owner/name)")
+    if world.size % replicas:
+        raise DataError(f"--replicas {replicas} does not divide the {world.size} process(es)")
+    if offload and not cuda:
+        raise DataError("--offload moves weights from a GPU to main memory: it needs CUDA")
+    sharded = train and (world.size > 1 or cuda)
     try:
-        config = AutoConfig.from_pretrained(path)
+        folder = local_folder(path)
+        config = AutoConfig.from_pretrained(folder)
         if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
             raise DataError(f"{path}: model_type {config.model_type} is not supported (qwen2_vl, qwen2_5_vl, qwen3_vl)")
-        hf, loaded = AutoModelForImageTextToText.from_pretrained(
-            path,
-            output_loading_info=True,
-            config=config,
-            dtype=weights,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-        )
-        if loaded["missing_keys"]:  # transformers would go on with random numbers in their place
-            raise DataError(f"{path}: its safetensors lack {', '.join(sorted(loaded['missing_keys'])[:3])}")
-        encoder = Encoder(path, config, hf.model.get_rope_index, max_pixels)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{path}: no model could be loaded ({str(error).splitlines()[0]})") from error
-    end_ids = {encoder.end_id}
+        with torch.device("meta"):
+            hf = AutoModelForImageTextToText.from_config(config, dtype=weights, attn_implementation="sdpa").eval()
+        encoder = Encoder(folder, config, hf.model.get_rope_index, max_pixels)
+        end_ids = {encoder.end_id}
+        try:
+            hf.generation_config = GenerationConfig.from_pretrained(folder)
+            listed = hf.generation_config.eos_token_id
+            end_ids |= {listed} if isinstance(listed, int) else set(listed or ())
+        except OSError:
+            pass  # a model without generation_config.json ends on the tokenizer's end token alone
+        policy = Policy(hf, sorted(end_ids), [encoder.image_id, encoder.video_id], flash=flash, half=dtype == "bf16")
+        policy.chunk_bytes = 2**29 if cuda else 2**26
+        use_our_kernels(hf, tower=flash or not cuda)
+        if compile:
+            compile_parts(hf, world.device)
+        if freeze_vision:
+            hf.model.visual.requires_grad_(False)
+        policy.must_see, policy.accumulate = train, accumulate
+        if train and (recompute == "on" or (recompute == "auto" and cuda)):
+            hf.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            hf.train()  # transformers recomputes in training mode only; nothing here drops out
+        if sharded:
+            shard_policy(policy, world, torch.bfloat16 if dtype == "bf16" else None, shard, replicas, offload)
+        give_memory(policy, world.device, offload and sharded)
+        read_weights(policy, folder)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, CheckpointException) as error:
+        causes = getattr(error, "failures", {})  # what checkpoint reading collects of all processes
+        cause = next((str(failure[0]) for failure in causes.values()), str(error))
+        cause = (cause.splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: no model could be loaded ({cause})") from error
+    return policy, encoder
+
+
+def local_folder(path):
+    """The directory of a model, downloaded first if `path` is a hub id (owner/name). DataError when it is neither."""
+    if Path(path).is_dir():
+        return str(path)
+    if str(path).count("/") != 1:
+        raise DataError(f"--model {path}: no such directory (nor a hub id, which reads owner/name)")
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
+
+
+def compile_parts(hf, device):
+    """Let torch.compile fuse what moving shapes do not trouble: the decoder's norms and MLPs, the tower's MLPs.
+
+    In place, and at first use: names and places of weights stay, and FSDP, recomputation and CUDA graphs see nothing of
+    it. A trial comes first, so that a machine without a compiler says so before anything is trained.
+    """
     try:
-        listed = GenerationConfig.from_pretrained(path).eos_token_id
-        end_ids |= {listed} if isinstance(listed, int) else set(listed or ())
-    except OSError:
-        pass  # a model without generation_config.json ends on the tokenizer's end token alone
-    policy = Policy(hf, sorted(end_ids), [encoder.image_id, encoder.video_id], flash=flash, half=dtype == "bf16")
-    policy.chunk_bytes = 2**29 if cuda else 2**26
-    use_our_kernels(hf, tower=flash or not cuda)
-    if freeze_vision:
-        hf.model.visual.requires_grad_(False)
-    policy.must_see = train
-    if train and (recompute == "on" or (recompute == "auto" and cuda)):
-        hf.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        hf.train()  # transformers recomputes in training mode only; nothing here drops out
-    if train and (world.size > 1 or cuda):
-        shard(policy, world, torch.bfloat16 if dtype == "bf16" else None)
-    return policy.to(world.device), encoder
+        torch.compile(lambda x: F.silu(x) * x, dynamic=True)(torch.ones(4, 8, device=device))
+    except Exception as error:  # whatever a compiler may raise
+        raise DataError(f"--compile: torch.compile fails here ({str(error).splitlines()[0]})") from error
+    names = "input_layernorm", "post_attention_layernorm", "mlp"
+    parts = [getattr(block, name) for block in hf.model.language_model.layers for name in names]
+    for part in parts + [block.mlp for block in hf.model.visual.blocks]:
+        part.compile(dynamic=True)
 
 
-def shard(policy, world, compute_dtype):
-    """FSDP2: one unit per decoder block, one for the vision tower, the root for embeddings, norm and lm_head."""
+def shard_policy(policy, world, compute_dtype, mode="full", replicas=1, offload=False):
+    """FSDP2: one unit per decoder block, one for the vision tower, the root for embeddings, norm and lm_head.
+
+    mode "full": weights, gradients and optimizer state are cut over the processes, a unit's weights are gathered when
+    it runs; "grad": the weights stay gathered from the first forward of an update to its last backward; "none": every
+    process holds the whole model and only gradients are averaged. replicas: copies of the model, each cut over
+    size / replicas neighbouring processes (HSDP: as many copies as nodes keeps the gathering inside a node). offload:
+    masters, gradients and optimizer state live in main memory (CUDA only).
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
+    if mode == "none":
+        replicas = world.size
     if not dist.is_initialized():  # one CUDA process without torchrun
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    policy.to(world.device)
-    options = {"mesh": init_device_mesh(world.device.type, (world.size,))}
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    shape, names = (world.size,), ("shard",)
+    if replicas > 1:
+        shape, names = (replicas, world.size // replicas), ("copy", "shard")
+    policy.shard_mode = mode
+    options = {"mesh": init_device_mesh(world.device.type, shape, mesh_dim_names=names)}
+    options["reshard_after_forward"] = mode == "full"
     if compute_dtype is not None:
         # Inputs are not cast: a cast gives every unit a copy of the Layout, and what a prefill keeps is lost with it.
         options["mp_policy"] = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy()
     for block in policy.hf.model.language_model.layers:
         fully_shard(block, **options)
     fully_shard(policy.hf.model.visual, **options)
-    fully_shard(policy, **options)
+    fully_shard(policy, **options | {"reshard_after_forward": False})  # its weights begin and end every forward
+
+
+def give_memory(policy, device, offload=False):
+    """Give a policy built on the meta device its memory: weights that hold nothing yet, buffers as they are made."""
+    forbidden = policy.forbidden
+    policy.to_empty(device="cpu" if offload else device)
+    if not sharded_units(policy):
+        policy.hf.tie_weights()  # FSDP keeps tied weights together by itself
+    for module in policy.modules():
+        if next(module.buffers(recurse=False), None) is not None and module is not policy:
+            policy.hf._init_weights(module)  # rotary frequencies
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+    policy.forbidden, policy.no_mask = forbidden.to(device), torch.zeros(1, 1, 1, 1, device=device)
+
+
+def read_weights(policy, folder):
+    """Fill a policy from a directory's safetensors, each process reading the slices that are its own."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    dcp, storage, _ = checkpointing()
+    reader = storage(str(folder))
+    # Files carry the names of the year they were written in; transformers knows what they are called now.
+    renamings = [rule for rule in get_model_conversion_mapping(policy.hf) if isinstance(rule, WeightRenaming)]
+    keys = {rename_source_key(key, renamings, [])[0]: key for key in reader.read_metadata().state_dict_metadata}
+    weights = {name.removeprefix("hf."): weight.detach() for name, weight in policy.named_parameters()}
+    missing = sorted(weights.keys() - keys.keys())
+    if missing:
+        raise DataError(f"{folder}: its safetensors lack {', '.join(missing[:3])}")
+    dcp.load({keys[name]: weight for name, weight in weights.items()}, storage_reader=reader, no_dist=not grouped())
+
+
+def grouped():
+    """Whether this process belongs to a process group."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def log_probs(policy, groups, temperature=1.0):
@@ -1039,19 +1129,28 @@ class Decoding:
 
     def attend(self, layer, q, k, v, scale):
         """q (B, heads, d), k and v (B, kv heads, d) of the new tokens -> (B, heads, d)."""
-        for buffer, new in zip(self.own[layer], (k, v), strict=True):
-            buffer[:, self.length] = new
-        states = q[:, None], *(buffer[:, : self.length + 1] for buffer in self.own[layer])
+        own = self.attend_own(self.own[layer], q, k, v, scale)
         if self.flash:
-            kernel, size = torch.ops.aten._flash_attention_forward, self.length + 1
-            out, lse = kernel(*states, None, None, 1, size, 0.0, False, False, scale=scale)[:2]
-            own = out[:, 0], lse[..., 0]
             shared = attend(q, *self.shared[layer], self.shares, self.prompts, False, scale, True)
         else:
-            own = [x[:, 0] for x in attend_rows(*states, None, False, scale)]
             shared = attend_rows(self.shares.rows(q), *self.shared[layer], self.pad, False, scale)
             shared = [self.shares.flat(x) for x in shared]
         return merge(own, shared)[0]
+
+    def attend_own(self, buffers, q, k, v, scale):
+        """Store the new keys and values; -> out (B, heads, d) and lse (B, heads) over each reply's own tokens."""
+        for buffer, new in zip(buffers, (k, v), strict=True):
+            buffer[:, self.length] = new
+        states = q[:, None], *(buffer[:, : self.length + 1] for buffer in buffers)
+        if self.flash:
+            kernel, size = torch.ops.aten._flash_attention_forward, self.length + 1
+            out, lse = kernel(*states, None, None, 1, size, 0.0, False, False, scale=scale)[:2]
+            return out[:, 0], lse[..., 0]
+        return [x[:, 0] for x in attend_rows(*states, None, False, scale)]
+
+    def advance(self):
+        """The tokens of this step are in: the next ones go behind them."""
+        self.length += 1
 
     def keep(self, replies):
         """Go on with these replies only, (b,) ascending indices."""
@@ -1067,6 +1166,46 @@ class Decoding:
             self.shared = {layer: [x[rows] for x in pair] for layer, pair in self.shared.items()}
             self.pad = None if self.pad is None else self.pad[rows]
         self.shares = Segments.of(counts.tolist()).to(replies.device)
+
+
+class StaticDecoding(Decoding):
+    """The same in shapes and addresses that stand still between two `keep`s, so that a CUDA graph can replay a step.
+
+    How long replies are is data here, not a shape: `place` (1,) and `used` (B,) on the device say where new keys go and
+    how many each reply has, and attention gets the whole room. Without a graph it costs more than the above.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.stand()
+
+    def keep(self, replies):
+        super().keep(replies)
+        self.stand()
+
+    def stand(self):
+        device, stretch = self.owner.device, torch.arange(len(self.owner) + 1, dtype=torch.int32)
+        self.bounds, self.rooms = stretch.to(device), (stretch * self.room).to(device)
+        self.place = torch.tensor([self.length], device=device)
+        self.used = torch.full_like(self.bounds[1:], self.length + 1)
+        for buffer in (buffer for pair in self.own.values() for buffer in pair):
+            buffer[:, self.length :] = 0  # a weight of 0 on memory nobody wrote may still be NaN
+
+    def advance(self):
+        super().advance()
+        self.place += 1
+        self.used += 1
+
+    def attend_own(self, buffers, q, k, v, scale):
+        for buffer, new in zip(buffers, (k, v), strict=True):
+            buffer.index_copy_(1, self.place, new[:, None])
+        if self.flash:
+            kernel, states = torch.ops.aten._flash_attention_forward, [buffer.flatten(0, 1) for buffer in buffers]
+            rest = self.bounds, self.rooms, 1, self.room, 0.0, False, False  # one query each, as the kernel believes
+            out, lse = kernel(q, *states, *rest, scale=scale, seqused_k=self.used)[:2]
+            return out, lse.T
+        unused = torch.arange(self.room, device=q.device) >= self.used[:, None]
+        return [x[:, 0] for x in attend_rows(q[:, None], *buffers, unused, False, scale)]
 
 
 def decode(policy, decoding, token, position, temperature):
@@ -1094,12 +1233,56 @@ def decode(policy, decoding, token, position, temperature):
         q, k = both.split([q.shape[1], k.shape[1]], 1)
         hidden = hidden + layer.o_proj(decoding.attend(number, q, k, v, layer.scaling).flatten(1))
         hidden = hidden + block.mlp(rms_norm(block.post_attention_layernorm, hidden))
-    decoding.length += 1
     return token_logits(rms_norm(text.norm, hidden), policy.hf.lm_head.weight, temperature, policy.forbidden)
 
 
 def rms_norm(norm, x):
     return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+GRAPH_PAYS = 16  # steps that must be left: to capture a graph takes the time of about three
+
+
+class GraphedDecode:
+    """`decode` with a StaticDecoding: captured as a CUDA graph once for each number of living replies, then replayed.
+
+    A step of few tokens is a thousand short kernels, and launching them one by one takes longer than they run; a graph
+    is one launch. It repeats the very kernels on the very addresses of its capture, so token and position are copied to
+    where it reads them, and the logits lie where the next call overwrites them. Weights must stay where they are: true
+    within one call of `sample` (gather_weights), and a graph lives no longer.
+    """
+
+    def __init__(self, decode):
+        self.decode, self.graph, self.token = decode, None, ()
+
+    def __call__(self, token, position):
+        if len(token) != len(self.token):  # `keep` has moved the keys, and no graph of this width is left
+            self.token, self.position, self.logits = token.clone(), position.clone(), None
+            # The last graph goes when the new one is there: its memory is taken over, and must be held until then.
+            self.graph, self.logits = capture(partial(self.decode, self.token, self.position), self.graph)
+        self.token.copy_(token)
+        self.position.copy_(position)
+        self.graph.replay()
+        return self.logits
+
+
+def capture(function, last=None):
+    """What function() launches on the GPU, as a CUDA graph, and the tensor that every replay of it fills anew.
+
+    Follows torch's notes on CUDA graphs: one run on a side stream first, for what must not happen in a capture (kernels
+    are loaded, libraries take their workspaces), then the capture, which runs nothing. last: a graph that will not be
+    replayed again, whose memory this one takes. Other threads may use the GPU meanwhile (NCCL's watchdog does).
+    Not yet run on a GPU: the tests record and replay on a CPU, and bench/gpu.py's stage `graphs` waits for one.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=last and last.pool(), capture_error_mode="thread_local"):
+        out = function()
+    return graph, out
 
 
 @torch.no_grad()
@@ -1114,12 +1297,14 @@ def sample(
     top_p=1.0,
     max_new_tokens=256,
     batch_tokens=None,
+    graphs="auto",
 ):
     """Draw n replies per prompt: -> list (P) of lists (n) of Reply, on the CPU.
 
     seeds: one int per prompt. Reply g of a prompt is a function of the weights, its prompt, its seed and g: neither the
     batch it is drawn in nor the number of processes matters. temperature 0 is greedy (n must be 1). top_k 0 and
     top_p 1.0 switch those cuts off. batch_tokens bounds the KV cache of one round (tokens); None: what fits in memory.
+    graphs: decode by replaying CUDA graphs; "auto": where FlashAttention's kernels run on a GPU.
     """
     if temperature == 0 and n != 1:
         raise ValueError("greedy decoding gives one reply: n must be 1")
@@ -1131,6 +1316,7 @@ def sample(
     order = sorted(range(len(prompts)), key=length)
     gather_weights(policy)
     batch_tokens = batch_tokens or cache_room(policy)
+    graphs = policy.flash and policy.forbidden.is_cuda if graphs == "auto" else graphs
     while order:
         rows, size = [], 0
         while order and (not rows or size + length(order[0]) + n * max_new_tokens <= batch_tokens):
@@ -1138,7 +1324,7 @@ def sample(
             rows.append(order.pop(0))
         drawn = sample_together(
             policy, [prompts[row] for row in rows], n, [seeds[row] for row in rows], temperature, top_k, top_p,
-            max_new_tokens,
+            max_new_tokens, graphs,
         )  # fmt: skip
         for row, replies in zip(rows, drawn, strict=True):
             out[row] = replies
@@ -1146,14 +1332,18 @@ def sample(
     return out
 
 
-def sample_together(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens):
+def sample_together(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens, graphs):
     """One round of `sample`: prefill R prompts, then decode all R·n replies together, one token a step."""
     device, total = policy.forbidden.device, len(prompts) * n
     prefill = pack([(prompt, []) for prompt in prompts]).to(device)
     prefill.layout.kept = {}
     logits = policy(prefill, temperature)  # (R, V): every reply starts from its prompt's last token
     layout = prefill.layout
-    decoding = Decoding(layout.kept, layout.prompts, [n] * len(prompts), max_new_tokens - 1, policy.flash)
+    graphs = graphs and max_new_tokens > GRAPH_PAYS
+    kind = StaticDecoding if graphs else Decoding
+    decoding = kind(layout.kept, layout.prompts, [n] * len(prompts), max_new_tokens - 1, policy.flash)
+    next_logits = partial(decode, policy, decoding, temperature=temperature)
+    next_logits = GraphedDecode(next_logits) if graphs else next_logits
 
     # One uniform number per token, from (seed, reply): the draw does not depend on who else is in the batch.
     uniform = np.stack([np.random.default_rng([seed, g]).random(max_new_tokens) for seed in seeds for g in range(n)])
@@ -1182,10 +1372,12 @@ def sample_together(policy, prompts, n, seeds, temperature, top_k, top_p, max_ne
             count = int(going.sum())
             if not count:
                 break
-            if count * 4 <= 3 * len(alive):  # a quarter has ended: stop carrying them along
+            # Stop carrying along those who have ended, when they are a quarter; half, where that costs a new graph
+            if count * 4 <= (2 if graphs else 3) * len(alive) and (not graphs or max_new_tokens - step > GRAPH_PAYS):
                 alive, token = alive[going], token[going]
                 decoding.keep(going.nonzero()[:, 0])
-        logits = decode(policy, decoding, token, start[alive] + step, temperature)
+        logits = next_logits(token, start[alive] + step)
+        decoding.advance()
     tokens, logps, size, finished = tokens.cpu(), logps.cpu(), size.tolist(), finished.tolist()
     replies = [Reply(tokens[b, : size[b]], logps[b, : size[b]], finished[b]) for b in range(total)]
     return [replies[i : i + n] for i in range(0, total, n)]
@@ -1242,7 +1434,7 @@ def gather_weights(policy):
 def release_weights(policy):
     for module in sharded_units(policy):
         module.reshard()
-        module.set_reshard_after_forward(module is not policy, recurse=False)
+        module.set_reshard_after_forward(policy.shard_mode == "full" and module is not policy, recurse=False)
 
 
 def sharded_units(policy):
@@ -1293,7 +1485,9 @@ class VLLM:
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
+        from vllm.v1.engine import core
 
+        core.cleanup_dist_env_and_memory = lambda: None  # an engine's end would be that of our process group too
         measured = [encoder.measure(record) for record in records]
         sizes = [(len(plain) + sum(counts) - len(counts), len(counts)) for plain, counts in measured]
         longest, images = (max(column) for column in zip(*sum(world.gather(sizes), []), strict=True))
@@ -1402,7 +1596,7 @@ class VLLM:
             canary_log_probs(name, policy, prompts, drawn, temperature)
 
         compare("log-probs", first)
-        canary_greedy(policy, first, sample(policy, first, 1, **greedy), self.generate(policy, first, 1, **greedy))
+        canary_greedy(policy, first, self.generate(policy, first, 1, **greedy))
         # Wrong weights read a prompt, and a picture, that the true ones have not yet seen; none of it may be left after
         self.sync(policy, scale=0.5)
         canary_sync(lambda: compare("wrong weights", other))
@@ -1459,10 +1653,9 @@ def checkpoint_weights(policy, scale=1.0):
 
     A collective: every process must go through all of it. Tied weights come once.
     """
+    release_weights(policy)  # what is gathered may be cast or old: only the masters are sent
     for name, weight in policy.named_parameters():
-        weight = weight.detach()
-        weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-        yield name.removeprefix("hf."), weight if scale == 1.0 else weight * scale
+        yield name.removeprefix("hf."), full(weight) if scale == 1.0 else full(weight) * scale
 
 
 def reply_of(drawn):
@@ -1471,16 +1664,11 @@ def reply_of(drawn):
     return Reply(torch.tensor(drawn.token_ids), torch.tensor(logps), drawn.finish_reason == "stop")
 
 
-def first_difference(one, other):
-    """How many items two lists have in common at their beginning."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, pair in pairs if pair[0] != pair[1]), min(len(one), len(other)))
-
-
 def canary_prompt_ids(ours, theirs):
     """The engine must see the prompt that the trainer sees, picture for picture, token for token."""
     if ours != theirs:
-        place = first_difference(ours, theirs)
+        pairs = enumerate(zip(ours, theirs, strict=False))
+        place = next((i for i, pair in pairs if pair[0] != pair[1]), min(len(ours), len(theirs)))
         raise CanaryError(
             f"canary prompt ids: the trainer's prompt has {len(ours)} tokens and vLLM's {len(theirs)}, of which the "
             f"first {place} are equal; look at --max-pixels, the image processor, and image tokens expanded twice"
@@ -1504,18 +1692,25 @@ def canary_bounds(policy):
 
 
 def trainer_log_probs(policy, groups, temperature=1.0):
-    """`log_probs` without a gradient; of a sharded policy nothing stays gathered."""
-    gather_weights(policy)
+    """What the trainer thinks of some replies: -> (logp (B, T), best (B, T) the likeliest token's, mask (B, T)).
+
+    Nothing is gathered for longer than it runs but the vision tower, which a process without pictures does not run.
+    """
+    batch = pack(groups).to(policy.forbidden.device)
+    targets, batch.targets = batch.targets, None  # so that the forward gives logits
+    if sharded_units(policy):
+        policy.hf.model.visual.unshard()
     with torch.no_grad():
-        logp, mask = log_probs(policy, groups, temperature)
+        logps = policy(batch, temperature).log_softmax(-1)[batch.row]  # (N, V)
     release_weights(policy)
-    return logp.cpu(), mask.cpu()
+    values = logps.gather(-1, targets[:, None])[:, 0], logps.amax(-1), torch.ones_like(targets, dtype=torch.bool)
+    return [lay_out(x, batch.place, False if x.dtype == torch.bool else 0.0).cpu() for x in values]
 
 
 def canary_log_probs(name, policy, prompts, replies, temperature):
     """The trainer must give the tokens that vLLM drew the log-probs that vLLM gave them."""
     groups = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
-    logp, mask = trainer_log_probs(policy, groups, temperature)
+    logp, _, mask = trainer_log_probs(policy, groups, temperature)
     theirs = torch.cat([reply.logps for group in replies for reply in group])
     gap = (logp[mask] - theirs).abs()
     largest, mean = canary_bounds(policy)
@@ -1528,23 +1723,16 @@ def canary_log_probs(name, policy, prompts, replies, temperature):
         )  # fmt: skip
 
 
-def canary_greedy(policy, prompts, ours, theirs):
-    """Greedy replies must be equal, up to the first token where the trainer finds both (nearly) equally likely."""
-    groups, places = [], []
-    for prompt, (one,), (other,) in zip(prompts, ours, theirs, strict=True):
-        place = first_difference(one.ids.tolist(), other.ids.tolist())  # the end, if equal; then the gap below is 0
-        places.append(place)
-        groups.append((prompt, [one.ids[: place + 1], other.ids[: place + 1]]))
-    logp, mask = trainer_log_probs(policy, groups)  # always: processes that shard the policy keep in step
-    last = logp[torch.arange(len(logp)), mask.sum(1) - 1].view(-1, 2)  # (prompts, ours and theirs)
-    gaps = (last[:, 0] - last[:, 1]).tolist()
-    allowed = canary_bounds(policy)[0]
-    for place, gap in zip(places, gaps, strict=True):
-        if not gap <= allowed:
-            raise CanaryError(
-                f"canary greedy tokens: at token {place} vLLM chose one that is {gap:.2g} nats less likely to the "
-                f"trainer than its own choice, allowed is {allowed:g}; vLLM has other weights or sees other pixels"
-            )
+def canary_greedy(policy, prompts, replies):
+    """vLLM's greedy tokens must be the trainer's likeliest, or (nearly) as likely."""
+    groups = [(prompt, [reply.ids]) for prompt, (reply,) in zip(prompts, replies, strict=True)]
+    logp, best, _ = trainer_log_probs(policy, groups)
+    gap, allowed = (best - logp).max(), canary_bounds(policy)[0]
+    if not gap <= allowed:
+        raise CanaryError(
+            f"canary greedy tokens: vLLM chose one that is {gap:.2g} nats less likely to the trainer than its own, "
+            f"allowed is {allowed:g}; vLLM has other weights or sees other pixels"
+        )
 
 
 def canary_sync(compare):
@@ -1598,9 +1786,14 @@ def micro_batches(world, groups, budget):
 
 
 def backward(policy, world, loss, last):
-    """Add a micro-batch's gradient. `loss` is this rank's share of a sum over all ranks; FSDP averages, so undo it."""
+    """Add a micro-batch's gradient. `loss` is this rank's share of a sum over all ranks; FSDP averages, so undo it.
+
+    last: whether it is the update's last micro-batch. Until then gradients stay where they are (policy.accumulate
+    "whole": least traffic, but a process holds a whole fp32 gradient) or are cut and averaged at once ("shards").
+    """
     if sharded_units(policy):
-        policy.set_requires_gradient_sync(last)
+        policy.set_requires_gradient_sync(last or policy.accumulate == "shards")
+        policy.set_reshard_after_backward(last or policy.shard_mode == "full")
     (loss * world.size).backward()
 
 
@@ -1752,14 +1945,18 @@ class Run:
     world: World
     step: int = 0
     stop: bool = False
+    group: object = None  # of the processes, for the thread that writes checkpoints
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
+    writing: object = None  # that thread's present task
 
     # what may differ between a run and its resumption
     FREE = ("resume", "overwrite", "steps", "save_every", "keep", "measure_peak")
+    FREE += ("shard", "replicas", "offload", "accumulate")  # like the number of processes
 
     @classmethod
     def open(cls, args, world):
         """Create or reopen args.out. DataError if it holds a run and neither --resume nor --overwrite is given."""
-        run = cls(Path(args.out), world)
+        run = cls(Path(args.out), world, group=dist.new_group(backend="gloo") if world.size > 1 else None)
         settings = {key: value for key, value in sorted(vars(args).items()) if key not in ("resume", "overwrite")}
         problem = run._prepare(args, settings) if world.main else None
         problem = world.gather(problem)[0]
@@ -1833,88 +2030,142 @@ class Run:
 
     def leave_if_asked(self, step, steps):
         if self.stop and step < steps:
+            self.finish()
             raise KeyboardInterrupt(f"stopped after step {step} of {steps}; --resume goes on from there")
 
     def save(self, step, policy, optimizer, keep=2):
-        """Write checkpoints/step_000123 (weights and optimizer as safetensors), then point LATEST at it."""
-        name = f"step_{step:06d}"
-        weights, moments = full_weights(policy), full_moments(policy, optimizer)
+        """Write checkpoints/step_000123 (weights and AdamW's state as safetensors, each process its shards), then point
+        LATEST at it. The shards are copied at once and written in the background, while the next steps go on."""
+        self.finish()
+        folder = self.out / "checkpoints" / f"step_{step:06d}"
         if self.world.main:
-            folder, partial = self.out / "checkpoints" / name, self.out / "checkpoints" / f"{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.mkdir(parents=True)
-            save_file(weights, partial / "weights.safetensors")
-            save_file(moments, partial / "optimizer.safetensors")
-            partial.replace(folder)
-            write_text(self.out / "LATEST", name)
-            saved = sorted(path for path in folder.parent.glob("step_??????") if path.name <= name)
+            for stale in (folder, partial_of(folder)):
+                shutil.rmtree(stale, ignore_errors=True)
+        self.world.barrier()
+        state = {name: value.to("cpu", copy=True) for name, value in checkpoint_state(policy, optimizer).items()}
+        self.writing = self.writer.submit(self._write, folder, state, keep)
+
+    def _write(self, folder, state, keep):
+        dcp, _, storage = checkpointing()
+        writer = storage(str(partial_of(folder)), save_distributed=True)
+        dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=not grouped())
+        if self.world.main:  # every process has written: the first one hears last
+            partial_of(folder).replace(folder)
+            write_text(self.out / "LATEST", folder.name)
+            saved = sorted(path for path in folder.parent.glob("step_??????") if path.name <= folder.name)
             for old in saved[:-keep]:  # a later one, of a run killed before it named it in LATEST, must not count
                 shutil.rmtree(old)
-        self.world.barrier()
+
+    def finish(self):
+        """Wait until the last checkpoint is written; raises what went wrong there."""
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
 
     def restore(self, policy, optimizer):
-        """Load the checkpoint LATEST names into policy and optimizer, if this run has one (step > 0)."""
+        """Load the checkpoint LATEST names into policy and optimizer, if this run has one (step > 0). It may have been
+        written by another number of processes: each reads the slices that are its own now."""
         if not self.step:
             return
-        folder = self.out / "checkpoints" / f"step_{self.step:06d}"
-        weights, moments = load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors")
-        with torch.no_grad():
-            for name, weight in policy.named_parameters():
-                copy_full(weight, weights[name])
-                if weight.requires_grad and f"{name}/step" in moments:
-                    state = optimizer.state[weight]
-                    state["step"] = moments[f"{name}/step"].to(weight.device if weight.is_cuda else "cpu")
-                    for key in ("exp_avg", "exp_avg_sq"):
-                        state[key] = torch.zeros_like(weight)
-                        copy_full(state[key], moments[f"{name}/{key}"])
+        dcp, storage, _ = checkpointing()
+        reader = storage(str(self.out / "checkpoints" / f"step_{self.step:06d}"))
+        known = reader.read_metadata().state_dict_metadata
+        for name, weight in policy.named_parameters():
+            if f"{name}/step" in known:  # AdamW makes its state in a weight's first update
+                moments = {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
+                clock = torch.zeros((), device=weight.device)
+                optimizer.state[weight] = {"step": clock, **moments}
+        state = checkpoint_state(policy, optimizer)
+        dcp.load(state, storage_reader=reader, no_dist=not grouped())
+        for name, weight in policy.named_parameters():
+            if f"{name}/step" in known:
+                optimizer.state[weight]["step"].copy_(state[f"{name}/step"][0])
 
     def export(self, policy, encoder):
         """Make the run directory a Hugging Face model directory: config, safetensors, tokenizer, image settings."""
-        weights = full_weights(policy)
-        if self.world.main:
-            save_model(policy, encoder, self.out, weights)
-        self.world.barrier()
+        self.finish()
+        save_model(policy, encoder, self.out, self.world)
+
+
+def partial_of(folder):
+    return folder.with_name(folder.name + ".partial")
+
+
+def checkpointing():
+    """torch's distributed checkpoints, in safetensors (its own format holds pickles): (module, reader, writer)."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: that is how it is meant
+    return dcp, HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+
+def checkpoint_state(policy, optimizer):
+    """{name: tensor or shards} of everything a run goes on from: weights, and AdamW's state as "name/exp_avg", …"""
+    state = {}
+    for name, weight in policy.named_parameters():
+        state[name] = weight.detach()
+        for key, value in optimizer.state.get(weight, {}).items():
+            state[f"{name}/{key}"] = value.reshape(1) if key == "step" else value
+    return state
 
 
 def full(tensor):
-    """The whole tensor on the CPU, gathered from its shards (a collective: call it on every rank)."""
+    """The whole tensor, gathered from its shards (a collective: call it on every rank)."""
     tensor = tensor.detach()
-    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return tensor.cpu().contiguous()
-
-
-def copy_full(target, source):
-    """Copy a whole CPU tensor into a plain or sharded one, each rank taking its shard."""
-    if hasattr(target, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
-    target.copy_(source)
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def full_weights(policy):
-    """{name: whole fp32 tensor}; tied weights once."""
-    return {name: full(weight) for name, weight in policy.named_parameters()}
+    """{name: whole fp32 tensor on the CPU}; tied weights once. For models that fit into one process."""
+    return {name: full(weight).cpu().contiguous() for name, weight in policy.named_parameters()}
 
 
-def full_moments(policy, optimizer):
-    """AdamW's state as {"weight name/exp_avg": whole tensor, …}."""
-    out = {}
-    for name, weight in policy.named_parameters():
-        for key, value in optimizer.state.get(weight, {}).items():
-            out[f"{name}/{key}"] = full(value)
-    return out
+def save_model(policy, encoder, folder, world=World(0, 1, None), file_bytes=2**32):
+    """Write a directory that from_pretrained, vLLM and the next stage load; a large model in files of file_bytes.
 
+    The processes gather one tensor at a time and write files in turns, so none ever holds more than a file.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
 
-def save_model(policy, encoder, folder, weights=None):
-    """Write a directory that from_pretrained, vLLM and the next stage load (weights: as full_weights gives them)."""
-    folder = Path(folder)
-    weights = weights if weights is not None else full_weights(policy)
-    state = {name.removeprefix("hf."): weight for name, weight in weights.items()}
-    policy.hf.save_pretrained(folder, state_dict=state)
-    encoder.tokenizer.save_pretrained(folder)
-    encoder.image_processor.save_pretrained(folder)
+    folder, hf = Path(folder), policy.hf
+    weights = {name.removeprefix("hf."): weight for name, weight in policy.named_parameters()}
+    order = list(weights)
+    numbers = revert_weight_conversion(hf, {name: torch.tensor(number) for number, name in enumerate(order)})
+    files, room = [], 0
+    for key, number in numbers.items():  # key: the name that files of this family carry
+        size = weights[order[number]].numel() * weights[order[number]].element_size()
+        if not files or size > room:
+            files.append([])
+            room = file_bytes
+        files[-1].append((key, order[number]))
+        room -= size
+    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    names = names if len(files) > 1 else ["model.safetensors"]
+    if world.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
+            old.unlink()
+        hf.config.save_pretrained(folder)
+        hf.generation_config.save_pretrained(folder)
+        encoder.tokenizer.save_pretrained(folder)
+        encoder.image_processor.save_pretrained(folder)
+        if len(files) > 1:
+            total = sum(weight.numel() * weight.element_size() for weight in weights.values())
+            places = {key: name for name, part in zip(names, files, strict=True) for key, _ in part}
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+    world.barrier()
+    for i, (file, part) in enumerate(zip(names, files, strict=True)):
+        tensors, mine = {}, i % world.size == world.rank
+        for key, name in part:
+            whole = full(weights[name])
+            if mine:
+                tensors[key] = whole.cpu().contiguous()
+        if mine:
+            save_file(tensors, folder / f"{file}.partial", metadata={"format": "pt"})
+            (folder / f"{file}.partial").replace(folder / file)
+    world.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

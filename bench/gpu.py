@@ -8,6 +8,7 @@
     check       a small model, loaded as grpo.py loads it, against transformers alone; the sampler too
     learn       Qwen2.5-VL-3B's shape, random weights: forward, backward and AdamW, ours against the copied layout
     sample      the same shape: replies of a fixed length, against generate()
+    graphs      decoding by replayed CUDA graphs against decoding without: the same logits? how much faster?
     step        grpo.py's own main, whole steps; and a profile of their two halves
     trl         TRL's GRPOTrainer on the same shape, where TRL is installed
 
@@ -29,6 +30,7 @@ import sys
 import time
 import traceback
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -163,13 +165,18 @@ def random_model(folder, device, dtype):
 
 def load(stage, folder, train, dtype="auto"):
     """model.load itself, but for `Both`, random weights where the folder has none, and replies that no token ends."""
-    from transformers import AutoModelForImageTextToText as Auto
 
-    def made(path, dtype, **options):
-        return random_model(path, stage.device, dtype), {"missing_keys": []}
+    def drawn(policy, folder):
+        """In place of reading them: weights of the size that a model begins with."""
+        torch.manual_seed(0)
+        for name, weight in policy.named_parameters():
+            if weight.ndim > 1:
+                weight.detach().normal_(std=policy.hf.config.get_text_config().initializer_range)
+            else:
+                weight.detach().fill_(0.0 if name.endswith("bias") else 1.0)
 
-    reader = Auto.from_pretrained if (folder / "model.safetensors").exists() else made
-    with mock.patch.object(m, "Policy", Both), mock.patch.object(Auto, "from_pretrained", reader):
+    reader = m.read_weights if (folder / "model.safetensors").exists() else drawn
+    with mock.patch.object(m, "Policy", Both), mock.patch.object(m, "read_weights", reader):
         policy, encoder = m.load(folder, stage.world, dtype=dtype, train=train)
     policy.end_ids = (-1,)
     if train and not stage.cuda:  # what CUDA does to a policy that learns, so that --smoke finds most of its faults
@@ -177,7 +184,7 @@ def load(stage, folder, train, dtype="auto"):
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         policy.hf.gradient_checkpointing_enable({"use_reentrant": False})
         policy.hf.train()
-        m.shard(policy, stage.world, torch.bfloat16 if policy.half else None)
+        m.shard_policy(policy, stage.world, torch.bfloat16 if policy.half else None)
     return policy, encoder
 
 
@@ -503,6 +510,96 @@ def sample(stage):
             stage.attempt(name, run, name, draw, prompts[about][:count], length)
 
 
+class Again:
+    """What --smoke has for a CUDA graph where there is no GPU: the same calls, made anew, Python and all."""
+
+    def __init__(self, function):
+        self.function, self.out = function, function()
+
+    def replay(self):
+        self.out.copy_(self.function())
+
+    @classmethod
+    def capture(cls, function, last=None):
+        again = cls(function)
+        return again, again.out
+
+
+WAYS = {"growing": (m.Decoding, False), "standing": (m.StaticDecoding, False), "replayed": (m.StaticDecoding, True)}
+
+
+@torch.no_grad()
+def decoded(policy, prompts, way, length=24):
+    """Logits of `length` fixed tokens after every prompt, GROUP replies each; half of the replies end halfway."""
+    prefill, (kind, graphed) = m.pack([(prompt, []) for prompt in prompts]).to(policy.forbidden.device), WAYS[way]
+    prefill.layout.kept = {}
+    policy(prefill)
+    layout, counts, noise = prefill.layout, [GROUP] * len(prompts), torch.Generator().manual_seed(0)
+    decoding = kind(layout.kept, layout.prompts, counts, length, policy.flash)
+    step = partial(m.decode, policy, decoding, temperature=1.0)
+    step = m.GraphedDecode(step) if graphed else step
+    position = torch.tensor([prompt.next for prompt in prompts]).repeat_interleave(GROUP).to(policy.forbidden.device)
+    out = []
+    for number in range(length):
+        if number == length // 2:
+            stay = torch.arange(0, len(position), 2, device=position.device)
+            position = position[stay]
+            decoding.keep(stay)
+        token = torch.randint(50, 400, position.shape, generator=noise).to(position.device)
+        logits = step(token, position + number)
+        out.append(logits.masked_fill(logits == -math.inf, 0.0).flatten())  # a copy: a replay overwrites its logits
+        decoding.advance()
+    return torch.cat(out)
+
+
+def graphs(stage):
+    """Logits of decoding by replay and in standing shapes against the growing ones', then seconds a token of both ways.
+
+    No GPU has run this yet: --smoke on a CPU goes through the standing shapes, and captures nothing (`Again`).
+    """
+    if not stage.cuda:
+        m.capture = Again.capture
+    folder = model_folder(stage, small=True)
+    random_model(folder, "cpu", torch.float32).save_pretrained(folder)  # so that both types round the same weights
+
+    def judge():
+        found = {}
+        for dtype in ("fp32", "bf16"):
+            policy, encoder = load(stage, folder, False, dtype)
+            prompts = make_prompts(stage, encoder, 400, 4)
+            for way in WAYS:
+                found[dtype, way] = decoded(policy, prompts, way)
+        for dtype in ("fp32", "bf16"):
+            ways = [found[dtype, way] for way in WAYS]
+            growing, *others = errors(ways, [found["fp32", "growing"]] * 3)
+            bound, same = max(1e-4, 2 * growing), torch.equal(*ways[1:])  # same: bit for bit, as hoped but not asked
+            standing, replayed = others
+            ok = standing <= bound and replayed <= bound
+            stage.add(f"logits, {dtype}", ok=ok, growing=growing, standing=standing, replayed=replayed, same_bits=same)
+
+    stage.attempt("logits", judge)
+    policy, encoder = load(stage, model_folder(stage), False)
+    count, short, long = (2, 18, 20) if stage.smoke else (64, 40, 200)
+    prompts = make_prompts(stage, encoder, 400, count)
+
+    def run(name, part, length, graphs):
+        forget()
+        draw = partial(m.sample, policy, part, GROUP, seeds=range(len(part)), graphs=graphs)
+        times = [timed(partial(draw, max_new_tokens=size)) for size in (1, length)]
+        stage.add(
+            name, seconds=times[1], rollouts_per_s=len(part) * GROUP / times[1], seconds_prefill=times[0],
+            seconds_per_token=(times[1] - times[0]) / (length - 1), peak_gib=m.peak_memory(stage.device) / 2**30,
+        )  # fmt: skip
+
+    m.sample(policy, prompts[:2], GROUP, seeds=range(2), max_new_tokens=20, graphs=True)  # first calls load kernels
+    m.sample(policy, prompts[:2], GROUP, seeds=range(2), max_new_tokens=3, graphs=False)
+    for size, length in ((count, long), (count // 8 or 1, long), (count, short)):
+        for replayed in (False, True):
+            name = f"{'replayed' if replayed else 'growing'}, P 400, R {length}, {size} prompts x {GROUP}"
+            if stage.left() > 14:
+                stage.attempt(name, run, name, prompts[:size], length, replayed)
+
+
 def step(stage):
     folder = model_folder(stage)
     policy, encoder = load(stage, folder, True)
@@ -592,7 +689,7 @@ def show(out):
                 print(f"  {row['name']:{width}}" + "".join(f"{row.get(name, math.nan):16.4g}" for name in columns))
 
 
-STAGES = {"attention": attention, "check": check, "learn": learn, "sample": sample, "step": step, "trl": trl}
+STAGES = {stage.__name__: stage for stage in (attention, check, learn, sample, graphs, step, trl)}
 
 
 def parse_args(argv=None):

@@ -6,7 +6,7 @@
 
 One demo run is kept as bench/results/demo-SEED.json: the summaries of its eval results, the log of every stage (the
 main keys) and the seconds it took. A run on photographs is kept as photos-SEED.json, the comparison with other
-libraries (bench/versus.py) as versus.json.
+libraries (bench/versus.py) as versus.json, several processes and memory plans (bench/worlds.py) as worlds.json.
 """
 
 import argparse
@@ -166,6 +166,35 @@ def speed_table(cells):
     return "\n".join(lines)
 
 
+def worlds_table(worlds):
+    """The README's table of bench/worlds.py, as Markdown: how far several processes stray from one."""
+    lines = [
+        "Largest difference to one process in six updates, fp32, gloo: of a loss, of a gradient norm (relative), of a",
+        "weight (lr 3e-4, so a weight moves by up to 2e-3).",
+        "",
+        "| processes | flags | dpo: loss | norm | weight | grpo: loss | norm | weight |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in worlds:
+        cells = [f"{row[stage][key]:.1e}" for stage in ("dpo", "grpo") for key in ("loss", "grad_norm", "weight")]
+        lines.append(f"| {row['processes']} | `{row['flags']}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plans_table(plans):
+    """The README's table of recipes/plan.py, as Markdown."""
+    lines = [
+        "| Qwen2.5-VL | GPUs | settings | always | + learning | + sampling |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in plans:
+        flags = {f"--{key.replace('_', '-')}": value for key, value in row["flags"].items()}
+        words = " ".join(f"`{flag}`" if value is True else f"`{flag} {value}`" for flag, value in flags.items())
+        sizes = " | ".join(f"{row[part] / 2**30:.1f}" for part in ("always", "learn", "sample"))
+        lines.append(f"| {row['model']} | {row['gpus']} | {words} | {sizes} |")
+    return "\n".join(lines)
+
+
 def draw(runs, path):
     """Accuracy and format along the three GRPO runs of the first seed, one panel each."""
     import matplotlib
@@ -211,6 +240,8 @@ def main(argv=None):
     )
     blocks = {"results": "\n\n".join([tables(runs), *map(photos_table, photos)])}
     blocks["speed"] = speed_table(json.loads((HERE / "results/versus.json").read_text()))
+    processes = json.loads((HERE / "results/worlds.json").read_text())
+    blocks |= {"worlds": worlds_table(processes["worlds"]), "plans": plans_table(processes["plans"])}
     new = rebuilt(blocks, README.read_text())
     if args.check:
         return int(new != README.read_text())

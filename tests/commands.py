@@ -2,7 +2,7 @@
 
     call(stage, …)       here, in this process
     start(stage, …)      as a command of its own, to be killed or waited for
-    torchrun(jobs, …)    several runs one after the other in one pair of processes (starting Python costs seconds)
+    torchrun(jobs, …)    several runs one after the other in the same processes (starting Python costs seconds)
 
 Every process gets one thread: sums of floats then have one order, and equal runs give equal bits. None sees a GPU, so
 that the tests are the same on every machine.
@@ -99,14 +99,18 @@ def kill(process):
     return f"{out[-2000:]}\n{err[-4000:]}"
 
 
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+def processes(count):
+    return "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"
 
 
-def torchrun(jobs, folder):
-    """Run jobs, a list of (stage, settings), in two processes. Fails with their output when they fail or hang."""
-    path = Path(folder) / "jobs.json"
+TWO_PROCESSES = processes(2)
+
+
+def torchrun(jobs, folder, count=2):
+    """Run jobs, a list of (stage, settings), in `count` processes. Fails with their output when they fail or hang."""
+    path = Path(folder) / f"jobs-{count}.json"
     path.write_text(json.dumps([[stage, flags(**settings)] for stage, settings in jobs]))
-    status, out, err = end(start(*TWO_PROCESSES, __file__, path))
+    status, out, err = end(start(*processes(count), __file__, path))
     assert status == 0, f"{out[-2000:]}\n{err[-6000:]}"
 
 
@@ -127,6 +131,16 @@ def timeless(out):
 
 def weights(out, name="model.safetensors"):
     return load_file(Path(out) / name)
+
+
+def checkpoint(out, step):
+    """{name: whole tensor} of a run's checkpoint, weights and AdamW's state, however many processes wrote it."""
+    dcp, storage, _ = importlib.import_module("model").checkpointing()
+    reader = storage(str(Path(out) / f"checkpoints/step_{step:06d}"))
+    known = reader.read_metadata().state_dict_metadata
+    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in known.items()}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
 
 
 def distance(one, other):

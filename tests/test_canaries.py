@@ -16,10 +16,6 @@ def drawn(models, records):
     return policy, prompts, m.sample(policy, prompts, 3, seeds=[1, 2], max_new_tokens=6)
 
 
-def greedy(policy, prompts):
-    return m.sample(policy, prompts, 1, seeds=[0] * len(prompts), temperature=0, max_new_tokens=6)
-
-
 def off_by(replies, *gaps):
     """The same replies; the log-probs of the last one's first tokens are off by these many nats."""
     *others, last = replies[-1]
@@ -83,24 +79,32 @@ def test_bf16_is_given_more_room(drawn, monkeypatch):
 
 def test_greedy_tokens_may_differ_only_where_both_are_nearly_as_likely(drawn, monkeypatch):
     policy, prompts, _ = drawn
-    ours = greedy(policy, prompts)
-    m.canary_greedy(policy, prompts, ours, ours)
-    ids = ours[1][0].ids.clone()
-    place = len(ids) // 2
-    with torch.no_grad():
-        every = [torch.cat([ids[:place], torch.tensor([token])]) for token in range(len(policy.hf.lm_head.weight))]
-        last = m.log_probs(policy, [(prompts[1], every)])[0][:, place]
+    replies = m.sample(policy, prompts, 1, seeds=[0, 0], temperature=0, max_new_tokens=6)
+    m.canary_greedy(policy, prompts, replies)
+    ids = replies[1][0].ids
+    with torch.no_grad():  # the last token, replaced by each of the vocabulary
+        every = [torch.cat([ids[:-1], torch.tensor([token])]) for token in range(len(policy.hf.lm_head.weight))]
+        last = m.log_probs(policy, [(prompts[1], every)])[0][:, -1]
     second = int(last.topk(2).indices[1])
     gap = float(last.max() - last[second])
-    ids[place] = second
-    theirs = [ours[0], [m.Reply(ids, ours[1][0].logps, True)]]
-    with pytest.raises(m.CanaryError, match=f"^canary greedy .* at token {place} vLLM chose one that is {gap:.2g} "):
-        m.canary_greedy(policy, prompts, ours, theirs)
+    theirs = [replies[0], [m.Reply(every[second], replies[1][0].logps, True)]]
+    with pytest.raises(m.CanaryError, match=f"^canary greedy tokens: vLLM chose one that is {gap:.2g} nats"):
+        m.canary_greedy(policy, prompts, theirs)
     monkeypatch.setattr(m, "canary_bounds", lambda policy: (gap + 0.01, 0.0))
-    m.canary_greedy(policy, prompts, ours, theirs)
+    m.canary_greedy(policy, prompts, theirs)
     monkeypatch.setattr(m, "canary_bounds", lambda policy: (gap - 0.01, 0.0))
     with pytest.raises(m.CanaryError):
-        m.canary_greedy(policy, prompts, ours, theirs)
+        m.canary_greedy(policy, prompts, theirs)
+
+
+def test_what_the_trainer_thinks_of_replies_is_what_its_loss_uses(drawn):
+    policy, prompts, replies = drawn
+    groups = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
+    logp, best, mask = m.trainer_log_probs(policy, groups, 0.7)
+    with torch.no_grad():
+        expected, wanted = m.log_probs(policy, groups, 0.7)
+    assert torch.equal(mask, wanted) and (logp - expected).abs().max() < 1e-5
+    assert (best >= logp).all() and (best[mask] > logp[mask]).any()
 
 
 def test_wrong_weights_that_go_unnoticed_are_refused():

@@ -15,9 +15,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import load_rough
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
@@ -223,6 +225,44 @@ def test_recomputed_activations_give_the_same_gradients(tiny_dirs, records, monk
 # ---- the account
 
 
+def compiled(hf):
+    return [name for name, module in hf.named_modules() if module._compiled_call_impl is not None]
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@every_family
+def test_compiled_norms_and_mlps_give_the_same_log_probs_and_gradients_and_keep_their_names(
+    tiny_dirs, records, family
+):
+    plain, encoder = load_rough(tiny_dirs[family])
+    other, _ = model.load(tiny_dirs[family], CPU, train=True, compile=True, recompute="on")
+    assert list(other.state_dict()) == list(plain.state_dict())
+    other.load_state_dict(plain.state_dict())
+    assert not compiled(plain) and len(compiled(other)) == 3 * 3 + len(other.hf.model.visual.blocks)
+    for case in ([(3, 2), (1, 1)], [(2, 1)], [(0, 3)]):  # the second and the third in other shapes
+        groups = groups_of(encoder, records, case)
+        (expected, mask), (found, _) = model.log_probs(plain, groups), model.log_probs(other, groups)
+        torch.testing.assert_close(found, expected, **EXACT)
+        weight = torch.randn(mask.shape, generator=torch.Generator().manual_seed(3))
+        both = [gradients(policy, (logp * weight).sum()) for policy, logp in ((other, found), (plain, expected))]
+        seen = {name for name, gradient in both[1].items() if gradient is not None}
+        assert_same_gradients(*({name: one[name] for name in seen} for one in both))
+    asked = {"seeds": [1, 2], "max_new_tokens": 6}
+    prompts = [encoder.prompt(records[i]) for i in (0, 1)]
+    drawn = [ids_of(model.sample(policy, prompts, 3, **asked)) for policy in (plain, other)]
+    assert drawn[0] == drawn[1]
+
+
+def test_a_machine_where_nothing_compiles_says_so_in_one_line_when_the_model_is_loaded(tiny_dirs, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("No working C++ compiler found\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
+    with pytest.raises(model.DataError) as error:
+        model.load(tiny_dirs["qwen2_5_vl"], CPU, compile=True)
+    assert str(error.value) == "--compile: torch.compile fails here (No working C++ compiler found)"
+
+
 @pytest.mark.parametrize("case", CASES)
 @every_family
 def test_the_flops_of_the_formula_are_those_that_torch_counts(models, records, family, case):
@@ -400,7 +440,8 @@ def flash_kernels():
             *(bounds.tolist() for bounds in (bounds_q[:-1], bounds_q[1:], bounds_k[:-1], bounds_k[1:])), strict=True
         )]  # fmt: skip
 
-    def forward(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, debug, *, scale=None, **options):
+    def forward(q, k, v, bounds_q, bounds_k, longest_q, longest_k, dropout, causal, debug, *, scale=None,
+                seqused_k=None, **options):  # fmt: skip
         if bounds_q is None:  # (B, L, heads, d) -> lse (B, heads, L)
             assert (longest_q, longest_k) == (q.shape[1], k.shape[1])
             size = [torch.tensor([0, x.shape[1]]).int() for x in (q, k)]
@@ -409,7 +450,13 @@ def flash_kernels():
             return torch.stack([one[0] for one in each]), torch.stack([one[1] for one in each]), q, q, q
         assert longest_q > 1 or len(q) == len(bounds_q) - 1, "told 1, the kernel reads one query of every stretch"
         out, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q))
-        for i, j in stretches(bounds_q, bounds_k, longest_q, longest_k):
+        places = stretches(bounds_q, bounds_k, longest_q, longest_k)
+        if seqused_k is not None:  # only so many of each stretch's keys
+            sizes = seqused_k.tolist()
+            assert seqused_k.dtype == torch.int32 and seqused_k.is_contiguous()
+            assert len(k) >= bounds_k[-1] and (seqused_k <= bounds_k.diff()).all()
+            places = [(i, slice(j.start, j.start + used)) for (i, j), used in zip(places, sizes, strict=True)]
+        for i, j in places:
             score = scores(q[i], k[j], scale, causal)
             lse[:, i] = score.logsumexp(-1)
             shared = v[j].float().repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -719,6 +766,115 @@ def test_replies_stop_one_by_one_and_those_that_are_left_go_on_as_if_nothing_had
         assert reply.finished == bool(stops)
         lengths.add(size)
     assert len(lengths) > 4
+
+
+class Graph(TorchDispatchMode):
+    """A CUDA graph's stand-in: notes every operation with the tensors it touches, and repeats those, not the Python.
+
+    As on a GPU, what it recorded reads and writes the same memory at every replay, numbers of Python stay what they
+    were, nothing may be read back while it records, and only a replay makes the output mean anything.
+    """
+
+    def __init__(self, function):
+        super().__init__()
+        self.calls, self.replays = [], 0
+        with self:
+            self.out = function()
+        self.out.fill_(math.nan)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation is not torch.ops.aten._local_scalar_dense.default, "a graph cannot wait for the GPU"
+        out = operation(*args, **kwargs or {})
+        self.calls.append((operation, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        self.replays += 1
+        for operation, args, kwargs, old in self.calls:
+            new = operation(*args, **kwargs)
+            for one, other in zip(*([x] if torch.is_tensor(x) else x for x in (old, new)), strict=True):
+                if one.data_ptr() != other.data_ptr():
+                    one.copy_(other)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that sampling captures, each a stand-in."""
+    captured = []
+
+    def capture(function, last=None):
+        assert last is (captured[-1] if captured else None)
+        captured.append(Graph(function))
+        return captured[-1], captured[-1].out
+
+    monkeypatch.setattr(model, "capture", capture)
+    return captured
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@every_family
+def test_decoding_in_standing_shapes_gives_the_same_logits_as_in_growing_ones(
+    flash_kernels, models, records, monkeypatch, family, flash
+):
+    policy, encoder = models[family]
+    monkeypatch.setattr(policy, "flash", flash)
+    prompts = [encoder.prompt(records[i]) for i in (0, 1, 2, 3)]
+    noise, ways = torch.Generator().manual_seed(4), []
+    counts, room = [3, 1, 2, 3], 12
+    position = torch.tensor([prompt.next for prompt in prompts]).repeat_interleave(torch.tensor(counts))
+    with torch.no_grad():
+        for kind in (model.Decoding, model.StaticDecoding):
+            prefill = model.pack([(prompt, []) for prompt in prompts])
+            prefill.layout.kept = {}
+            policy(prefill)
+            ways.append(kind(prefill.layout.kept, prefill.layout.prompts, counts, room, flash))
+        for step in range(room):
+            if step in (4, 5, 9):  # the second leaves the second prompt without replies
+                stay = torch.tensor({4: [0, 2, 3, 4, 6, 8], 5: [0, 1, 3, 4, 5], 9: [1, 4]}[step])
+                position = position[stay]
+                for decoding in ways:
+                    decoding.keep(stay)
+            token = torch.randint(0, vocabulary_of(policy), position.shape, generator=noise)
+            logits = [model.decode(policy, decoding, token, position + step, 0.9) for decoding in ways]
+            for decoding in ways:
+                decoding.advance()
+            torch.testing.assert_close(*logits, rtol=1e-6, atol=1e-6 * logits[0][logits[0].isfinite()].abs().max())
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@every_family
+def test_replayed_graphs_draw_the_same_replies(
+    flash_kernels, models, records, early_ends, graphs, monkeypatch, family, flash
+):
+    policy, encoder = models[family]
+    monkeypatch.setattr(policy, "flash", flash)
+    prompts = [encoder.prompt(records[i]) for i in (0, 1, 2, 3, 1, 0)]
+    asked = {"seeds": [21, 22, 23, 24, 25, 26], "temperature": 3.0, "max_new_tokens": 40}
+    expected = model.sample(policy, prompts, 4, **asked)
+    assert not graphs, "on a CPU nobody captures by himself"
+    found = model.sample(policy, prompts, 4, graphs=True, **asked)
+    assert ids_of(found) == ids_of(expected)
+    for one, other in zip(sum(found, []), sum(expected, []), strict=True):
+        torch.testing.assert_close(one.logps, other.logps, rtol=0, atol=1e-6)
+    widths = [len(graph.out) for graph in graphs]
+    assert widths[0] == 24 and len(widths) > 2, "too few graphs to show anything"
+    assert all(2 * less <= more for more, less in zip(widths, widths[1:], strict=False)), widths
+    longest = max(len(reply.ids) for reply in sum(found, []))
+    assert sum(graph.replays for graph in graphs) == longest - 1, "every token after the first comes from a replay"
+
+
+def test_a_graph_is_captured_only_where_enough_steps_are_left_to_pay_for_it(
+    models, records, early_ends, graphs, monkeypatch
+):
+    policy, encoder = models["qwen2_5_vl"]
+    prompts = [encoder.prompt(records[i]) for i in (0, 1, 2, 3)]
+    asked = {"seeds": [31, 32, 33, 34], "temperature": 3.0, "graphs": True}
+    short = model.sample(policy, prompts, 4, max_new_tokens=model.GRAPH_PAYS, **asked)
+    assert not graphs
+    longer = model.sample(policy, prompts, 4, max_new_tokens=model.GRAPH_PAYS + 2, **asked)
+    ended = {len(reply.ids) for reply in sum(longer, []) if reply.finished}
+    assert [len(graph.out) for graph in graphs] == [16] and sum(size < 10 for size in ended) > 3
+    assert ids_of(short) == [[reply[: model.GRAPH_PAYS] for reply in group] for group in ids_of(longer)]
 
 
 def test_one_new_token_is_one_token(models, records, early_ends):
@@ -1577,6 +1733,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tiny_dirs, recor
         run.log({"step": step}, [{"reply": "A"}])
         if step == 2:
             run.save(step, policy, optimizer)
+    run.finish()
     unbroken = {name: weight.clone() for name, weight in model.full_weights(policy).items()}
 
     policy, _ = model.load(path, CPU, train=True)
@@ -1610,6 +1767,7 @@ def test_checkpoints_are_few_whole_and_written_when_due(scratch_model, records, 
     assert [step for step in range(1, 8) if run.checkpoint_due(step, 7, 0)] == [7]
     for step in (3, 6, 7):
         run.save(step, policy, optimizer, keep=2)
+    run.finish()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000006", "step_000007"]
     assert (tmp_path / "LATEST").read_text() == "step_000007"
     signal.raise_signal(signal.SIGTERM)  # asked to stop: a checkpoint is due, then the run leaves

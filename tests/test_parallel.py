@@ -1,13 +1,15 @@
-"""Two processes must do what one does: the same replies, losses, gradient norms, weights and checkpoints.
+"""Two processes, or four, must do what one does: the same replies, losses, gradient norms, weights and checkpoints.
 
-`torchrun` starts them on the CPU (gloo), the weights sharded by FSDP2. In many cases the ranks differ: one has pictures
-and the other none, one has nothing to learn from, one needs more forwards than the other, one has no pair at all. If a
-rank then skips a collective, the other waits for ever, or answers the wrong one. So every start has a timeout, and a
-hang is a failure.
+`torchrun` starts them on the CPU (gloo), the weights sharded by FSDP2 in every way there is. In many cases the ranks
+differ: one has pictures and the other none, one has nothing to learn from, one needs more forwards than the other, one
+has no pair at all. If a rank then skips a collective, the other waits for ever, or answers the wrong one. So every
+start has a timeout, and a hang is a failure.
 
-All comparable runs share one start of two processes: starting Python and torch takes longer than training.
+All comparable runs share one start of two processes and one of four: starting Python and torch takes longer than
+training.
 """
 
+import json
 import signal
 
 import pytest
@@ -16,6 +18,7 @@ from commands import (
     TWO_PROCESSES,
     Material,
     call,
+    checkpoint,
     distance,
     end,
     rows,
@@ -29,6 +32,7 @@ from commands import (
 
 import model as m
 
+FILE = 100_000  # bytes of a file, where a model is exported in several
 LR = 3e-4  # AdamW moves every weight by about this much per update, even where the gradient is close to nothing
 
 
@@ -53,6 +57,7 @@ CASES = {
     "sft one reply at a time": ("dpo", {"batch": 1, "steps": 6, "loss": "sft"}),
     "dpo on Qwen3-VL": ("dpo", {"model": "qwen3_vl", "data": "p0-t0", "batch": 2}),
     "grpo": ("grpo", {}),
+    "grpo compiled": ("grpo", {"kl": 0.04, "compile": True, "recompute": "on"}),
     "grpo with KL and two updates": ("grpo", {"kl": 0.04, "updates": 2, "normalizer": "token"}),
     "pictures on one rank": ("grpo", {"data": ("p0", "t0"), "prompts": 2}),
     "nothing to learn on one rank": ("grpo", {"data": ("p1", "u0"), "prompts": 2, "advantage_scale": "batch"}),
@@ -60,6 +65,27 @@ CASES = {
     "unequal micro-batches": ("grpo", {"data": MIXED, "micro_tokens": 150, "updates": 2}),
     "unequal micro-batches with KL": ("grpo", {"data": MIXED, "micro_tokens": 150, "kl": 0.04, "freeze_vision": True}),
 }
+
+
+# Ways to share the work: (case, number of processes, flags). One process has done each case in the plain way.
+WAYS = [(name, 2, {}) for name in CASES]
+WAYS += [
+    ("dpo", 2, {"shard": "grad"}),
+    ("dpo in small micro-batches", 2, {"shard": "grad"}),
+    ("dpo in small micro-batches", 2, {"shard": "none"}),
+    ("unequal micro-batches with KL", 2, {"shard": "none"}),
+    ("unequal micro-batches with KL", 2, {"shard": "grad"}),
+    ("unequal micro-batches with KL", 2, {"accumulate": "shards"}),
+    ("unequal micro-batches", 2, {"recompute": "on"}),
+    ("dpo with one pair left at the end", 4, {}),
+    ("dpo in small micro-batches", 4, {"shard": "none"}),
+    ("dpo on Qwen3-VL", 4, {}),
+    ("dpo", 4, {"replicas": 2}),
+    ("grpo with KL and two updates", 4, {}),
+    ("grpo with KL and two updates", 4, {"replicas": 2, "accumulate": "shards"}),
+    ("grpo", 4, {"shard": "none"}),
+    ("grpo", 4, {"shard": "grad", "replicas": 2}),
+]
 
 
 def settings_of(material, name):
@@ -76,22 +102,35 @@ def settings_of(material, name):
 
 @pytest.fixture(scope="module")
 def both(material, tmp_path_factory):
-    """A folder with the runs of one process in one/…, those of two in two/…"""
+    """A folder with the runs of one process in one/…, those of two in two/…, the ways in ways/0, ways/1, …"""
     folder = tmp_path_factory.mktemp("both")
     m.make_tiny(material.folder / "qwen3_vl", "qwen3_vl", layers=2)
-    jobs = []
+    jobs = {2: [], 4: []}
     for name in CASES:
         stage, settings = settings_of(material, name)
         call(stage, **settings, out=folder / "one" / name)
-        jobs.append((stage, settings | {"out": folder / "two" / name}))
+    for number, (name, count, flags) in enumerate(WAYS):
+        stage, settings = settings_of(material, name)
+        jobs[count].append((stage, settings | flags | {"out": way(folder, number)}))
     # a run that one process begins and two go on with
     begun = folder / "two" / "resumed"
     call("grpo", **material.grpo(lr=LR, steps=2, out=begun))
     call("grpo", **material.grpo(lr=LR, steps=4, out=folder / "one" / "resumed"))
-    jobs.append(("grpo", material.grpo(lr=LR, steps=4, out=begun, resume=True)))
-    jobs.append(("grpo", material.grpo(lr=LR, steps=2, dtype="bf16", kl=0.04, out=folder / "two" / "bf16")))
-    torchrun(jobs, folder)
+    jobs[2].append(("grpo", material.grpo(lr=LR, steps=4, out=begun, resume=True)))
+    jobs[2].append(("grpo", material.grpo(lr=LR, steps=2, dtype="bf16", kl=0.04, out=folder / "two" / "bf16")))
+    for name, size in (("small", 2000), ("large", 60000)):
+        m.make_tiny(folder / name, hidden=256, heads=4, layers=2, vocab=size)
+    jobs[4].append(("checks", {"check": "memory", "model": folder / "large", "out": folder / "memory"}))
+    exported = {"check": "export", "model": material.speaker, "out": folder / "files", "bytes": FILE}
+    jobs[2].append(("checks", exported))
+    for count in jobs:
+        torchrun(jobs[count], folder, count)
     return folder
+
+
+def way(folder, number):
+    name, count, flags = WAYS[number]
+    return folder / ("ways" if flags or count > 2 else "two") / (str(number) if flags or count > 2 else name)
 
 
 def check_equal(two, one, before, steps):
@@ -112,11 +151,12 @@ def check_equal(two, one, before, steps):
     after, expected, start_weights = weights(two), weights(one), weights(before)
     moved = total(expected, start_weights)
     assert total(after, expected) <= 1e-3 * moved and distance(after, expected) < 5e-5
-    folder = f"checkpoints/step_{steps:06d}"
-    moments, wanted = (weights(out / folder, "optimizer.safetensors") for out in (two, one))
-    assert moments.keys() == wanted.keys()
+    state, wanted = checkpoint(two, steps), checkpoint(one, steps)
+    assert state.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert (moments[name] - value).abs().max() <= 1e-6 + 1e-3 * value.abs().max(), name
+        if "/" not in name:
+            continue  # a weight, see above
+        assert (state[name] - value).abs().max() <= 1e-6 + 1e-3 * value.abs().max(), name
     return moved
 
 
@@ -125,11 +165,12 @@ def total(one, other):
     return sum((one[name] - other[name]).square().sum().item() for name in one) ** 0.5
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_equal_one_for(material, both, name):
+@pytest.mark.parametrize("number", range(len(WAYS)), ids=[f"{count} {name} {flags}" for name, count, flags in WAYS])
+def test_several_processes_equal_one(material, both, number):
+    name = WAYS[number][0]
     _, settings = settings_of(material, name)
-    one, two = both / "one" / name, both / "two" / name
-    moved = check_equal(two, one, settings["model"], len(rows(one)))
+    one = both / "one" / name
+    moved = check_equal(way(both, number), one, settings["model"], len(rows(one)))
     if name == "nothing to learn on any rank":
         assert moved == 0
     else:
@@ -161,6 +202,41 @@ def test_the_cases_are_what_their_names_say(material, both):
 def test_two_processes_go_on_with_what_one_began(material, both):
     assert [row["step"] for row in rows(both / "two/resumed")] == [1, 2, 3, 4]
     check_equal(both / "two/resumed", both / "one/resumed", material.speaker, 4)
+
+
+def test_a_model_is_exported_in_files_that_the_processes_write_in_turns(material, both):
+    from transformers import AutoModelForImageTextToText
+
+    written = json.loads((both / "files/written.json").read_text())
+    names = [sorted(name for name, _ in part) for part in written]
+    count = len(sum(names, []))
+    assert count > 3 and abs(len(names[0]) - len(names[1])) <= 1
+    largest = max(value.nbytes for value in weights(material.speaker).values())
+    assert all(size <= max(FILE, largest) for part in written for _, size in part), "nobody holds more than a file"
+    expected = [f"model-{number:05d}-of-{count:05d}.safetensors.partial" for number in range(1, count + 1)]
+    assert sorted(sum(names, [])) == expected
+    hf, loading = AutoModelForImageTextToText.from_pretrained(both / "files", output_loading_info=True)
+    assert not any(loading.values()), loading
+    plain = AutoModelForImageTextToText.from_pretrained(material.speaker)
+    assert distance(dict(hf.state_dict()), dict(plain.state_dict())) == 0
+    policy, _ = m.load(both / "files", m.setup(), train=True)
+    assert distance(m.full_weights(policy), m.full_weights(m.load(material.speaker, m.setup(), train=True)[0])) == 0
+
+
+def test_no_process_ever_holds_the_whole_model_while_loading_it(both):
+    whole = (both / "large/model.safetensors").stat().st_size
+    grown = json.loads((both / "memory/grown.json").read_text())
+    assert len(grown) == 4 and whole > 60e6
+    # its shard, and the pages of the file that it read for it
+    assert all(0.2 * whole < size < 0.75 * whole for size in grown), [size / whole for size in grown]
+
+
+def test_replicas_must_divide_the_processes_and_offload_needs_a_gpu(material, tmp_path, capsys):
+    refused = ({"replicas": 2}, "--replicas 2 does not divide the 1 "), ({"offload": True}, "it needs CUDA")
+    for settings, line in refused:
+        with pytest.raises(SystemExit) as ended:
+            m.run(lambda more=settings: call("grpo", **material.grpo(out=tmp_path / "out", **more)))
+        assert ended.value.code == 2 and line in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_sigterm_stops_both_processes_with_a_checkpoint_that_one_process_goes_on_with(material, tmp_path):

@@ -31,6 +31,7 @@ def test_every_linked_file_exists():
 
 def test_every_flag_in_the_readme_is_a_flag_of_some_stage():
     text = readme.README.read_text()
-    sources = "".join(path.read_text() for path in [*ROOT.glob("*.py"), ROOT / "bench/readme.py"])
+    files = [*ROOT.glob("*.py"), ROOT / "bench/readme.py", ROOT / "recipes/plan.py"]
+    sources = "".join(path.read_text() for path in files)
     known = set(re.findall(r'"(--[a-z][a-z-]+)"', sources)) | {"--nproc_per_node", "--no-think", "--help"}
     assert {flag for flag in re.findall(r"(--[a-z][a-z_-]+)", text) if flag not in known} == set()

@@ -8,9 +8,11 @@ import json
 import random
 import shutil
 import signal
+import threading
 
 import pytest
-from commands import ROOT, Material, call, distance, end, rows, start, stop, timeless, weights
+import torch
+from commands import ROOT, Material, call, checkpoint, distance, end, rows, start, stop, timeless, weights
 
 import model as m
 
@@ -40,9 +42,7 @@ def check_same(out, whole, steps=STEPS):
     assert timeless(out) == timeless(whole)
     assert (out / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     assert distance(weights(out), weights(whole)) == 0
-    for name in ("weights.safetensors", "optimizer.safetensors"):
-        folder = f"checkpoints/step_{steps:06d}"
-        assert distance(weights(out / folder, name), weights(whole / folder, name)) == 0
+    assert distance(checkpoint(out, steps), checkpoint(whole, steps)) == 0
     assert (out / "LATEST").read_text() == f"step_{steps:06d}"
     assert not list(out.rglob("*.partial"))
 
@@ -67,7 +67,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(material, unbr
                 file.write('{"step": 17, "loss": 0.')
         half = out / "checkpoints/step_000018.partial"
         half.mkdir()
-        (half / "weights.safetensors").write_bytes(b"half")
+        (half / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
         (out / "log.jsonl.partial").write_text('{"step"')
         call(stage, **getattr(material, stage)(out=out, resume=True, **SETTINGS[stage]))
         check_same(out, unbroken[stage])
@@ -132,7 +132,8 @@ def test_a_run_that_died_between_its_last_checkpoint_and_latest_goes_on_from_the
     args = json.loads((out / "args.json").read_text()) | {"out": str(out)}
     (out / "args.json").write_text(json.dumps(args))
     (out / "LATEST").write_text("step_000002")  # 3 to 6 are there, but nobody vouches for them
-    (out / "checkpoints/step_000003/weights.safetensors").write_bytes(b"half")
+    for file in (out / "checkpoints/step_000003").iterdir():
+        file.write_bytes(b"half")
     call("dpo", **material.dpo(out=out, steps=6, save_every=1, keep=1, resume=True))
     check_same(out, tmp_path / "whole", 6)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000006"]
@@ -144,10 +145,41 @@ def test_a_checkpoint_newer_than_the_one_just_written_does_not_push_it_out(mater
         (tmp_path / f"checkpoints/step_00000{step}").mkdir(parents=True)
     (tmp_path / "LATEST").write_text("step_000003")
     policy, _ = m.load(material.speaker, m.setup(), train=True)
-    m.Run(tmp_path, m.setup(), step=3).save(4, policy, m.adamw(policy, 1e-3), keep=1)
+    run = m.Run(tmp_path, m.setup(), step=3)
+    run.save(4, policy, m.adamw(policy, 1e-3), keep=1)
+    run.finish()
     assert (tmp_path / "LATEST").read_text() == "step_000004"
-    assert (tmp_path / "checkpoints/step_000004/weights.safetensors").exists()
+    assert "hf.model.language_model.norm.weight" in checkpoint(tmp_path, 4)
     assert not (tmp_path / "checkpoints/step_000003").exists()
+
+
+def test_a_checkpoint_holds_the_moment_it_was_asked_for_though_it_is_written_later(material, tmp_path):
+    policy, _ = m.load(material.speaker, m.setup(), train=True)
+    before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
+    run, may_write = m.Run(tmp_path, m.setup()), threading.Event()
+    run.writer.submit(may_write.wait)  # the writer is busy
+    run.save(1, policy, m.adamw(policy, 1e-3))
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.zero_()  # training goes on
+    assert not (tmp_path / "LATEST").exists()
+    may_write.set()
+    run.finish()
+    assert (tmp_path / "LATEST").read_text() == "step_000001"
+    assert distance(checkpoint(tmp_path, 1), before) == 0
+
+
+def test_what_goes_wrong_in_the_background_ends_the_run_and_leaves_the_last_checkpoint(material, tmp_path):
+    policy, _ = m.load(material.speaker, m.setup(), train=True)
+    run = m.Run(tmp_path, m.setup())
+    run.save(1, policy, m.adamw(policy, 1e-3))
+    run.finish()
+    (tmp_path / "checkpoints/step_000002.partial").write_text("a file stands where the folder should be")
+    run.save(2, policy, m.adamw(policy, 1e-3))
+    with pytest.raises(BaseException, match="step_000002|exists"):
+        run.save(3, policy, m.adamw(policy, 1e-3))
+    assert (tmp_path / "LATEST").read_text() == "step_000001"
+    assert checkpoint(tmp_path, 1)
 
 
 @pytest.mark.parametrize("keep, kept", [(1, [5]), (3, [3, 4, 5])])

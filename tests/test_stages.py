@@ -15,7 +15,7 @@ import statistics
 
 import pytest
 import torch
-from commands import ROOT, Material, call, distance, end, flags, rows, start, timeless, weights, write
+from commands import ROOT, Material, call, checkpoint, distance, end, flags, rows, start, timeless, weights, write
 
 import grpo
 import model as m
@@ -61,11 +61,11 @@ def gradients(policy):
     return {name: weight.grad.clone() for name, weight in policy.named_parameters() if weight.grad is not None}
 
 
-def policy_of(path, checkpoint=None):
-    """(policy, encoder) of a model directory, with the weights of one of a run's checkpoints when one is named."""
+def policy_of(path, *at):
+    """(policy, encoder) of a model directory, with the weights of a checkpoint when (run, step) is named."""
     policy, encoder = m.load(path, m.setup(), train=True)
-    if checkpoint is not None:
-        saved = weights(checkpoint, "weights.safetensors")
+    if at:
+        saved = checkpoint(*at)
         with torch.no_grad():
             for name, weight in policy.named_parameters():
                 weight.copy_(saved[name])
@@ -93,7 +93,7 @@ def check_model_directory(out, last_step):
     assert AutoTokenizer.from_pretrained(out).eos_token == "<|im_end|>"
     assert Qwen2VLImageProcessorPil.from_pretrained(out).merge_size == 2
     assert (out / "LATEST").read_text() == f"step_{last_step:06d}"
-    saved = weights(out / f"checkpoints/step_{last_step:06d}", "weights.safetensors")
+    saved = {name: value for name, value in checkpoint(out, last_step).items() if "/" not in name}
     assert distance(saved, {f"hf.{name}": weight.detach() for name, weight in hf.named_parameters()}) == 0
 
 
@@ -194,7 +194,7 @@ def test_grpo_trains_with_the_settings_of(material, tmp_path, name):
 def test_dpo_measures_implicit_rewards_against_the_starting_model_and_not_against_itself(material, tmp_path):
     call("dpo", **material.dpo(out=tmp_path, steps=2, beta=0.3, batch=8, save_every=1))
     before, encoder = policy_of(material.speaker)
-    now, _ = policy_of(material.speaker, tmp_path / "checkpoints/step_000001")
+    now, _ = policy_of(material.speaker, tmp_path, 1)
     pairs = m.read_records(material.pair_data)
     chosen, rejected, nats, tokens = [], [], 0.0, 0
     with torch.no_grad():
@@ -256,7 +256,7 @@ def test_the_reward_and_its_parts_are_means_over_all_replies(material, tmp_path,
         rewards.score(sample["reply"], first, format_weight=0.25)["reward"] for sample in shown
     ]
     # the KL of step 2: between the weights after step 1 and the starting model, per token
-    now, before = policy_of(material.speaker, tmp_path / "checkpoints/step_000001")[0], policy_of(material.speaker)[0]
+    now, before = policy_of(material.speaker, tmp_path, 1)[0], policy_of(material.speaker)[0]
     total = 0.0
     with torch.no_grad():
         for record, group in groups:
@@ -358,8 +358,7 @@ def test_updates_above_1_take_that_many_optimizer_steps_on_the_same_replies(mate
         call("grpo", **material.grpo(out=tmp_path / str(updates), updates=updates, steps=2, lr=3e-3))
     one, three = tmp_path / "1", tmp_path / "3"
     for out, taken in ((one, 2), (three, 6)):
-        moments = weights(out / "checkpoints/step_000002", "optimizer.safetensors")
-        counts = {float(value) for name, value in moments.items() if name.endswith("/step")}
+        counts = {float(value) for name, value in checkpoint(out, 2).items() if name.endswith("/step")}
         assert counts == {taken}
     assert rows(one)[0]["reward"] == rows(three)[0]["reward"]  # the first batch is drawn before any update
     assert rows(one)[0]["clip_fraction"] == 0 < rows(three)[0]["clip_fraction"] < 1

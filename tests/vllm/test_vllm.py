@@ -9,7 +9,7 @@ import json
 
 import pytest
 import torch
-from commands import Material, call, rows, torchrun
+from commands import Material, call, rows, torchrun, write
 
 import model as m
 
@@ -286,6 +286,17 @@ def test_a_weight_that_vllm_ignores_is_caught(engine, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def evaluated(material, **settings):
+    """Settings of a greedy eval.py run."""
+    return {"model": material.speaker, "data": material.data, "max_new_tokens": TOKENS, "batch": 3} | settings
+
+
+def distilled(material, **settings):
+    """Settings of a distill.py run: the speaker is both policy and base."""
+    both = {"policy": material.speaker, "base": material.speaker, "data": material.data, "coupled": True}
+    return both | {"samples": 16, "max_new_tokens": 8, "sampler": "vllm"} | settings
+
+
 def mean(log, name):
     return sum(row[name] for row in log) / len(log)
 
@@ -322,7 +333,23 @@ def alone(material, tmp_path_factory):
 
 @pytest.mark.parametrize("tp", [1, 2], ids=["an_engine_each", "one_engine_between_them"])
 def test_two_processes_draw_and_learn_what_one_does_with(material, alone, tmp_path, tp):
-    torchrun([("grpo", material.grpo(sampler="vllm", lr=3e-4, steps=3, vllm_tp=tp, out=tmp_path / "two"))], tmp_path)
+    """In the second run one process has a picture and the other none, so that they do not run the same modules."""
+    settings = material.grpo(sampler="vllm", lr=3e-4, steps=3, vllm_tp=tp)
+    records = {record["id"]: record for record in material.records}
+    unlike = write(material.folder / "unlike.jsonl", [records["p0"], records["t0"]])
+    other = settings | {"data": unlike, "prompts": 2, "shard": "grad", "canary_every": 1}
+    jobs = [("grpo", settings | {"out": tmp_path / "two"}), ("grpo", other | {"out": tmp_path / "unlike"})]
+    if tp == 1:
+        jobs.append(("distill", distilled(material, batch=3, out=tmp_path / "pairs.jsonl")))
+        jobs.append(("eval", evaluated(material, sampler="vllm", out=tmp_path / "eval.json")))
+    torchrun(jobs, tmp_path)
+    assert len(rows(tmp_path / "unlike")) == 3
+    if tp == 1:
+        call("distill", **distilled(material, batch=8, out=tmp_path / "one.jsonl"))
+        assert (tmp_path / "pairs.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+        call("eval", **evaluated(material, sampler="builtin", out=tmp_path / "one.json"))
+        one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "eval.json"))
+        assert one["rows"] == two["rows"]
     log, expected = rows(tmp_path / "two"), rows(alone)
     assert len(log) == 3 and all(row["sampler_gap"] < 1e-4 for row in log)
     for row, one in zip(log, expected, strict=True):
@@ -334,17 +361,14 @@ def test_two_processes_draw_and_learn_what_one_does_with(material, alone, tmp_pa
 def test_eval_gives_the_same_greedy_result_through_vllm(material, tmp_path):
     results = []
     for sampler in ("builtin", "vllm"):
-        out = tmp_path / f"{sampler}.json"
-        call("eval", model=material.speaker, data=material.data, out=out, max_new_tokens=TOKENS, batch=3,
-             sampler=sampler)  # fmt: skip
-        results.append(json.loads(out.read_text()))
+        call("eval", **evaluated(material, sampler=sampler, out=tmp_path / f"{sampler}.json"))
+        results.append(json.loads((tmp_path / f"{sampler}.json").read_text()))
     assert results[0]["rows"] == results[1]["rows"] and len(results[0]["rows"]) == 8
     assert [result["args"]["sampler"] for result in results] == ["builtin", "vllm"]
 
 
 def test_distill_makes_pairs_from_two_models_through_vllm(material, tmp_path):
-    settings = {"policy": material.speaker, "base": material.speaker, "data": material.data, "samples": 16}
-    call("distill", **settings, max_new_tokens=8, batch=3, sampler="vllm", coupled=True, out=tmp_path / "pairs.jsonl")
+    call("distill", **distilled(material, batch=3, out=tmp_path / "pairs.jsonl"))
     pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert len(pairs) >= 4
     assert all(pair["chosen"] == pair["answer"] and pair["rejected"] != pair["chosen"] for pair in pairs)

@@ -1,0 +1,55 @@
+"""What tests of several processes run inside each of them: a stage that `commands.torchrun` starts like any other."""
+
+import argparse
+import json
+import resource
+from pathlib import Path
+
+import torch.distributed as dist
+
+import model as m
+
+
+def export(args, world):
+    """Write args.model again, in files of at most args.bytes, from shards; rank 0 notes who wrote which file."""
+    policy, encoder = m.load(args.model, world, train=True)
+    written, save = [], m.save_file
+
+    def watched(tensors, path, **options):
+        written.append([Path(path).name, sum(tensor.nbytes for tensor in tensors.values())])
+        save(tensors, path, **options)
+
+    m.save_file = watched
+    try:
+        m.save_model(policy, encoder, args.out, world, args.bytes)
+    finally:
+        m.save_file = save
+    everybody = world.gather(written)
+    if world.main:
+        (Path(args.out) / "written.json").write_text(json.dumps(everybody))
+
+
+def memory(args, world):
+    """Load args.model in shards, and note by how many bytes each process has grown at most."""
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    m.load(f"{args.model}/../small", world, train=True)  # whatever is needed once, imports first of all
+    before = peak()
+    m.load(args.model, world, train=True)
+    grown = world.gather(peak() - before)
+    if world.main:
+        Path(args.out).mkdir()
+        (Path(args.out) / "grown.json").write_text(json.dumps(grown))
+
+
+def main(argv):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", choices=["export", "memory"])
+    parser.add_argument("--model")
+    parser.add_argument("--out")
+    parser.add_argument("--bytes", type=int, default=0)
+    args = parser.parse_args(argv)
+    {"export": export, "memory": memory}[args.check](args, m.setup())
+    dist.barrier()

@@ -1512,6 +1512,8 @@ class VLLM:
 
     def __call__(self, policy, prompts, n, *, seeds, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=256):
         """Draw n replies per prompt: -> list (P) of lists (n) of Reply, as `sample` does."""
+        if temperature != 0 and not 0.01 <= temperature <= 2:
+            raise DataError(f"--temperature {temperature:g}: vLLM takes 0, or 0.01 to 2; or use --sampler builtin")
         learns = any(weight.requires_grad for weight in policy.parameters())
         if learns or self.calls == 0:
             self.wake("weights")
@@ -1542,7 +1544,8 @@ class VLLM:
         """Send every weight times `scale` (a canary sends wrong ones), and forget what old ones computed."""
         self.engine.apply_model(lambda model: model.load_weights(checkpoint_weights(policy, scale)))
         engine = self.engine.llm_engine
-        assert engine.reset_prefix_cache()  # keys and values of prompts
+        emptied = engine.reset_prefix_cache()  # keys and values of prompts
+        assert emptied, "vLLM holds requests that nobody waits for"
         engine.reset_mm_cache()  # preprocessed pictures
         engine.reset_encoder_cache()  # what the vision tower made of them
 
@@ -1589,10 +1592,9 @@ class VLLM:
         first, seen = prompts[:1], prompts[0].images
         other = [prompt for prompt in prompts if set(prompt.images).isdisjoint(seen)][:1] or first
         greedy = {"seeds": [0], "temperature": 0, "top_k": 0, "top_p": 1.0, "max_new_tokens": tokens}
-        random = greedy | {"temperature": temperature}
 
         def compare(name, prompts):
-            drawn = self.generate(policy, prompts, 4, **random)
+            drawn = self.generate(policy, prompts, 4, **greedy | {"temperature": temperature})
             canary_log_probs(name, policy, prompts, drawn, temperature)
 
         compare("log-probs", first)
@@ -1951,7 +1953,7 @@ class Run:
 
     # what may differ between a run and its resumption
     FREE = ("resume", "overwrite", "steps", "save_every", "keep", "measure_peak")
-    FREE += ("shard", "replicas", "offload", "accumulate")  # like the number of processes
+    FREE += ("shard", "replicas", "offload", "accumulate", "vllm_tp", "vllm_memory")  # like the number of processes
 
     @classmethod
     def open(cls, args, world):

@@ -181,6 +181,13 @@ def test_a_policy_that_learns_is_sent_for_every_call_and_one_that_does_not_once(
     assert len(sent) == first >= 1
 
 
+def test_temperatures_that_vllm_would_change_are_refused(engine):
+    policy, sampler, prompts = engine
+    for temperature in (0.001, 2.5):
+        with pytest.raises(m.DataError, match=f"--temperature {temperature}: vLLM takes"):
+            draw(policy, sampler, prompts, temperature=temperature)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sabotage: each kind is caught, and by the canary that is made for it
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +344,7 @@ def test_two_processes_draw_and_learn_what_one_does_with(material, alone, tmp_pa
     settings = material.grpo(sampler="vllm", lr=3e-4, steps=3, vllm_tp=tp)
     records = {record["id"]: record for record in material.records}
     unlike = write(material.folder / "unlike.jsonl", [records["p0"], records["t0"]])
-    other = settings | {"data": unlike, "prompts": 2, "shard": "grad", "canary_every": 1}
+    other = settings | {"data": unlike, "prompts": 2, "shard": ("full", "grad")[tp - 1], "canary_every": 1}
     jobs = [("grpo", settings | {"out": tmp_path / "two"}), ("grpo", other | {"out": tmp_path / "unlike"})]
     if tp == 1:
         jobs.append(("distill", distilled(material, batch=3, out=tmp_path / "pairs.jsonl")))

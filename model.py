@@ -1285,14 +1285,14 @@ def sample(
     top_p=1.0,
     max_new_tokens=256,
     batch_tokens=None,
-    graphs="auto",
+    graphs=False,
 ):
     """Draw n replies per prompt: -> list (P) of lists (n) of Reply, on the CPU.
 
     seeds: one int per prompt. Reply g of a prompt is a function of the weights, its prompt, its seed and g: neither the
     batch it is drawn in nor the number of processes matters. temperature 0 is greedy (n must be 1). top_k 0 and
     top_p 1.0 switch those cuts off. batch_tokens bounds the KV cache of one round (tokens); None: what fits in memory.
-    graphs: decode by replaying CUDA graphs; "auto": where FlashAttention's kernels run on a GPU.
+    graphs: decode by replaying CUDA graphs.
     """
     if temperature == 0 and n != 1:
         raise ValueError("greedy decoding gives one reply: n must be 1")
@@ -1304,7 +1304,6 @@ def sample(
     order = sorted(range(len(prompts)), key=length)
     gather_weights(policy)
     batch_tokens = batch_tokens or cache_room(policy)
-    graphs = policy.flash and policy.forbidden.is_cuda if graphs == "auto" else graphs
     while order:
         rows, size = [], 0
         while order and (not rows or size + length(order[0]) + n * max_new_tokens <= batch_tokens):

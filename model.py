@@ -1719,23 +1719,26 @@ class Run:
             self.finish()
             raise KeyboardInterrupt(f"stopped after step {step} of {steps}; --resume goes on from there")
 
-    def save(self, step, policy, optimizer, keep=2):
+    def save(self, step, policy, optimizer, keep=2, extra=None):
         """Write checkpoints/step_000123 (weights and AdamW's state as safetensors, each process its shards), then point
-        LATEST at it. The shards are copied at once and written in the background, while the next steps go on."""
+        LATEST at it. The shards are copied at once and written in the background, while the next steps go on.
+        extra: {text: JSON} of each process, which restore gives back to all, put together."""
         self.finish()
+        extra = {name: value for part in self.world.gather(extra or {}) for name, value in part.items()}
         folder = self.out / "checkpoints" / f"step_{step:06d}"
         if self.world.main:
             for stale in (folder, partial_of(folder)):
                 shutil.rmtree(stale, ignore_errors=True)
         self.world.barrier()
         state = {name: value.to("cpu", copy=True) for name, value in checkpoint_state(policy, optimizer).items()}
-        self.writing = self.writer.submit(self._write, folder, state, keep)
+        self.writing = self.writer.submit(self._write, folder, state, keep, extra)
 
-    def _write(self, folder, state, keep):
+    def _write(self, folder, state, keep, extra):
         dcp, _, storage = checkpointing()
         writer = storage(str(partial_of(folder)), save_distributed=True)
         dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=not grouped())
         if self.world.main:  # every process has written: the first one hears last
+            write_text(partial_of(folder) / "extra.json", json.dumps(extra))
             partial_of(folder).replace(folder)
             write_text(self.out / "LATEST", folder.name)
             saved = sorted(path for path in folder.parent.glob("step_??????") if path.name <= folder.name)
@@ -1749,12 +1752,14 @@ class Run:
             self.writing = None
 
     def restore(self, policy, optimizer):
-        """Load the checkpoint LATEST names into policy and optimizer, if this run has one (step > 0). It may have been
-        written by another number of processes: each reads the slices that are its own now."""
+        """Load the checkpoint LATEST names into policy and optimizer, if this run has one (step > 0): -> its extra.
+
+        It may have been written by another number of processes: each reads the slices that are its own now."""
         if not self.step:
-            return
+            return {}
         dcp, storage, _ = checkpointing()
-        reader = storage(str(self.out / "checkpoints" / f"step_{self.step:06d}"))
+        folder = self.out / "checkpoints" / f"step_{self.step:06d}"
+        reader = storage(str(folder))
         known = reader.read_metadata().state_dict_metadata
         for name, weight in policy.named_parameters():
             if f"{name}/step" in known:  # AdamW makes its state in a weight's first update
@@ -1766,6 +1771,7 @@ class Run:
         for name, weight in policy.named_parameters():
             if f"{name}/step" in known:
                 optimizer.state[weight]["step"].copy_(state[f"{name}/step"][0])
+        return json.loads((folder / "extra.json").read_text())
 
     def export(self, policy, encoder):
         """Make the run directory a Hugging Face model directory: config, safetensors, tokenizer, image settings."""

@@ -1766,11 +1766,8 @@ class Run:
                 moments = {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
                 clock = torch.zeros((), device=weight.device)
                 optimizer.state[weight] = {"step": clock, **moments}
-        state = checkpoint_state(policy, optimizer)
+        state = checkpoint_state(policy, optimizer)  # it shares the memory of what it names, which is filled now
         dcp.load(state, storage_reader=reader, no_dist=not grouped())
-        for name, weight in policy.named_parameters():
-            if f"{name}/step" in known:
-                optimizer.state[weight]["step"].copy_(state[f"{name}/step"][0])
         return json.loads((folder / "extra.json").read_text())
 
     def export(self, policy, encoder):

@@ -1,14 +1,21 @@
 # `make demo` runs the whole pipeline, `make test` the tests. Both make .venv first, if it is not there.
+# `make test-vllm` tests --sampler vllm with the real vLLM, in an environment of its own.
 PYTHON ?= python3
 VENV ?= .venv
+VENV_VLLM ?= .venv-vllm
 BIN := $(abspath $(VENV))/bin
 
-.PHONY: demo test photos bugs lint bench
+.PHONY: demo test test-vllm photos bugs lint bench
 demo: $(VENV)/ready
 	PATH="$(BIN):$$PATH" bash recipes/demo.sh runs/demo
 
 test: $(VENV)/ready
 	PATH="$(BIN):$$PATH" python -m pytest
+
+# an environment of its own (several GB) with vLLM's CPU build; then about three minutes
+test-vllm:
+	PYTHON="$(PYTHON)" bash tests/vllm/setup.sh $(VENV_VLLM)
+	OMP_NUM_THREADS=1 $(abspath $(VENV_VLLM))/bin/python -m pytest tests/vllm
 
 photos: $(VENV)/ready
 	PATH="$(BIN):$$PATH" bash recipes/photos.sh runs/photos

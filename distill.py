@@ -204,6 +204,9 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="type of weights and compute")
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
         help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip
+    add("--sampler", default="builtin", choices=["builtin", "vllm"],
+        help="who draws the replies: the model itself, or vLLM beside it")  # fmt: skip
+    add("--vllm-memory", type=float, default=0.4, help="share of the GPU that vLLM's weights and KV cache may take")
     add("--seed", type=int, default=0, help="fixes every draw, whatever --batch and the number of processes")
     args = parser.parse_args(argv)
     for name in ("samples", "max_new_tokens", "batch"):
@@ -211,6 +214,8 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.seed < 0 or args.limit < 0 or args.temperature < 0:
         parser.error("--seed, --limit and --temperature must not be below 0")
+    if not 0 < args.vllm_memory < 1:
+        parser.error("--vllm-memory must be between 0 and 1")
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0 gives the same reply each time: it needs --samples 1")
     if args.reject_from == "base" and args.base is None:
@@ -221,22 +226,30 @@ def parse_args(argv=None):
 
 
 def sample_texts(
-    name, path, world, records, seeds, *, samples, temperature, max_new_tokens, batch, **loading
+    name, path, world, records, seeds, *, samples, temperature, max_new_tokens, batch, sampler, vllm_memory, **loading
 ) -> list[list[str]]:
     """Finished replies of the model at `path` to each record, as text. The model is gone from memory afterwards."""
     policy, encoder = m.load(path, world, **loading)
+    draw = m.sample
+    if sampler == "vllm":
+        draw = m.VLLM(
+            path, policy.requires_grad_(False), encoder, world, records, max_new_tokens=max_new_tokens,
+            memory=vllm_memory,
+        )  # fmt: skip
     texts = []
     bar = tqdm(total=len(records), desc=name, disable=not world.main)
     for start in range(0, len(records), batch):
         prompts = encoder.prompts(records[start : start + batch])
-        replies = m.sample(
+        replies = draw(
             policy, prompts, samples, seeds=seeds[start : start + batch],
             temperature=temperature, max_new_tokens=max_new_tokens,
         )  # fmt: skip
         texts += [[encoder.decode(reply.ids) for reply in group if reply.finished] for group in replies]
         bar.update(len(prompts))
     bar.close()
-    del policy, encoder
+    if sampler == "vllm":
+        draw.close()
+    del policy, encoder, draw
     gc.collect()  # a module tree holds cycles: without this it would stay while the next model is loaded
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -264,7 +277,7 @@ def main(argv=None):
 
     # 2. Sample the policy
     options = {name: getattr(args, name) for name in ("samples", "temperature", "max_new_tokens", "batch")}
-    options |= {name: getattr(args, name) for name in ("dtype", "attn", "max_pixels")}
+    options |= {name: getattr(args, name) for name in ("dtype", "attn", "max_pixels", "sampler", "vllm_memory")}
     # Even and odd seeds: the two models must not draw the same random numbers.
     seeds = [2 * (args.seed * 10**9 + place) for place in places]
     policy_texts = sample_texts("policy", args.policy, world, mine, seeds, **options)

@@ -137,6 +137,7 @@ ROLES = ("data", "id", "ood")
 # What the numbers depend on besides the model and the files: stored with them.
 SETTINGS = (
     "samples", "temperature", "top_k", "top_p", "max_new_tokens", "limit", "max_pixels", "seed", "dtype", "attn",
+    "sampler",
 )  # fmt: skip
 
 
@@ -649,6 +650,10 @@ def parse_args(argv=None):
                    help="of weights and computation; auto (default) is bf16 on a GPU, fp32 on a CPU")
     p.add_argument("--attn", default="auto", choices=("auto", "sdpa", "flash"),
                    help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere (default auto)")
+    p.add_argument("--sampler", default="builtin", choices=("builtin", "vllm"),
+                   help="who draws the replies: the model itself (default), or vLLM beside it")
+    p.add_argument("--vllm-memory", type=float, default=0.4, metavar="X",
+                   help="share of the GPU that vLLM's weights and KV cache may take (default 0.4)")
     p.add_argument("--id", nargs="+", default=[], metavar="FILE", help="records in the trained reply format (GF)")
     p.add_argument("--ood", nargs="+", default=[], metavar="FILE", help="records in formats never trained (GF)")
     p.add_argument("--ood-weights", nargs="+", type=named_weight, metavar="SOURCE=W",
@@ -690,6 +695,8 @@ def parse_args(argv=None):
         p.error("--keep-replies, --top-k, --seed and --temperature must be at least 0")
     if not 0 < args.top_p <= 1:
         p.error("--top-p must be above 0 and at most 1")
+    if not 0 < args.vllm_memory < 1:
+        p.error("--vllm-memory must be between 0 and 1")
     if args.samples > 1 and args.temperature == 0:
         p.error("--samples above 1 needs --temperature above 0: greedy replies are all the same")
     return args
@@ -715,13 +722,19 @@ def main(argv=None):
     except OSError as error:
         raise DataError(f"--out {args.out}: its folder cannot be made ({error})") from error
     policy, encoder = model.load(args.model, world, dtype=args.dtype, attn=args.attn, max_pixels=args.max_pixels)
+    sampler = model.sample
+    if args.sampler == "vllm":
+        sampler = model.VLLM(
+            args.model, policy.requires_grad_(False), encoder, world, records[world.rank :: world.size],
+            max_new_tokens=args.max_new_tokens, memory=args.vllm_memory, seed=args.seed,
+        )  # fmt: skip
 
     # 2 sample: records are dealt like cards to the processes; a record's seed depends on its place in the files alone
     mine = range(world.rank, len(records), world.size)
     replies = {}  # index of a record -> its n replies
     for start in tqdm(range(0, len(mine), args.batch), desc="eval", disable=None if world.main else True):
         batch = mine[start : start + args.batch]
-        drawn = model.sample(
+        drawn = sampler(
             policy, encoder.prompts([records[index] for index in batch]), args.samples,
             seeds=[args.seed * 1_000_003 + index for index in batch], temperature=args.temperature,
             top_k=args.top_k, top_p=args.top_p, max_new_tokens=args.max_new_tokens,

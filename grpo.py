@@ -65,22 +65,44 @@ def policy_ratio(logp, old_logp, mask, ratio="token"):
     return log_ratio.exp()
 
 
+def importance_weights(old_logp, sampler_logp, mask, kind="token", cap=2.0):
+    """What a token counts that another distribution drew: (B, T) min(π_old / π_sampler, cap), without a gradient.
+
+    The sampler computes in another order or type than the trainer, or cuts with top-k and top-p, so its replies are not
+    quite the policy's. The ratio makes their mean right again, the cap keeps a rare token from outweighing a batch:
+    truncated importance sampling (Ionides, J. Comput. Graph. Stat. 17, 2008). old_logp: the trainer's log-probs with
+    the weights that drew, sampler_logp: the sampler's. kind "token": each token's own ratio; "sequence": its reply's,
+    the product over its tokens; "none": 1 everywhere. Padding may hold NaN; what is returned there means nothing.
+    """
+    log_ratio = (old_logp - sampler_logp).detach().masked_fill(~mask, 0.0)
+    if kind == "none":
+        return torch.ones_like(log_ratio)
+    if kind == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
+    elif kind != "token":
+        raise ValueError(f'kind must be "token", "sequence" or "none", not {kind!r}')
+    return log_ratio.exp().clamp(max=cap)
+
+
 def grpo_loss(
-    logp, old_logp, ref_logp, advantage, mask, weight, *, clip_low=0.2, clip_high=0.2, kl=0.0, ratio="token"
+    logp, old_logp, ref_logp, advantage, mask, weight, *, clip_low=0.2, clip_high=0.2, kl=0.0, ratio="token",
+    correction=None,
 ):  # fmt: skip
     """The clipped surrogate of GRPO (arXiv 2402.03300, equation 3; the two-sided clip of DAPO, arXiv 2503.14476).
 
-        loss = −Σ_b weight_b Σ_t mask_bt [ min(r A, clip(r, 1−low, 1+high) A) − kl · k3 ],   r = π(token) / π_old(token)
+        loss = −Σ_b weight_b Σ_t mask_bt [ c min(r A, clip(r, 1−low, 1+high) A) − kl · k3 ], r = π(token) / π_old(token)
         k3   = π_ref/π − log(π_ref/π) − 1
 
     logp, old_logp, ref_logp (B, T) log-probs of the sampled tokens; ref_logp may be None when kl == 0.
     advantage (B,). mask (B, T): True on sampled tokens, end token included; padding may hold NaN.
     weight (B,): what one token of each reply counts, counted by the caller over all micro-batches and ranks:
     1/(B·length) is the mean over replies of per-token means, 1/(all tokens) the token mean, 1/(B·constant) Dr. GRPO's.
-    Returns a scalar.
+    correction (B, T): c, as importance_weights gives it; None: 1. Returns a scalar.
     """
     r = policy_ratio(logp, old_logp, mask, ratio)
     gain = torch.minimum(r * advantage[:, None], r.clamp(1 - clip_low, 1 + clip_high) * advantage[:, None])
+    if correction is not None:
+        gain = gain * correction
     if kl:
         gain = gain - kl * k3(logp, ref_logp, mask)
     return -(weight[:, None] * gain.masked_fill(~mask, 0.0)).sum()
@@ -105,7 +127,6 @@ def token_weights(lengths, normalizer, replies, tokens, constant):
 # ---------------------------------------------------------------------------------------------------------------------
 # The embedded default: `python grpo.py` alone
 
-SAMPLERS = {"builtin": m.sample}
 EMBEDDED = "runs/embedded"
 EMBEDDED_FLAGS = f"""--model {EMBEDDED}/base --data {EMBEDDED}/puzzles/records.jsonl --out {EMBEDDED}/grpo
     --prompts 32 --group 8 --steps 200 --lr 2e-4 --kl 0.04 --clip-high 0.28 --normalizer token
@@ -164,7 +185,17 @@ def parse_args(argv=None):
     add("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this mass; 1: all")
     add("--max-new-tokens", type=int, default=512, help="longest reply in tokens, end token included")
     add("--format-weight", type=float, default=0.5, help="reward = accuracy + this x format; 0: format is not rewarded")
-    add("--sampler", default="builtin", choices=list(SAMPLERS), help="who draws the replies: the trainer's own weights")
+    add("--sampler", default="builtin", choices=["builtin", "vllm"],
+        help="who draws the replies: the trainer's own model, or vLLM beside it (README: With vLLM)")  # fmt: skip
+    add("--vllm-tp", type=int, default=1, help="neighbouring processes that share one vLLM engine (tensor parallel)")
+    add("--vllm-memory", type=float, default=0.4, help="share of the GPU that vLLM's weights and KV cache may take")
+    add("--canary-every", type=int, default=0,
+        help="steps between comparisons of vLLM with the trainer after the first two; 0: no more")  # fmt: skip
+    add("--importance", default="token", choices=["token", "sequence", "none"],
+        help="weigh what the sampler drew by the trainer's probability over the sampler's: of each token, of its whole "
+        "reply, or not. vLLM gives probabilities after --top-k and --top-p, so the weight undoes these cuts too; the "
+        "builtin sampler gives those before")  # fmt: skip
+    add("--importance-cap", type=float, default=2.0, help="largest such weight")
     add("--freeze-vision", action="store_true", help="keep the vision tower as it is")
     add("--max-pixels", type=int, default=None, help="largest image area in pixels; default: the checkpoint's own")
     add("--micro-tokens", type=int, default=0,
@@ -203,7 +234,9 @@ def parse_args(argv=None):
         parser.error("--group 1 has nothing to compare a reply with: every advantage would be 0")
     if not 0 < args.clip_low <= 1:
         parser.error("--clip-low must be in (0, 1]: the ratio is clipped below 1 - clip-low")
-    counts = "warmup", "top_k", "micro_tokens", "save_every", "seed"
+    if args.vllm_tp < 1 or not 0 < args.vllm_memory < 1 or args.importance_cap < 1:
+        parser.error("--vllm-tp and --importance-cap must be at least 1, --vllm-memory between 0 and 1")
+    counts = "warmup", "top_k", "micro_tokens", "save_every", "seed", "canary_every"
     for name in ("clip_high", "kl", "grad_clip", "format_weight", *counts):
         if getattr(args, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must not be negative")
@@ -228,6 +261,12 @@ def main(argv=None):
     reference = m.load(args.model, world, **options)[0].requires_grad_(False) if args.kl else None
     optimizer = m.adamw(policy, args.lr)
     run.restore(policy, optimizer)
+    sampler = m.sample
+    if args.sampler == "vllm":
+        sampler = m.VLLM(
+            args.model, policy, encoder, world, records[world.rank :: world.size], tp=args.vllm_tp,
+            max_new_tokens=args.max_new_tokens, memory=args.vllm_memory, canary_every=args.canary_every, seed=args.seed,
+        )  # fmt: skip
     P, G = args.prompts, args.group
     meter = m.Meter(policy, world, args.measure_peak)
 
@@ -240,7 +279,7 @@ def main(argv=None):
         prompts = encoder.prompts(mine)
         encoder.prefetch(records[batch[P + place]] for place in places)
         meter.lap("rest")
-        replies = SAMPLERS[args.sampler](
+        replies = sampler(
             policy, prompts, G, seeds=[(args.seed * 10**6 + step) * 10**6 + place for place in places],
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
         )  # fmt: skip
@@ -267,7 +306,9 @@ def main(argv=None):
         groups = [drawn[p] for p in useful]
         spare = (prompts[0], [replies[0][0].ids[:1]])  # a filler: keeps ranks in step, at weight 0
         micros = m.micro_batches(world, groups, args.micro_tokens)
-        learned, gap, norm = dict.fromkeys(("loss", "kl", "clip_fraction"), 0.0), 0.0, 0.0
+        learned, largest_gap, norm = dict.fromkeys(("loss", "kl", "clip_fraction"), 0.0), 0.0, 0.0
+        watched = dict.fromkeys(("sampler_gap_mean", "importance_capped", "tokens"), 0.0)
+        first = {}  # each micro-batch's log-probs in the first pass: those of the weights that drew it
         lr = m.learning_rate(step, args.steps, args.lr, args.schedule, args.warmup)
         for epoch in range(args.updates if any(world.gather(len(useful))) else 0):
             for number, micro in enumerate(micros):
@@ -281,7 +322,9 @@ def main(argv=None):
                     m.backward(policy, world, 0.0 * logp.sum(), last=number == len(micros) - 1)
                     continue
                 device = logp.device
-                old = pad_sequence([reply.logps for i in micro for reply in replies[useful[i]]], True).to(device)
+                old = first.setdefault(number, logp.detach())
+                theirs = pad_sequence([reply.logps for i in micro for reply in replies[useful[i]]], True).to(device)
+                correction = importance_weights(old, theirs, mask, args.importance, args.importance_cap)
                 advantage = torch.cat([advantages[useful[i]] for i in micro]).to(device)
                 size = torch.cat([lengths[useful[i]] for i in micro]).to(device)
                 weight = token_weights(size, args.normalizer, P * G, tokens, args.max_new_tokens)
@@ -289,7 +332,7 @@ def main(argv=None):
                     learned["kl"] += k3(logp.detach(), ref, mask).sum().item() / tokens / args.updates
                 loss = grpo_loss(
                     logp, old, ref, advantage, mask, weight, clip_low=args.clip_low, clip_high=args.clip_high,
-                    kl=args.kl, ratio=args.ratio,
+                    kl=args.kl, ratio=args.ratio, correction=correction,
                 )  # fmt: skip
                 m.backward(policy, world, loss, last=number == len(micros) - 1)
                 learned["loss"] += loss.item() / args.updates
@@ -297,7 +340,11 @@ def main(argv=None):
                 clipped = torch.where(advantage[:, None] > 0, ratio > 1 + args.clip_high, ratio < 1 - args.clip_low)
                 learned["clip_fraction"] += (clipped & mask).sum().item() / tokens / args.updates
                 if epoch == 0:  # the sampler's log-probs against the trainer's: 1e-5 in fp32, more in bf16
-                    gap = max(gap, ((logp.detach() - old) * mask).abs().max().item())
+                    gap = ((old - theirs) * mask).abs()
+                    largest_gap = max(largest_gap, gap.max().item())
+                    watched["sampler_gap_mean"] += gap.sum().item()
+                    watched["importance_capped"] += ((correction >= args.importance_cap) & mask).sum().item()
+                    watched["tokens"] += mask.sum().item()
             norm = m.update(policy, optimizer, lr, args.grad_clip)
         meter.lap("learn", args.updates * meter.cost.learn(groups, reference=args.kl > 0))
 
@@ -310,10 +357,12 @@ def main(argv=None):
         surprise = -sum(reply.logps.sum().item() for group in replies for reply in group)
         entropy, signal = world.sum(surprise / tokens, len(useful) / P)  # E[-log p] over sampled tokens is the entropy
         learned = dict(zip(learned, world.sum(*learned.values()), strict=True))
+        *watched_sums, compared = world.sum(*watched.values())
+        watched = {name: value / max(1, compared) for name, value in zip(watched, watched_sums, strict=False)}
         account = meter.row()
         seconds = sum(value for name, value in account.items() if name.startswith("seconds"))
         row = {"step": step + 1, **means, **learned, "entropy": entropy, "useful_groups": signal}
-        row |= {"grad_norm": norm, "lr": lr, "sampler_gap": max(world.gather(gap))}
+        row |= {"grad_norm": norm, "lr": lr, "sampler_gap": max(world.gather(largest_gap)), **watched}
         row |= {"rollouts_per_s": P * G / seconds, "tokens_per_s": tokens / seconds, **account}
         shown = [
             {"id": mine[0]["id"], "source": mine[0]["source"], "reply": text, **score}

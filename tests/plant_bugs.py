@@ -45,6 +45,7 @@ def some(file, *names):
 
 
 LOSSES = "tests/test_losses.py"
+CANARIES = "tests/test_canaries.py"
 REWARDS = "tests/test_rewards.py"
 JIGSAW = "tests/test_jigsaw.py"
 # The other files take longer: from them only the tests that must notice.
@@ -162,6 +163,19 @@ BUGS = [Bug(*entry) for entry in (
     ("the sequence ratio's mean counts padding", "grpo.py",
      "mask.sum(1, keepdim=True).clamp_min(1)", "mask.shape[1]", LOSSES),
     ("the weight is ignored", "grpo.py", "weight[:, None] * gain", "gain", LOSSES),
+    ("importance weights are the wrong way up", "grpo.py",
+     "log_ratio = (old_logp - sampler_logp)", "log_ratio = (sampler_logp - old_logp)", LOSSES),
+    ("importance weights are not capped", "grpo.py", "log_ratio.exp().clamp(max=cap)", "log_ratio.exp()", LOSSES),
+    ("importance weights are cut from below", "grpo.py",
+     "log_ratio.exp().clamp(max=cap)", "log_ratio.exp().clamp(1 / cap, cap)", LOSSES),
+    ("importance weights of a reply are a mean, not a product", "grpo.py",
+     "log_ratio = log_ratio.sum(1, keepdim=True)", "log_ratio = log_ratio.mean(1, keepdim=True)", LOSSES),
+    ("importance weights carry a gradient", "grpo.py",
+     "(old_logp - sampler_logp).detach()", "(old_logp - sampler_logp)", LOSSES),
+    ("the correction weighs the KL too", "grpo.py",
+     "    return -(weight[:, None] * gain.masked_fill(~mask, 0.0)).sum()\n\n\ndef k3",
+     "    gain = gain if correction is None else gain * correction.nan_to_num()\n"
+     "    return -(weight[:, None] * gain.masked_fill(~mask, 0.0)).sum()\n\n\ndef k3", LOSSES),
     ("the normaliser sequence forgets the length", "grpo.py",
      "return 1.0 / (replies * lengths)", "return 1.0 / (replies * torch.ones_like(lengths))", LOSSES),
 
@@ -382,6 +396,21 @@ BUGS = [Bug(*entry) for entry in (
      "    return token, kept.log_softmax(-1).gather(-1, token)\n\n\ndef cache_room", SAMPLER),
     ("the block that is hit is summed up from its neighbour", "model.py",
      "share = (height - (ends - sums).gather(-1, hit))", "share = (height - ends.gather(-1, hit))", DRAW),
+
+    # ---- model.py: the canaries of vLLM
+    ("a canary takes NaN for a small difference", "model.py",
+     "if not (gap.max() <= largest and gap.mean() <= mean):", "if gap.max() > largest or gap.mean() > mean:", CANARIES),
+    ("a canary has no bound of the mean", "model.py",
+     "if not (gap.max() <= largest and gap.mean() <= mean):", "if not gap.max() <= largest:", CANARIES),
+    ("a canary forgets the temperature", "model.py",
+     "_, mask = trainer_log_probs(policy, groups, temperature)", "_, mask = trainer_log_probs(policy, groups)",
+     CANARIES),
+    ("any greedy token will do", "model.py", "gap, allowed = (best - logp).max()", "gap, allowed = 0.0", CANARIES),
+    ("weights that vLLM has and nobody sends are not missed", "model.py",
+     "missing = sorted(wanted - set().union(*loaded.values()))", "missing = []", CANARIES),
+    ("wrong weights may go unnoticed", "model.py",
+     'raise CanaryError("canary sync', 'CanaryError("canary sync', CANARIES),
+    ("any later version of vLLM will do", "model.py", " < parse_version(VLLM_VERSIONS[1]):", ":", CANARIES),
 
     # ---- rewards.py
     ("the format weight is ignored", "rewards.py", "format_weight * well_formed", "0.5 * well_formed", REWARDS),

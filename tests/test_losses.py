@@ -404,6 +404,86 @@ def test_only_the_ratio_counts_and_not_how_likely_the_token_was():
     close(gradient, EVERYTHING_GRADIENT, 1e-9)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# importance_weights: min(pi_old / pi_sampler, cap), and the loss that they correct
+# ---------------------------------------------------------------------------------------------------------------------
+
+# reply 1: the trainer finds its tokens 1.5, 0.5 and 4 times as likely as the sampler did; reply 2: 0.25 and 2 times
+OLD = [[-1.0, -2.0, -0.5], [-3.0, -1.0, NAN]]
+TIMES = [[1.5, 0.5, 4.0], [0.25, 2.0, 1.0]]
+DRAWN = [[True, True, True], [True, True, False]]
+
+
+def sampler_of(old, times):
+    return f64(old) - f64(times).log()
+
+
+def test_a_token_weighs_the_trainers_probability_over_the_samplers_up_to_the_cap():
+    weights = grpo.importance_weights(f64(OLD), sampler_of(OLD, TIMES), torch.tensor(DRAWN), "token", 2.5)
+    close(weights[0], [1.5, 0.5, 2.5])  # only the 4 is cut; a weight below 1 stays what it is
+    close(weights[1, :2], [0.25, 2.0])
+
+
+def test_a_reply_weighs_the_product_of_its_tokens_ratios_up_to_the_cap():
+    # 1.5 * 0.5 * 4 = 3 and 0.25 * 2 = 0.5; the product is cut, not its factors (1.5 * 0.5 * 2.5 = 1.875)
+    for cap, first in ((2.5, 2.5), (3.5, 3.0)):
+        weights = grpo.importance_weights(f64(OLD), sampler_of(OLD, TIMES), torch.tensor(DRAWN), "sequence", cap)
+        close(weights[0], [first, first, first])
+        close(weights[1, :2], [0.5, 0.5])
+
+
+def test_without_correction_every_weight_is_1():
+    weights = grpo.importance_weights(f64(OLD), sampler_of(OLD, TIMES), torch.tensor(DRAWN), "none", 2.5)
+    assert weights[torch.tensor(DRAWN)].tolist() == [1.0] * 5
+    with pytest.raises(ValueError, match="reply"):
+        grpo.importance_weights(f64(OLD), f64(OLD), torch.tensor(DRAWN), "reply")
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence", "none"])
+def test_a_sampler_that_agrees_with_the_trainer_changes_nothing(kind):
+    mask = torch.tensor(DRAWN)
+    weights = grpo.importance_weights(f64(OLD), f64(OLD), mask, kind)
+    assert weights[mask].tolist() == [1.0] * 5
+    options = {"ref_gap": [[0.1, -0.2, 0.3], [0.0, 0.2, 0.0]], "kl": 0.1, "mask": DRAWN}
+    ratios = [[1.5, 0.5, 1.1], [0.7, 1.0, 1.0]]
+    plain = loss_and_gradient(ratios, [2.0, -1.0], [0.25, 0.1], **options)
+    corrected = loss_and_gradient(ratios, [2.0, -1.0], [0.25, 0.1], **options, correction=weights)
+    assert corrected[0] == plain[0] and torch.equal(corrected[1], plain[1])
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_importance_weights_carry_no_gradient(kind):
+    old = f64(OLD).requires_grad_()
+    assert not grpo.importance_weights(old, sampler_of(OLD, TIMES), torch.tensor(DRAWN), kind).requires_grad
+
+
+def test_the_correction_weighs_the_clipped_surrogate_and_not_the_kl():
+    # The hand-worked case EVERYTHING above, its objectives without KL 2.56, 1; -2, -0.8, -1 weighed by
+    #   0.5, 2; 1.5, 0.25, 3:   reply 1: 1.28 + 2 = 3.28,   reply 2: -3 - 0.2 - 3 = -6.2
+    # KL as before:  0.25 * (3.28 - 0.1534264097) = 0.7816433976,  0.1 * (-6.2 - 0.54726744595) = -0.6747267446
+    # gradients: 0.25 * (0 - 0.5), 0.25 * (-1 * 2);  0.1 * (2 * 1.5 + 0.25), 0.1 * (0 - 1), 0.1 * (1 * 3)
+    correction = f64([[0.5, 2.0, NAN], [1.5, 0.25, 3.0]])
+    loss, gradient = loss_and_gradient(**EVERYTHING, correction=correction)
+    close(loss, -(0.7816433976 - 0.6747267446), 1e-9)
+    close(gradient, [[-0.125, -0.5, 0.0], [0.325, -0.1, 0.3]], 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence", "none"])
+@pytest.mark.parametrize("junk", [NAN, INF, -INF, 1e30, -1e30])
+def test_junk_in_the_padding_of_the_samplers_log_probs_reaches_neither_weights_nor_loss(junk, kind):
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    sampler = f64([[-1.2, -0.7, junk], [-2.0, junk, junk]])
+    clean = sampler.masked_fill(~mask, -1.7)
+    old, ratios = torch.full_like(sampler, -1.7), [[1.1, 0.9, 1.0], [1.3, 1.0, 1.0]]
+    results = []
+    for logp in (sampler, clean):
+        weights = grpo.importance_weights(old, logp, mask, kind)
+        assert torch.isfinite(weights[mask]).all()
+        results.append(loss_and_gradient(ratios, [2.0, -1.0], [0.3, 0.2], mask=mask.tolist(), correction=weights))
+    assert math.isfinite(results[0][0]) and results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+
+
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("junk", [NAN, INF, -INF, 1e30, -1e30, 88.0])
 @pytest.mark.parametrize("where", ["logp", "old_logp", "ref_logp", "all"])

@@ -27,9 +27,9 @@ DPO_KEYS = {"step", "loss", "loss_dpo", "loss_sft", "chosen_reward", "rejected_r
             "peak_memory_gib"}  # fmt: skip
 SFT_KEYS = DPO_KEYS - {"loss_dpo", "chosen_reward", "rejected_reward", "margin", "preference_accuracy"}
 GRPO_KEYS = {"step", "reward", "accuracy", "format", "length", "finished", "loss", "kl", "clip_fraction", "entropy",
-             "useful_groups", "grad_norm", "lr", "sampler_gap", "rollouts_per_s", "tokens_per_s", "seconds_sample",
-             "seconds_score", "seconds_learn", "seconds_rest", "tflops_sample", "tflops_learn",
-             "peak_memory_gib"}  # fmt: skip
+             "useful_groups", "grad_norm", "lr", "sampler_gap", "sampler_gap_mean", "importance_capped",
+             "rollouts_per_s", "tokens_per_s", "seconds_sample", "seconds_score", "seconds_learn", "seconds_rest",
+             "tflops_sample", "tflops_learn", "peak_memory_gib"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.replies, self.seeds, self.gradients = [], [], []
-        sample, update = grpo.SAMPLERS["builtin"], m.update
+        sample, update = m.sample, m.update
 
         def watched_sample(*args, **kwargs):
             self.seeds += kwargs["seeds"]
@@ -53,7 +53,7 @@ class Watch:
             self.gradients.append(gradients(policy))
             return update(policy, *args)
 
-        monkeypatch.setitem(grpo.SAMPLERS, "builtin", watched_sample)
+        monkeypatch.setattr(m, "sample", watched_sample)
         monkeypatch.setattr(m, "update", watched_update)
 
 
@@ -172,6 +172,7 @@ def test_grpo_trains_with_the_settings_of(material, tmp_path, name):
     for row in log:
         assert row["clip_fraction"] == 0  # one update per batch: the ratio is 1
         assert row["sampler_gap"] < 1e-5  # the trainer finds the log-probs the tokens were drawn with
+        assert row["sampler_gap_mean"] <= row["sampler_gap"] and row["importance_capped"] == 0
         assert row["reward"] == pytest.approx(row["accuracy"] + settings.get("format_weight", 0.5) * row["format"])
         assert row["finished"] <= 1 and 1 <= row["length"] <= 8 and row["entropy"] > 0
     assert [row["lr"] for row in log] == {

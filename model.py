@@ -1111,6 +1111,14 @@ class Reply:
     logps: torch.Tensor
     finished: bool
 
+    def row(self):
+        """As JSON takes it; read(row) is the same reply, to the bit."""
+        return {"ids": self.ids.tolist(), "logps": self.logps.tolist(), "finished": self.finished}
+
+    @classmethod
+    def read(cls, row):
+        return cls(torch.tensor(row["ids"]), torch.tensor(row["logps"]), row["finished"])
+
 
 class Decoding:
     """Attention of one new token per living reply: over its prompt's keys, held once for all replies, and its own.
@@ -1479,7 +1487,8 @@ class VLLM:
         if world.size % tp:
             raise DataError(f"--vllm-tp {tp}: {world.size} processes cannot be divided into groups of {tp}")
         self.encoder, self.world, self.tp, self.canary_every = encoder, world, tp, canary_every
-        self.cuda, self.calls = world.device.type == "cuda", 0
+        self.cuda, self.calls, self.asleep = world.device.type == "cuda", 0, set()
+        self.thread = ThreadPoolExecutor(1, "vllm")  # of `begin`
         # The engine in this process, so that its weights can be reached; nothing is reported to anybody.
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -1511,6 +1520,23 @@ class VLLM:
 
     def __call__(self, policy, prompts, n, *, seeds, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=256):
         """Draw n replies per prompt: -> list (P) of lists (n) of Reply, as `sample` does."""
+        learns = self.ready(policy, prompts, temperature, max_new_tokens)
+        replies = self.generate(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens)
+        if learns:
+            self.sleep()
+        return replies
+
+    def begin(self, policy, prompts, n, *, seeds, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=256):
+        """Draw as a call does, in a thread, while the policy goes on learning: -> a future of the replies.
+
+        The weights are sent before this returns, so the replies are those of the policy as it is now. The engine stays
+        awake from now on: GPU memory must hold it beside the trainer.
+        """
+        self.ready(policy, prompts, temperature, max_new_tokens)
+        return self.thread.submit(self.generate, policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens)
+
+    def ready(self, policy, prompts, temperature, max_new_tokens):
+        """Wake up, take over the policy's weights, let the canaries look: -> whether this policy learns."""
         learns = any(weight.requires_grad for weight in policy.parameters())
         if learns or self.calls == 0:
             self.wake("weights")
@@ -1521,14 +1547,12 @@ class VLLM:
         if self.calls < (2 if learns else 1) or (self.canary_every and self.calls % self.canary_every == 0):
             self.canaries(policy, prompts, temperature or 1.0, min(CANARY_TOKENS, max_new_tokens))
         self.calls += 1
-        replies = self.generate(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens)
-        if learns:
-            self.sleep()
-        return replies
+        return learns
 
     def wake(self, part):
-        """Take GPU memory again for "weights" or "kv_cache"."""
-        if self.cuda:
+        """Take GPU memory again for "weights" or "kv_cache", if they are asleep."""
+        if self.cuda and part in self.asleep:
+            self.asleep.remove(part)
             torch.cuda.empty_cache()  # what torch holds without need is missing for vLLM
             self.engine.wake_up([part])
 
@@ -1536,6 +1560,7 @@ class VLLM:
         """Leave the GPU to the trainer. Level 1: level 2 loses tensors that are no parameters."""
         if self.cuda:
             self.engine.sleep(level=1)
+            self.asleep = {"weights", "kv_cache"}
 
     def sync(self, policy, scale=1.0):
         """Send every weight times `scale` (a canary sends wrong ones), and forget what old ones computed."""

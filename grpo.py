@@ -19,6 +19,8 @@ import argparse
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -187,8 +189,13 @@ def parse_args(argv=None):
     add("--format-weight", type=float, default=0.5, help="reward = accuracy + this x format; 0: format is not rewarded")
     add("--sampler", default="builtin", choices=["builtin", "vllm"],
         help="who draws the replies: the trainer's own model, or vLLM beside it (README: With vLLM)")  # fmt: skip
+    add("--cuda-graphs", action="store_true",
+        help="builtin sampler on a GPU: replay each step of decoding as one CUDA graph (never run yet)")  # fmt: skip
     add("--vllm-tp", type=int, default=1, help="neighbouring processes that share one vLLM engine (tensor parallel)")
     add("--vllm-memory", type=float, default=0.4, help="share of the GPU that vLLM's weights and KV cache may take")
+    add("--ahead", action="store_true",
+        help="vLLM draws a step's replies while the step before is learned: faster where the GPU has room for both; "
+        "they come from weights one step older, which --importance corrects")  # fmt: skip
     add("--canary-every", type=int, default=0,
         help="steps between comparisons of vLLM with the trainer after the first two; 0: no more")  # fmt: skip
     add("--importance", default="token", choices=["token", "sequence", "none"],
@@ -236,6 +243,10 @@ def parse_args(argv=None):
         parser.error("--clip-low must be in (0, 1]: the ratio is clipped below 1 - clip-low")
     if args.vllm_tp < 1 or not 0 < args.vllm_memory < 1 or args.importance_cap < 1:
         parser.error("--vllm-tp and --importance-cap must be at least 1, --vllm-memory between 0 and 1")
+    if args.ahead and (args.sampler != "vllm" or args.vllm_tp > 1):
+        parser.error("--ahead needs --sampler vllm and --vllm-tp 1: a model cannot draw while it learns")
+    if args.ahead and args.importance == "none":
+        parser.error("--ahead draws from older weights: --importance token or sequence must correct that")
     counts = "warmup", "top_k", "micro_tokens", "save_every", "seed", "canary_every"
     for name in ("clip_high", "kl", "grad_clip", "format_weight", *counts):
         if getattr(args, name) < 0:
@@ -260,29 +271,38 @@ def main(argv=None):
     options |= {"shard": "none" if args.shard == "none" else "full"}  # nobody goes backward through a reference
     reference = m.load(args.model, world, **options)[0].requires_grad_(False) if args.kl else None
     optimizer = m.adamw(policy, args.lr)
-    run.restore(policy, optimizer)
-    sampler = m.sample
+    drawn_ahead = run.restore(policy, optimizer)
+    sampler = partial(m.sample, graphs=args.cuda_graphs)
     if args.sampler == "vllm":
         sampler = m.VLLM(
             args.model, policy, encoder, world, records[world.rank :: world.size], tp=args.vllm_tp,
             max_new_tokens=args.max_new_tokens, memory=args.vllm_memory, canary_every=args.canary_every, seed=args.seed,
         )  # fmt: skip
     P, G = args.prompts, args.group
+    places = range(world.rank, P, world.size)  # of this rank in every batch
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
     meter = m.Meter(policy, world, args.measure_peak)
 
+    def questions(step):
+        """This rank's records of a step, and a seed for each."""
+        batch, seed = m.epoch_order(args.seed, len(records), step * P, P), (args.seed * 10**6 + step) * 10**6
+        return [records[batch[place]] for place in places], [seed + place for place in places]
+
+    ahead = None  # --ahead: a future of the next step's replies; a checkpoint holds them too
+    if drawn_ahead:
+        ahead = Future()
+        ahead.set_result([[m.Reply.read(row) for row in drawn_ahead[str(place)]] for place in places])
     bar = tqdm(total=args.steps, initial=run.step, desc="grpo", disable=not world.main)
     for step in range(run.step, args.steps):
         # 1. Sample: G replies to each of this rank's prompts
-        batch = m.epoch_order(args.seed, len(records), step * P, 2 * P)  # this step's and the next's
-        places = range(world.rank, P, world.size)
-        mine = [records[batch[place]] for place in places]
+        (mine, seeds), (later, later_seeds) = questions(step), questions(step + 1)
         prompts = encoder.prompts(mine)
-        encoder.prefetch(records[batch[P + place]] for place in places)
+        encoder.prefetch(later)
         meter.lap("rest")
-        replies = sampler(
-            policy, prompts, G, seeds=[(args.seed * 10**6 + step) * 10**6 + place for place in places],
-            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
-        )  # fmt: skip
+        stale = ahead is not None
+        replies = ahead.result() if stale else sampler(policy, prompts, G, seeds=seeds, **sampling)
+        if args.ahead and step + 1 < args.steps:
+            ahead = sampler.begin(policy, encoder.prompts(later), G, seeds=later_seeds, **sampling)
         drawn = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
         meter.lap("sample", sum(meter.cost.forward(drawn)))
 
@@ -363,6 +383,7 @@ def main(argv=None):
         seconds = sum(value for name, value in account.items() if name.startswith("seconds"))
         row = {"step": step + 1, **means, **learned, "entropy": entropy, "useful_groups": signal}
         row |= {"grad_norm": norm, "lr": lr, "sampler_gap": max(world.gather(largest_gap)), **watched}
+        row |= {"staleness": args.updates * stale} if args.ahead else {}  # updates since the replies were drawn
         row |= {"rollouts_per_s": P * G / seconds, "tokens_per_s": tokens / seconds, **account}
         shown = [
             {"id": mine[0]["id"], "source": mine[0]["source"], "reply": text, **score}
@@ -373,7 +394,9 @@ def main(argv=None):
         bar.set_postfix({name.replace("_fraction", "").replace("_per_s", "/s"): f"{row[name]:.3g}" for name in names})
         bar.update()
         if run.checkpoint_due(step + 1, args.steps, args.save_every):
-            run.save(step + 1, policy, optimizer, args.keep)
+            kept = zip(places, ahead.result(), strict=True) if args.ahead and step + 1 < args.steps else ()
+            extra = {str(place): [reply.row() for reply in group] for place, group in kept}
+            run.save(step + 1, policy, optimizer, args.keep, extra)
         run.leave_if_asked(step + 1, args.steps)
     bar.close()
     run.export(policy, encoder)

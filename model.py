@@ -1111,6 +1111,14 @@ class Reply:
     logps: torch.Tensor
     finished: bool
 
+    def row(self):
+        """As JSON takes it; read(row) is the same reply, to the bit."""
+        return {"ids": self.ids.tolist(), "logps": self.logps.tolist(), "finished": self.finished}
+
+    @classmethod
+    def read(cls, row):
+        return cls(torch.tensor(row["ids"]), torch.tensor(row["logps"]), row["finished"])
+
 
 class Decoding:
     """Attention of one new token per living reply: over its prompt's keys, held once for all replies, and its own.
@@ -1297,14 +1305,14 @@ def sample(
     top_p=1.0,
     max_new_tokens=256,
     batch_tokens=None,
-    graphs="auto",
+    graphs=False,
 ):
     """Draw n replies per prompt: -> list (P) of lists (n) of Reply, on the CPU.
 
     seeds: one int per prompt. Reply g of a prompt is a function of the weights, its prompt, its seed and g: neither the
     batch it is drawn in nor the number of processes matters. temperature 0 is greedy (n must be 1). top_k 0 and
     top_p 1.0 switch those cuts off. batch_tokens bounds the KV cache of one round (tokens); None: what fits in memory.
-    graphs: decode by replaying CUDA graphs; "auto": where FlashAttention's kernels run on a GPU.
+    graphs: decode by replaying CUDA graphs.
     """
     if temperature == 0 and n != 1:
         raise ValueError("greedy decoding gives one reply: n must be 1")
@@ -1316,7 +1324,6 @@ def sample(
     order = sorted(range(len(prompts)), key=length)
     gather_weights(policy)
     batch_tokens = batch_tokens or cache_room(policy)
-    graphs = policy.flash and policy.forbidden.is_cuda if graphs == "auto" else graphs
     while order:
         rows, size = [], 0
         while order and (not rows or size + length(order[0]) + n * max_new_tokens <= batch_tokens):
@@ -1480,7 +1487,8 @@ class VLLM:
         if world.size % tp:
             raise DataError(f"--vllm-tp {tp}: {world.size} processes cannot be divided into groups of {tp}")
         self.encoder, self.world, self.tp, self.canary_every = encoder, world, tp, canary_every
-        self.cuda, self.calls = world.device.type == "cuda", 0
+        self.cuda, self.calls, self.asleep = world.device.type == "cuda", 0, set()
+        self.thread = ThreadPoolExecutor(1, "vllm")  # of `begin`
         # The engine in this process, so that its weights can be reached; nothing is reported to anybody.
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -1512,6 +1520,23 @@ class VLLM:
 
     def __call__(self, policy, prompts, n, *, seeds, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=256):
         """Draw n replies per prompt: -> list (P) of lists (n) of Reply, as `sample` does."""
+        learns = self.ready(policy, prompts, temperature, max_new_tokens)
+        replies = self.generate(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens)
+        if learns:
+            self.sleep()
+        return replies
+
+    def begin(self, policy, prompts, n, *, seeds, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=256):
+        """Draw as a call does, in a thread, while the policy goes on learning: -> a future of the replies.
+
+        The weights are sent before this returns, so the replies are those of the policy as it is now. The engine stays
+        awake from now on: GPU memory must hold it beside the trainer.
+        """
+        self.ready(policy, prompts, temperature, max_new_tokens)
+        return self.thread.submit(self.generate, policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens)
+
+    def ready(self, policy, prompts, temperature, max_new_tokens):
+        """Wake up, take over the policy's weights, let the canaries look: -> whether this policy learns."""
         if temperature != 0 and not 0.01 <= temperature <= 2:
             raise DataError(f"--temperature {temperature:g}: vLLM takes 0, or 0.01 to 2; or use --sampler builtin")
         learns = any(weight.requires_grad for weight in policy.parameters())
@@ -1524,14 +1549,12 @@ class VLLM:
         if self.calls < (2 if learns else 1) or (self.canary_every and self.calls % self.canary_every == 0):
             self.canaries(policy, prompts, temperature or 1.0, min(CANARY_TOKENS, max_new_tokens))
         self.calls += 1
-        replies = self.generate(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens)
-        if learns:
-            self.sleep()
-        return replies
+        return learns
 
     def wake(self, part):
-        """Take GPU memory again for "weights" or "kv_cache"."""
-        if self.cuda:
+        """Take GPU memory again for "weights" or "kv_cache", if they are asleep."""
+        if self.cuda and part in self.asleep:
+            self.asleep.remove(part)
             torch.cuda.empty_cache()  # what torch holds without need is missing for vLLM
             self.engine.wake_up([part])
 
@@ -1539,6 +1562,7 @@ class VLLM:
         """Leave the GPU to the trainer. Level 1: level 2 loses tensors that are no parameters."""
         if self.cuda:
             self.engine.sleep(level=1)
+            self.asleep = {"weights", "kv_cache"}
 
     def sync(self, policy, scale=1.0):
         """Send every weight times `scale` (a canary sends wrong ones), and forget what old ones computed."""
@@ -2035,23 +2059,26 @@ class Run:
             self.finish()
             raise KeyboardInterrupt(f"stopped after step {step} of {steps}; --resume goes on from there")
 
-    def save(self, step, policy, optimizer, keep=2):
+    def save(self, step, policy, optimizer, keep=2, extra=None):
         """Write checkpoints/step_000123 (weights and AdamW's state as safetensors, each process its shards), then point
-        LATEST at it. The shards are copied at once and written in the background, while the next steps go on."""
+        LATEST at it. The shards are copied at once and written in the background, while the next steps go on.
+        extra: {text: JSON} of each process, which restore gives back to all, put together."""
         self.finish()
+        extra = {name: value for part in self.world.gather(extra or {}) for name, value in part.items()}
         folder = self.out / "checkpoints" / f"step_{step:06d}"
         if self.world.main:
             for stale in (folder, partial_of(folder)):
                 shutil.rmtree(stale, ignore_errors=True)
         self.world.barrier()
         state = {name: value.to("cpu", copy=True) for name, value in checkpoint_state(policy, optimizer).items()}
-        self.writing = self.writer.submit(self._write, folder, state, keep)
+        self.writing = self.writer.submit(self._write, folder, state, keep, extra)
 
-    def _write(self, folder, state, keep):
+    def _write(self, folder, state, keep, extra):
         dcp, _, storage = checkpointing()
         writer = storage(str(partial_of(folder)), save_distributed=True)
         dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=not grouped())
         if self.world.main:  # every process has written: the first one hears last
+            write_text(partial_of(folder) / "extra.json", json.dumps(extra))
             partial_of(folder).replace(folder)
             write_text(self.out / "LATEST", folder.name)
             saved = sorted(path for path in folder.parent.glob("step_??????") if path.name <= folder.name)
@@ -2065,23 +2092,23 @@ class Run:
             self.writing = None
 
     def restore(self, policy, optimizer):
-        """Load the checkpoint LATEST names into policy and optimizer, if this run has one (step > 0). It may have been
-        written by another number of processes: each reads the slices that are its own now."""
+        """Load the checkpoint LATEST names into policy and optimizer, if this run has one (step > 0): -> its extra.
+
+        It may have been written by another number of processes: each reads the slices that are its own now."""
         if not self.step:
-            return
+            return {}
         dcp, storage, _ = checkpointing()
-        reader = storage(str(self.out / "checkpoints" / f"step_{self.step:06d}"))
+        folder = self.out / "checkpoints" / f"step_{self.step:06d}"
+        reader = storage(str(folder))
         known = reader.read_metadata().state_dict_metadata
         for name, weight in policy.named_parameters():
             if f"{name}/step" in known:  # AdamW makes its state in a weight's first update
                 moments = {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
                 clock = torch.zeros((), device=weight.device)
                 optimizer.state[weight] = {"step": clock, **moments}
-        state = checkpoint_state(policy, optimizer)
+        state = checkpoint_state(policy, optimizer)  # it shares the memory of what it names, which is filled now
         dcp.load(state, storage_reader=reader, no_dist=not grouped())
-        for name, weight in policy.named_parameters():
-            if f"{name}/step" in known:
-                optimizer.state[weight]["step"].copy_(state[f"{name}/step"][0])
+        return json.loads((folder / "extra.json").read_text())
 
     def export(self, policy, encoder):
         """Make the run directory a Hugging Face model directory: config, safetensors, tokenizer, image settings."""

@@ -21,7 +21,7 @@ nvidia-smi || echo "no nvidia-smi here"
     || timeout 60 "$python" -m pip install -q -r "$here/requirements.txt"
 
 limit=515 ended=""
-for stage in attention:50 check:70 learn:190 sample:90 graphs:60 step:100 trl:75; do
+for stage in attention:40 check:65 graphs:45 learn:150 sample:70 step:80 trl:65; do
     seconds=${stage#*:} stage=${stage%:*} left=$((limit - SECONDS))
     case " ${ONLY:-$stage} " in *" $stage "*) ;; *) continue ;; esac
     seconds=$((seconds < left ? seconds : left))

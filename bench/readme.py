@@ -117,8 +117,8 @@ def speed_table(cells):
         f"`make bench`: {machine['cores']} cores of {machine['cpu']}, fp32, {used}. Seconds: medians of rounds",
         "in which the sides took turns; in brackets the median, lowest and highest ratio of a round, theirs over ours.",
         "",
-        "| | ours | " + " | ".join(peers := ["TRL", "generate", "vLLM", "vLLM eager"]) + " |",
-        "|---|---|---|---|---|---|",
+        "| | ours | " + " | ".join(peers := ["TRL", "TRL at once", "generate", "vLLM", "vLLM eager"]) + " |",
+        "|---|---|---|---|---|---|---|",
     ]
 
     def ratio(mine, other):

@@ -56,7 +56,8 @@ SHAPES = {  # model, side of the pictures in pixels (28 x 28 are one image token
 GROUP = 8  # replies per prompt
 PAIRS = 16
 # TRL's per_device_train_batch_size, the fastest of those tried: 8, 16, 64 and 1, 2, 4, 8 (GRPO); 4, 8, 16 and 1 to 16
-# (DPO). Large batches only pay where the model is tiny: at (b) smaller ones are faster and smaller.
+# (DPO). Large batches only pay where the model is tiny: at (b) smaller ones are faster and smaller, and "TRL at once"
+# shows by how much.
 MICRO = {"grpo": {"a": 64, "b": 2, "c": 2, "v": 2}, "dpo": {"a": 16, "b": 1, "v": 1}}
 
 
@@ -67,11 +68,15 @@ def cell(title, shape, prompts, sides, **more):
 
 def grpo(shape):
     sides = {"ours": ("ours_grpo", {}), "TRL": ("trl_grpo", {"micro": MICRO["grpo"][shape]})}
+    if shape == "b":
+        sides["TRL at once"] = "trl_grpo", {"micro": 64}
     return cell("GRPO step, 8 x 8 replies", shape, 8, sides)
 
 
 def dpo(shape):
     sides = {"ours": ("ours_dpo", {}), "TRL": ("trl_dpo", {"micro": MICRO["dpo"][shape]})}
+    if shape == "b":
+        sides["TRL at once"] = "trl_dpo", {"micro": PAIRS}
     return cell("DPO + SFT step, 16 pairs", shape, PAIRS, sides)
 
 

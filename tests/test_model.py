@@ -851,7 +851,7 @@ def test_replayed_graphs_draw_the_same_replies(
     prompts = [encoder.prompt(records[i]) for i in (0, 1, 2, 3, 1, 0)]
     asked = {"seeds": [21, 22, 23, 24, 25, 26], "temperature": 3.0, "max_new_tokens": 40}
     expected = model.sample(policy, prompts, 4, **asked)
-    assert not graphs, "on a CPU nobody captures by himself"
+    assert not graphs, "nobody captures unasked"
     found = model.sample(policy, prompts, 4, graphs=True, **asked)
     assert ids_of(found) == ids_of(expected)
     for one, other in zip(sum(found, []), sum(expected, []), strict=True):

@@ -10,7 +10,12 @@ training.
 """
 
 import json
+import os
 import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from commands import (
@@ -21,6 +26,8 @@ from commands import (
     checkpoint,
     distance,
     end,
+    environment,
+    flags,
     rows,
     start,
     stop,
@@ -109,9 +116,9 @@ def both(material, tmp_path_factory):
     for name in CASES:
         stage, settings = settings_of(material, name)
         call(stage, **settings, out=folder / "one" / name)
-    for number, (name, count, flags) in enumerate(WAYS):
+    for number, (name, count, ways) in enumerate(WAYS):
         stage, settings = settings_of(material, name)
-        jobs[count].append((stage, settings | flags | {"out": way(folder, number)}))
+        jobs[count].append((stage, settings | ways | {"out": way(folder, number)}))
     # a run that one process begins and two go on with
     begun = folder / "two" / "resumed"
     call("grpo", **material.grpo(lr=LR, steps=2, out=begun))
@@ -129,8 +136,8 @@ def both(material, tmp_path_factory):
 
 
 def way(folder, number):
-    name, count, flags = WAYS[number]
-    return folder / ("ways" if flags or count > 2 else "two") / (str(number) if flags or count > 2 else name)
+    name, count, ways = WAYS[number]
+    return folder / ("ways" if ways or count > 2 else "two") / (str(number) if ways or count > 2 else name)
 
 
 def check_equal(two, one, before, steps):
@@ -165,7 +172,7 @@ def total(one, other):
     return sum((one[name] - other[name]).square().sum().item() for name in one) ** 0.5
 
 
-@pytest.mark.parametrize("number", range(len(WAYS)), ids=[f"{count} {name} {flags}" for name, count, flags in WAYS])
+@pytest.mark.parametrize("number", range(len(WAYS)), ids=[f"{count} {name} {ways}" for name, count, ways in WAYS])
 def test_several_processes_equal_one(material, both, number):
     name = WAYS[number][0]
     _, settings = settings_of(material, name)
@@ -278,3 +285,28 @@ def test_two_processes_sample_and_learn_in_bf16_over_fp32_masters(both):
     assert len(log) == 2 and all(0 < row["grad_norm"] < 1e3 for row in log)
     assert all(row["sampler_gap"] < 0.5 for row in log), "bf16 may round; a prompt's lost keys would be whole nats"
     assert {str(weight.dtype) for weight in weights(both / "two" / "bf16").values()} == {"torch.float32"}
+
+
+def test_the_recipe_for_two_nodes_runs_as_two_nodes_of_one_process(material, tmp_path):
+    speaker, out = material.speaker, tmp_path / "out"
+    command = ["bash", ROOT / "recipes/two_nodes.sh", speaker, speaker, material.data, out]
+    small = material.grpo(lr=LR, steps=2)
+    more = {name: small[name] for name in ("prompts", "group", "max_new_tokens", "steps", "lr")}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = environment() | {"MASTER": "localhost", "PORT": str(port), "GPUS": "1", "PATH": path}
+    nodes = [
+        subprocess.Popen([*command, *flags(**more)], cwd=tmp_path, env=env | {"NODE": str(node)}, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        for node in (0, 1)
+    ]  # fmt: skip
+    ended = [end(node) for node in nodes]
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert "on 2 GPU(s), GiB on each" in ended[0][1] and "GiB" not in ended[1][1]
+    assert len(rows(tmp_path / "out")) == 2
+    written = json.loads((tmp_path / "out/args.json").read_text())
+    assert written["replicas"] == 2 and written["schedule"] == "linear"
+    call("grpo", **material.grpo(**more, kl=0.04, top_k=50, schedule="linear", out=tmp_path / "one"))
+    check_equal(tmp_path / "out", tmp_path / "one", material.speaker, 2)

@@ -6,10 +6,11 @@ purpose that in other projects was broken by accident, does the canary that is m
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
-from commands import Material, call, rows, torchrun, write
+from commands import Material, call, distance, rows, timeless, torchrun, weights, write
 
 import model as m
 
@@ -328,6 +329,31 @@ def test_importance_weights_undo_a_cut_and_reach_their_cap_only_when_they_should
     for row in rows(tmp_path / "cut"):
         assert row["sampler_gap"] > 0.01  # vLLM gives the log-probs after the cut, the trainer before
         assert row["importance_capped"] == 0  # so the weights are below 1
+
+
+def test_ahead_draws_from_the_weights_before_the_update_and_says_so(material, tmp_path):
+    for name, more in (("ahead", {"ahead": True}), ("frozen", {"lr": 1e-12}), ("now", {})):
+        settings = material.grpo(steps=3, sampler="vllm", updates=2, save_every=0) | more
+        call("grpo", **settings, out=tmp_path / name)
+    ahead, frozen, now = (rows(tmp_path / name) for name in ("ahead", "frozen", "now"))
+    assert [row["staleness"] for row in ahead] == [0, 2, 2] and "staleness" not in now[0]
+    for key in ("reward", "length", "entropy"):  # the second batch is one that weights draw which have learned nothing
+        assert ahead[1][key] == pytest.approx(frozen[1][key], abs=1e-6)
+    assert any(ahead[1][key] != now[1][key] for key in ("reward", "length", "entropy"))
+    assert ahead[0]["sampler_gap"] < 1e-4 < ahead[1]["sampler_gap"], "the correction sees how old they are"
+
+
+def test_a_run_that_draws_ahead_resumes_with_the_replies_it_had_drawn(material, tmp_path):
+    settings = material.grpo(sampler="vllm", ahead=True, steps=4, save_every=2, keep=9)
+    call("grpo", **settings, out=tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    args = json.loads((tmp_path / "out/args.json").read_text()) | {"out": str(tmp_path / "out")}
+    (tmp_path / "out/args.json").write_text(json.dumps(args))
+    (tmp_path / "out/LATEST").write_text("step_000002")
+    call("grpo", **settings, out=tmp_path / "out", resume=True)
+    assert [row["staleness"] for row in rows(tmp_path / "out")] == [0, 1, 1, 1]
+    assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
+    assert distance(weights(tmp_path / "out"), weights(tmp_path / "whole")) == 0
 
 
 @pytest.fixture(scope="module")

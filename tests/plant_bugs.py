@@ -99,6 +99,7 @@ ACCOUNT = some(
 ENCODER = some("test_model", "a_reply_survives_encoding_and_decoding_with_every_special_token_visible")
 ORDER = some("test_model", "every_epoch_is_a_permutation_of_its_own", "another_seed_gives_another_order")
 UPDATES = some("test_model", "learning_rates_by_hand", "an_update_clips_the_norm_sets_the_rate_and_clears_the_gradient")
+STANDS_ALONE = some("test_model", "the_hugging_face_model_inside_still_stands_on_its_own")
 BACKGROUND = some("test_resume", "a_checkpoint_holds_the_moment_it_was_asked_for_though_it_is_written_later")
 EXPORT = some("test_parallel", "a_model_is_exported_in_files_that_the_processes_write_in_turns")
 PLAN = "tests/test_plan.py"
@@ -337,7 +338,7 @@ BUGS = [Bug(*entry) for entry in (
     ("a checkpoint shares its memory with the weights", "model.py",
      'value.to("cpu", copy=True)', 'value.to("cpu")', BACKGROUND),
     ("rotary frequencies are what memory happens to hold", "model.py",
-     "policy.hf._init_weights(module)  # rotary", "pass  # rotary", GROUPS),
+     "policy.hf._init_weights(module)  # rotary", "pass  # rotary", STANDS_ALONE),
     ("one process writes every file", "model.py", "i % world.size == world.rank", "world.rank == 0", EXPORT),
     ("--shard none shares out the weights", "model.py", "replicas = world.size", "pass", PLAN),
     ("a plan forgets one of AdamW's moments", "recipes/plan.py", '2 * weights["trained"]', 'weights["trained"]', PLAN),

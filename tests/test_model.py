@@ -752,10 +752,10 @@ def test_replies_stop_one_by_one_and_those_that_are_left_go_on_as_if_nothing_had
         keep(decoding, replies)
 
     monkeypatch.setattr(model.Decoding, "keep", count_and_keep)
-    drawn = model.sample(policy, prompts, 2, **asked)
+    drawn = model.sample(policy, prompts, 6, **asked)
     assert len(drops) >= 2 and drops[-1][1] < 6, f"(replies dropped, prompts left) {drops}: too few to show anything"
     monkeypatch.setattr(policy, "end_ids", ())
-    endless = model.sample(policy, prompts, 2, **asked)
+    endless = model.sample(policy, prompts, 6, **asked)
     lengths = set()
     for reply, whole in zip(sum(drawn, []), sum(endless, []), strict=True):
         assert len(whole.ids) == len(whole.logps) == 16 and not whole.finished

@@ -216,10 +216,10 @@ def setup():
     """Join the process group torchrun started, if any, and choose the device: CUDA when there, else CPU."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return World(dist.get_rank() if size > 1 else 0, size, device)
 
@@ -1976,7 +1976,7 @@ class Run:
     writing: object = None  # that thread's present task
 
     # what may differ between a run and its resumption
-    FREE = ("resume", "overwrite", "steps", "save_every", "keep", "measure_peak")
+    FREE = ("resume", "overwrite", "steps", "save_every", "keep", "measure_peak", "canary_every", "cuda_graphs")
     FREE += ("shard", "replicas", "offload", "accumulate", "vllm_tp", "vllm_memory")  # like the number of processes
 
     @classmethod

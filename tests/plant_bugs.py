@@ -213,9 +213,9 @@ BUGS = [Bug(*entry) for entry in (
      "for record, group in zip(mine, texts, strict=True)",
      "for record, group in zip(mine[1:] + mine[:1], texts, strict=True)", GRPO_NUMBERS),
     ("every step has the same prompts", "grpo.py",
-     "len(records), step * P, 2 * P)", "len(records), 0, 2 * P)", GRPO_NUMBERS),
+     "len(records), step * P, P)", "len(records), 0, P)", GRPO_NUMBERS),
     ("seeds do not depend on the step", "grpo.py",
-     "(args.seed * 10**6 + step) * 10**6 + place", "args.seed * 10**12 + place", GRPO_NUMBERS),
+     "(args.seed * 10**6 + step) * 10**6", "args.seed * 10**12", GRPO_NUMBERS),
     ("log-probs are taken at temperature 1, whatever the sampler's", "grpo.py",
      "m.log_probs(policy, rows, args.temperature)", "m.log_probs(policy, rows)", GRPO_SETTINGS),
     ("the reference is the policy itself", "grpo.py",
@@ -237,7 +237,7 @@ BUGS = [Bug(*entry) for entry in (
     ("the old log-probs are those of now, so that nothing is ever clipped", "grpo.py",
      "                advantage = torch.cat(",
      "                old = logp.detach()\n                advantage = torch.cat(", GRPO_UPDATES),
-    ("grpo.py forgets to restore", "grpo.py", "run.restore(policy, optimizer)", "pass", RESUME),
+    ("grpo.py forgets to restore", "grpo.py", "run.restore(policy, optimizer)", "{}", RESUME),
 
     # ---- two processes
     ("the mean that FSDP takes over the ranks is not undone", "model.py",

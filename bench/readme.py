@@ -1,12 +1,13 @@
 """Rebuild the README's figure and result tables from committed logs, so that no number in it is typed by hand.
 
     python bench/readme.py                                   # logs in bench/results -> README.md and curves.png
-    python bench/readme.py --collect runs/demo runs/photos   # first take over the logs of finished runs
+    python bench/readme.py --collect runs/demo runs/photos runs/embedded/grpo    # first take over finished runs
     python bench/readme.py --check                           # exit 1 if README.md does not say what the logs say
 
 One demo run is kept as bench/results/demo-SEED.json: the summaries of its eval results, the log of every stage (the
 main keys) and the seconds it took. A run on photographs is kept as photos-SEED.json, the comparison with other
-libraries (bench/versus.py) as versus.json, several processes and memory plans (bench/worlds.py) as worlds.json.
+libraries (bench/versus.py) as versus.json, several processes and memory plans (bench/worlds.py) as worlds.json,
+`python grpo.py` alone as embedded.json.
 """
 
 import argparse
@@ -37,6 +38,23 @@ def collect_photos(folder):
     run["light"] = json.loads((folder / "photos/light.json").read_text())
     run["seed"] = json.loads((folder / "zero/args.json").read_text())["seed"]
     return run
+
+
+def collect_embedded(folder):
+    """Read the finished run of `python grpo.py` alone: its log's main keys."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in KEPT if key in row} for row in rows]
+
+
+def embedded_text(rows):
+    """One sentence for the README: where `python grpo.py` alone begins and ends."""
+    first, last = rows[:5], rows[-10:]
+    names = {"reward": ("mean reward", 1), "format": ("format", 100), "accuracy": ("accuracy", 100)}
+    parts = []
+    for key, (name, scale) in names.items():
+        begin, end = (scale * fmean(row[key] for row in part) for part in (first, last))
+        parts.append(f"{name} {begin:.0f} % to {end:.0f} %" if scale > 1 else f"{name} {begin:.2f} to {end:.2f}")
+    return f"Its {len(rows)} steps, the first five against the last ten: {', '.join(parts)}."
 
 
 def collect(folder):
@@ -231,6 +249,9 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is not up to date")
     args = parser.parse_args(argv)
     for folder in map(Path, args.collect):
+        if (folder / "log.jsonl").exists():
+            (HERE / "results/embedded.json").write_text(json.dumps(collect_embedded(folder)) + "\n")
+            continue
         kind, read = ("photos", collect_photos) if (folder / "photos").exists() else ("demo", collect)
         run = read(folder)
         (HERE / "results" / f"{kind}-{run['seed']}.json").write_text(json.dumps(run) + "\n")
@@ -240,6 +261,7 @@ def main(argv=None):
     )
     blocks = {"results": "\n\n".join([tables(runs), *map(photos_table, photos)])}
     blocks["speed"] = speed_table(json.loads((HERE / "results/versus.json").read_text()))
+    blocks["embedded"] = embedded_text(json.loads((HERE / "results/embedded.json").read_text()))
     processes = json.loads((HERE / "results/worlds.json").read_text())
     blocks |= {"worlds": worlds_table(processes["worlds"]), "plans": plans_table(processes["plans"])}
     new = rebuilt(blocks, README.read_text())

@@ -213,7 +213,7 @@ def parse_args(argv=None):
         help="what processes share out: full: weights, gradients and optimizer state; grad: the last two "
         "(weights stay gathered during an update); none: nothing, each holds the whole model")  # fmt: skip
     add("--replicas", type=int, default=1, help="copies of the sharded model (HSDP): as many as nodes; 1: one over all")
-    add("--offload", action="store_true", help="keep masters, gradients and optimizer state in main memory (CUDA)")
+    add("--offload", action="store_true", help="keep masters, gradients and optimizer state in main memory")
     add("--accumulate", default="whole", choices=["whole", "shards"],
         help="gradients between micro-batches: whole: in every process, averaged once per update (fast); "
         "shards: averaged and cut each time (a 72B model has no room for a whole one)")  # fmt: skip

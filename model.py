@@ -950,8 +950,6 @@ def load(
     weights = torch.float32 if train or dtype == "fp32" else torch.bfloat16
     if world.size % replicas:
         raise DataError(f"--replicas {replicas} does not divide the {world.size} process(es)")
-    if offload and not cuda:
-        raise DataError("--offload moves weights from a GPU to main memory: it needs CUDA")
     sharded = train and (world.size > 1 or cuda)
     try:
         folder = local_folder(path)
@@ -1025,7 +1023,7 @@ def shard_policy(policy, world, compute_dtype, mode="full", replicas=1, offload=
     it runs; "grad": the weights stay gathered from the first forward of an update to its last backward; "none": every
     process holds the whole model and only gradients are averaged. replicas: copies of the model, each cut over
     size / replicas neighbouring processes (HSDP: as many copies as nodes keeps the gathering inside a node). offload:
-    masters, gradients and optimizer state live in main memory (CUDA only).
+    masters, gradients and optimizer state live in main memory, where AdamW runs then.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -1044,7 +1042,7 @@ def shard_policy(policy, world, compute_dtype, mode="full", replicas=1, offload=
         # Inputs are not cast: a cast gives every unit a copy of the Layout, and what a prefill keeps is lost with it.
         options["mp_policy"] = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
     if offload:
-        options["offload_policy"] = CPUOffloadPolicy()
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     for block in policy.hf.model.language_model.layers:
         fully_shard(block, **options)
     fully_shard(policy.hf.model.visual, **options)

@@ -168,9 +168,9 @@ def held(config, size, *, shard, replicas, bf16, freeze_vision):
 
 
 def plan(
-    config, size, *, shard="full", replicas=1, accumulate="whole", bf16=True, kl=False, freeze_vision=False,
-    recompute=True, sampler="builtin", vllm_tp=1, micro_tokens=16384, chunk_bytes=2**29, prompt=400, image=324,
-    group=8, reply=512, micros=2,
+    config, size, *, shard="full", replicas=1, offload=False, accumulate="whole", bf16=True, kl=False,
+    freeze_vision=False, recompute=True, sampler="builtin", vllm_tp=1, micro_tokens=16384, chunk_bytes=2**29,
+    prompt=400, image=324, group=8, reply=512, micros=2,
 ):  # fmt: skip
     """Bytes on each GPU, as {"always": {…}, "learn": {…}, "sample": {…}}: the last two come on top of the first."""
     weights = held(config, size, shard=shard, replicas=replicas, bf16=bf16, freeze_vision=freeze_vision)
@@ -179,11 +179,13 @@ def plan(
     always = {"fp32 master weights": weights["masters"], "AdamW's two moments": 2 * weights["trained"]}
     if kl:
         always["reference, fp32 shards"] = weights["masters"]
+    if offload:  # to main memory; a unit's gradient still passes through the GPU
+        always, weights["trained"] = dict.fromkeys(always, 0), 0
     cast = size > 1 or bf16  # else the masters themselves are used
     units = weights["root"] + (weights["gathered"] - weights["root"] if shard != "full" else sum(weights["units"]))
     learn = {"gathered weights of the units that run": units if cast else 0}
     width = 2 if bf16 else 4
-    if size > 1 and accumulate == "whole" and micros > 1:  # what leaves the whole gradient becomes its shards
+    if (size > 1 or offload) and accumulate == "whole" and micros > 1:  # what leaves the whole gradient becomes its shards
         learn["whole gradient between micro-batches"] = weights["whole gradient"]
         learn["gradient of a unit on its way"] = weights["units"][0] * 4 // width
     else:
@@ -212,6 +214,7 @@ def parse_args(argv=None):
     add("--room", type=float, default=80.0, help="GiB of a GPU")
     add("--shard", default="full", choices=["full", "grad", "none"], help="as in grpo.py")
     add("--replicas", type=int, default=1, help="as in grpo.py")
+    add("--offload", action="store_true", help="as in grpo.py")
     add("--accumulate", default="whole", choices=["whole", "shards"], help="as in grpo.py")
     add("--kl", action="store_true", help="with a reference model (grpo.py --kl above 0)")
     add("--freeze-vision", action="store_true", help="as in grpo.py")
@@ -235,8 +238,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    settings = {name: getattr(args, name) for name in ("shard", "replicas", "accumulate", "kl", "freeze_vision",
-                "sampler", "vllm_tp", "micro_tokens", "prompt", "image", "group", "reply")}  # fmt: skip
+    names = "shard", "replicas", "offload", "accumulate", "kl", "freeze_vision", "sampler", "vllm_tp", "micro_tokens"
+    settings = {name: getattr(args, name) for name in (*names, "prompt", "image", "group", "reply")}
     settings |= {"bf16": args.dtype == "bf16", "recompute": args.recompute == "on"}
     out = plan(config_of(args.model), args.gpus, **settings)
     print(f"{args.model} on {args.gpus} GPU(s), GiB on each:")

@@ -185,7 +185,7 @@ def plan(
     units = weights["root"] + (weights["gathered"] - weights["root"] if shard != "full" else sum(weights["units"]))
     learn = {"gathered weights of the units that run": units if cast else 0}
     width = 2 if bf16 else 4
-    if (size > 1 or offload) and accumulate == "whole" and micros > 1:  # what leaves the whole gradient becomes its shards
+    if (size > 1 or offload) and accumulate == "whole" and micros > 1:  # what leaves it becomes shards
         learn["whole gradient between micro-batches"] = weights["whole gradient"]
         learn["gradient of a unit on its way"] = weights["units"][0] * 4 // width
     else:

@@ -1822,11 +1822,16 @@ def backward(policy, world, loss, last):
 
 
 def update(policy, optimizer, lr, max_norm):
-    """Clip the global gradient norm to max_norm (0: no clipping), step, clear. Returns the norm before clipping."""
+    """Clip the global gradient norm to max_norm (0: no clipping), step, clear. Returns the norm before clipping.
+
+    A norm that is no number ends the run here (RuntimeError, on every rank): one such update would be in every weight.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
     norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm or math.inf)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if not math.isfinite(norm):
+        raise RuntimeError(f"the gradient norm is {norm}; no weight was changed, and the last checkpoint is good")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

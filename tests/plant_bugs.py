@@ -100,6 +100,7 @@ ENCODER = some("test_model", "a_reply_survives_encoding_and_decoding_with_every_
 ORDER = some("test_model", "every_epoch_is_a_permutation_of_its_own", "another_seed_gives_another_order")
 UPDATES = some("test_model", "learning_rates_by_hand", "an_update_clips_the_norm_sets_the_rate_and_clears_the_gradient")
 STANDS_ALONE = some("test_model", "the_hugging_face_model_inside_still_stands_on_its_own")
+NUMBERS = some("test_model", "a_gradient_that_is_no_number_changes_nothing_and_ends_the_run")
 BACKGROUND = some("test_resume", "a_checkpoint_holds_the_moment_it_was_asked_for_though_it_is_written_later")
 EXPORT = some("test_parallel", "a_model_is_exported_in_files_that_the_processes_write_in_turns")
 PLAN = "tests/test_plan.py"
@@ -335,6 +336,7 @@ BUGS = [Bug(*entry) for entry in (
      "        dcp.load(some, storage_reader=reader, no_dist=not grouped())", CHECKPOINT),
     ("AdamW's clock begins anew after a resume", "model.py",
      'value.reshape(1) if key == "step"', 'value.reshape(1).clone() if key == "step"', CHECKPOINT),
+    ("a gradient of NaN goes into the weights", "model.py", "if not math.isfinite(norm):", "if False:", NUMBERS),
     ("a checkpoint shares its memory with the weights", "model.py",
      'value.to("cpu", copy=True)', 'value.to("cpu")', BACKGROUND),
     ("rotary frequencies are what memory happens to hold", "model.py",

@@ -1701,6 +1701,19 @@ def test_a_frozen_vision_tower_gets_no_gradient_and_no_update(tiny_dirs, records
         assert torch.equal(weight, before[name]) == ("visual" in name), name
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_changes_nothing_and_ends_the_run(scratch_model, records, value):
+    policy, encoder = scratch_model
+    before = {name: weight.clone() for name, weight in model.full_weights(policy).items()}
+    optimizer = model.adamw(policy, 1e-3)
+    logp, _ = model.log_probs(policy, groups_of(encoder, records, [(1, 1)]))
+    (value * logp.sum()).backward()
+    with pytest.raises(RuntimeError, match=f"gradient norm is (nan|{value}); no weight was changed"):
+        model.update(policy, optimizer, 1e-3, 1.0)
+    for name, weight in policy.named_parameters():
+        assert torch.equal(weight, before[name]), name
+
+
 @pytest.fixture
 def signals_restored():
     """Run.open takes Ctrl-C and SIGTERM for itself: give them back."""

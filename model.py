@@ -2089,10 +2089,15 @@ class Run:
                 shutil.rmtree(old)
 
     def finish(self):
-        """Wait until the last checkpoint is written; raises what went wrong there."""
-        if self.writing is not None:
-            self.writing.result()
-            self.writing = None
+        """Wait until the last checkpoint is written. RuntimeError when it could not be (a full disk, say)."""
+        from torch.distributed.checkpoint.api import CheckpointException  # no Exception: nobody would catch it
+
+        writing, self.writing = self.writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except CheckpointException as error:
+            raise RuntimeError(f"{self.out}: a checkpoint could not be written, the last one is good") from error
 
     def restore(self, policy, optimizer):
         """Load the checkpoint LATEST names into policy and optimizer, if this run has one (step > 0): -> its extra.

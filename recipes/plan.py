@@ -144,13 +144,17 @@ def activations(config, *, bf16, groups, prompt, image, replies, reply, chunk_by
 
 
 def held(config, size, *, shard, replicas, bf16, freeze_vision):
-    """What one of `size` processes holds of weights, in bytes: a dict of its fp32 shards ("masters"), those that learn
-    ("trained"), all of the model in compute type ("gathered") and its largest and second largest unit there."""
+    """What one of `size` processes holds of the weights, in bytes.
+
+    "masters": its fp32 shards; "trained": those that learn. In compute type "gathered": the whole model, "root":
+    the root unit, "units": the two largest others; in fp32 "whole gradient", and "largest": the largest weight.
+    """
     policy = bare_policy(config, torch.float32, bf16=bf16, freeze_vision=freeze_vision)
     hf, width = policy.hf, 2 if bf16 else 4
     units = [*hf.model.language_model.layers, hf.model.visual]
     sizes = [sum(weight.numel() for weight in unit.parameters()) for unit in units]
     whole = sum(weight.numel() for weight in policy.parameters())
+    largest = 4 * max(weight.numel() for weight in policy.parameters())
     root = whole - sum(sizes)  # embeddings, last norm, head: gathered all the way
     if size > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
@@ -163,6 +167,7 @@ def held(config, size, *, shard, replicas, bf16, freeze_vision):
 
     out = {"masters": shards(policy.parameters()), "trained": shards(w for w in policy.parameters() if w.requires_grad)}
     out |= {"gathered": width * whole, "root": width * root, "units": [width * x for x in sorted(sizes)[:-3:-1]]}
+    out["largest"] = largest
     out["whole gradient"] = 4 * sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
     return out
 
@@ -184,6 +189,8 @@ def plan(
     cast = size > 1 or bf16  # else the masters themselves are used
     units = weights["root"] + (weights["gathered"] - weights["root"] if shard != "full" else sum(weights["units"]))
     learn = {"gathered weights of the units that run": units if cast else 0}
+    if kl and cast:  # its root stays gathered between micro-batches, and with --shard none all of it
+        learn["gathered weights of the reference"] = weights["gathered" if shard == "none" else "root"]
     width = 2 if bf16 else 4
     if (size > 1 or offload) and accumulate == "whole" and micros > 1:  # what leaves it becomes shards
         learn["whole gradient between micro-batches"] = weights["whole gradient"]
@@ -201,6 +208,7 @@ def plan(
         sample["all weights gathered to decode"] = weights["gathered"]
     elif sampler == "vllm":
         sample["vLLM's own copy of the weights, asleep while learning"] = weights["gathered"] // vllm_tp
+        sample["the largest weight, whole, on its way to vLLM"] = weights["largest"]
     return {"always": always, "learn": learn, "sample": sample}
 
 

@@ -1,0 +1,462 @@
+"""Training: what every stage needs around its algorithm, and nothing that knows a model, a loss or a reward.
+
+    flags           one argparse idiom for all stages, and the flags that concern the machine
+    processes       one process or many: rank, device, sums over ranks, exit status
+    sharding        FSDP2, whole: shard, gather, release, accumulate, export whole tensors
+    optimiser       AdamW, learning-rate schedule, micro-batches, gradient clipping
+    metrics         where a step's seconds, FLOPs and memory go
+    run directory   log, --resume, Ctrl-C, checkpoints, and the Hugging Face model at the end
+
+A `policy` here is any nn.Module that offers `units()`, the modules FSDP2 shards one by one (model.Policy does).
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+
+from records import DataError, write_jsonl, write_text
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse as every stage uses it: defaults in --help, no abbreviations, and an error is one line."""
+
+    def __init__(self, doc: str, epilog: str | None = None):
+        super().__init__(
+            description=doc.split("\n")[0],
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+
+def integer(interval: str) -> Callable[[str], int]:
+    """A flag's type: a whole number in an interval such as "[1, inf)"."""
+    return number_in(interval, int)
+
+
+def real(interval: str) -> Callable[[str], float]:
+    """A flag's type: a finite number in an interval such as "(0, 1]": round brackets exclude the end."""
+    return number_in(interval, float)
+
+
+def number_in(interval, kind):
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text}") from None
+        above = value > low or (interval[0] == "[" and value == low)
+        below = value < high or (interval[-1] == "]" and value == high)
+        if not (above and below and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must lie in {interval}, not {text}")
+        return value
+
+    return read
+
+
+def add_model_flags(parser: Parser):
+    """The flags of every stage that runs a model, in a group of their own. Returns the group."""
+    group = parser.add_argument_group("model and machine")
+    add = group.add_argument
+    add("--max-pixels", type=integer("[1, inf)"), help="largest image area in pixels; None: the checkpoint's own")
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
+        help="compute type; auto: bf16 on a GPU, fp32 on a CPU. Weights that learn stay fp32")  # fmt: skip
+    add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
+        help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip
+    return group
+
+
+def add_training_flags(parser: Parser):
+    """The flags of every stage that trains: model flags, sharding, memory, and the run directory."""
+    add = add_model_flags(parser).add_argument
+    add("--freeze-vision", action="store_true", help="keep the vision tower as it is")
+    add("--micro-tokens", type=integer("[0, inf)"), default=0,
+        help="tokens and patches per forward, less if memory runs out; 0: 16384 on a GPU, 3072 on a CPU")  # fmt: skip
+    add("--gradient-checkpointing", default="auto", choices=["auto", "on", "off"],
+        help="keep no activations inside a block, compute them again in the backward pass: less memory, more time; "
+        "auto: on GPUs")  # fmt: skip
+    add("--shard", default="full", choices=["full", "grad", "none"],
+        help="what FSDP2 shards over the processes: full: weights, gradients and optimizer state; grad: the last two "
+        "(weights stay gathered during an update); none: nothing, each process holds the whole model")  # fmt: skip
+    add("--replicas", type=integer("[1, inf)"), default=1,
+        help="copies of the sharded model (HSDP): as many as nodes; 1: one over all processes")  # fmt: skip
+    add("--offload", action="store_true",
+        help="keep fp32 master weights, gradients and optimizer state in main memory")  # fmt: skip
+    add("--accumulate", default="whole", choices=["whole", "shards"],
+        help="gradients between micro-batches: whole: in every process, averaged once per update (fast); "
+        "shards: averaged and sharded each time (a 72B model has no room for a whole one)")  # fmt: skip
+    add("--measure-peak", action="store_true",
+        help="time a matrix product first, and log FLOP/s as a share of it (mfu_…)")  # fmt: skip
+
+    add = parser.add_argument_group("run directory").add_argument
+    add("--save-every", type=integer("[0, inf)"), default=50,
+        help="steps between checkpoints; 0: only at the end or when stopped")  # fmt: skip
+    add("--keep", type=integer("[1, inf)"), default=2, help="checkpoints to keep")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out (same settings)")
+    add("--overwrite", action="store_true", help="start anew in a directory that holds a run")
+
+
+# Flags of this file that may differ between a run and its resumption, like the number of processes.
+MAY_CHANGE = ("resume", "overwrite", "steps", "save_every", "keep", "measure_peak")
+MAY_CHANGE += ("shard", "replicas", "offload", "accumulate")
+
+
+def load_options(args) -> dict:
+    """The flags of add_training_flags that model.load takes, as its keyword arguments."""
+    return {
+        "dtype": args.dtype,
+        "attn": args.attn,
+        "max_pixels": args.max_pixels,
+        "freeze_vision": args.freeze_vision,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "sharding": Sharding(args.shard, args.replicas, args.offload, args.accumulate),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: rank of size, its device. One process without torchrun is rank 0 of 1."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sum numbers over all ranks: floats in, floats out."""
+        if self.size == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather(self, thing) -> list:
+        """A list with every rank's `thing` (picklable, between our own processes only), on every rank."""
+        if self.size == 1:
+            return [thing]
+        things = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def setup() -> World:
+    """Join the process group torchrun started, if any, and choose the device: CUDA when there, else CPU."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return World(dist.get_rank() if size > 1 else 0, size, device)
+
+
+def child_environment() -> dict:
+    """The environment for a child process that must not join this process group."""
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in ours}
+    return {key: value for key, value in kept.items() if not key.startswith("TORCHELASTIC")}
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a stage's main() and turn its end into an exit status: 0 done, 2 bad input (one line), 1 anything else."""
+    status, message = 0, None
+    try:
+        main()
+    except DataError as error:
+        status, message = 2, f"error: {' '.join(str(error).split())}"
+        if int(os.environ.get("RANK", "0")) > 0:
+            # Mostly rank 0 says the same, and torchrun ends this process before it can repeat it.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+            message = f"\n{message}"  # rank 0's progress bar may stand on this line
+    except KeyboardInterrupt as stop:
+        status = 130
+        if int(os.environ.get("RANK", "0")) == 0:
+            message = str(stop) or "stopped"
+    except SystemExit:
+        raise
+    except Exception:
+        status = 1
+        traceback.print_exc()
+
+    # Not above: there main's frame still lives, and with it a progress bar that has not ended its line.
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        if status == 0:
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Wait neither for ranks in a collective nor for gloo's threads, which may abort at shutdown.
+        os._exit(status)
+    sys.exit(status)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharding
+#
+# FSDP2 shards every weight over the processes and gathers a unit's weights when it runs. Its hooks run only in the
+# forward of the module they were put on: everything that needs whole weights happens inside Policy.forward, or between
+# gather_weights and release_weights.
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is spread over the processes.
+
+    mode        "full": weights, gradients and optimizer state are sharded, and gathered unit by unit; "grad": the
+                weights stay gathered from the first forward of an update to its last backward; "none": every process
+                holds the whole model and only gradients are averaged
+    replicas    copies of the model, each sharded over size / replicas neighbouring processes (HSDP: as many copies as
+                nodes keeps the gathering inside a node)
+    offload     fp32 master weights, gradients and optimizer state live in main memory, where AdamW runs then
+    accumulate  gradients between micro-batches: "whole" in every process, or averaged into "shards" each time
+    """
+
+    mode: str = "full"
+    replicas: int = 1
+    offload: bool = False
+    accumulate: str = "whole"
+
+
+def shard(policy: nn.Module, world: World, compute_dtype: torch.dtype | None, sharding: Sharding) -> None:
+    """FSDP2: one FSDP unit for each of policy.units(), the root for everything else.
+
+    compute_dtype: what weights are cast to when they are gathered (the shards stay as they are, fp32); None: no cast.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    if not dist.is_initialized():  # one CUDA process without torchrun
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    replicas = world.size if sharding.mode == "none" else sharding.replicas
+    if replicas > 1:
+        shape, names = (replicas, world.size // replicas), ("replica", "shard")
+    else:
+        shape, names = (world.size,), ("shard",)
+    options = {
+        "mesh": init_device_mesh(world.device.type, shape, mesh_dim_names=names),
+        "reshard_after_forward": sharding.mode == "full",
+    }
+    if compute_dtype is not None:
+        # Inputs are not cast: a cast gives every unit a copy of the Layout, and the KV cache it collects is lost.
+        options["mp_policy"] = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    if sharding.offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    for unit in policy.units():
+        fully_shard(unit, **options)
+    # The root's weights begin and end every forward.
+    fully_shard(policy, **options | {"reshard_after_forward": False})
+
+
+def fsdp_units(policy: nn.Module) -> list[nn.Module]:
+    """The modules that FSDP2 manages; [] for a policy that is not sharded."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+
+
+def gather_weights(policy: nn.Module) -> None:
+    """Gather every unit's weights once, so that ranks can decode without waiting for each other."""
+    for unit in fsdp_units(policy):
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+
+
+def release_weights(policy: nn.Module) -> None:
+    """Back to shards, as training expects them."""
+    for unit in fsdp_units(policy):
+        unit.reshard()
+        full = policy.sharding.mode == "full" and unit is not policy
+        unit.set_reshard_after_forward(full, recurse=False)
+
+
+def backward(policy: nn.Module, world: World, loss: torch.Tensor, last: bool) -> None:
+    """Add a micro-batch's gradient. `loss` is this rank's share of a sum over all ranks; FSDP averages, so undo it.
+
+    last: whether it is the update's last micro-batch. Until then gradients stay whole where they are (least traffic,
+    but a process holds a whole fp32 gradient), or are averaged into shards at once (Sharding.accumulate).
+    """
+    if fsdp_units(policy):
+        policy.set_requires_gradient_sync(last or policy.sharding.accumulate == "shards")
+        policy.set_reshard_after_backward(last or policy.sharding.mode == "full")
+    (loss * world.size).backward()
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor, gathered from its shards (a collective: call it on every rank)."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_weights(policy: nn.Module) -> dict[str, torch.Tensor]:
+    """{name: whole fp32 tensor on the CPU}; tied weights once. For models that fit into one process."""
+    return {name: whole_tensor(weight).cpu().contiguous() for name, weight in policy.named_parameters()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimiser
+
+
+def adamw(policy: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW without weight decay over the weights that learn."""
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    sharded = all(hasattr(weight, "full_tensor") for weight in trained)
+    assert sharded or not fsdp_units(policy), "the optimizer must be given shards, these weights are gathered"
+    return torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup: int) -> float:
+    """Learning rate of update `step` (from 0): linear warm-up over `warmup` updates, then constant or linear to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    return peak * (steps - step) / max(1, steps - warmup)
+
+
+def micro_batches(world: World, sizes: list[int], budget: int) -> list[list[int]]:
+    """Divide samples into micro-batches of at most `budget` tokens and image patches: -> lists of indices.
+
+    sizes: tokens and patches of each sample. budget 0: 16,384 on a GPU; 3,072 on a CPU, where larger tensors cost page
+    faults and memory and win nothing. Samples of similar size share a micro-batch. Every rank gets the same number
+    (FSDP's collectives need that): a rank that runs out gets empty lists, and its caller runs any sample at weight 0.
+    """
+    budget = budget or (16384 if world.device.type == "cuda" else 3072)
+    batches, left = [], 0
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        if not batches or sizes[index] > left:
+            batches.append([])
+            left = budget
+        batches[-1].append(index)
+        left -= sizes[index]
+    most = max(world.gather(len(batches)))
+    return batches + [[] for _ in range(most - len(batches))]
+
+
+def update(policy: nn.Module, optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
+    """Clip the global gradient norm to max_norm (0: no clipping), step, clear. Returns the norm before clipping.
+
+    A norm that is no number ends the run here (RuntimeError, on every rank): one such update would be in every weight.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm or math.inf)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if not math.isfinite(norm):
+        raise RuntimeError(f"the gradient norm is {norm}; no weight was changed, and the last checkpoint is good")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+class PhaseTimer:
+    """Where a step's seconds, FLOPs and memory go.
+
+    end(phase) books the time since the last call under a phase, so every second is booked somewhere: what a step does
+    after its last phase (its log, a checkpoint) is found under "rest" of the next. peak: FLOP/s that the machine can do
+    at most; with it every phase's FLOP/s are given as a share of it too (MFU).
+    """
+
+    def __init__(self, world: World, peak: float = 0.0):
+        self.world, self.peak = world, peak
+        self.start()
+
+    def start(self) -> None:
+        self.seconds, self.flops = {}, {}
+        self.last = time.perf_counter()
+
+    def end(self, phase: str, flops: float | None = None) -> None:
+        """Book the seconds since the last call, and the FLOPs done in them if they are counted, under `phase`."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        if flops is not None:
+            self.flops[phase] = self.flops.get(phase, 0.0) + flops
+        self.last = now
+
+    def metrics(self) -> dict[str, float]:
+        """Everything booked since the last call, for log.jsonl: seconds_<phase>; tflops_<phase> and mfu_<phase>, a
+        process on the mean; peak_memory_gib, the largest of any process so far."""
+        flops = dict(zip(self.flops, self.world.sum(*self.flops.values()), strict=True))
+        row = {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
+        for phase, count in flops.items():
+            rate = count / self.world.size / max(self.seconds[phase], 1e-9)
+            row[f"tflops_{phase}"] = rate / 1e12
+            if self.peak:
+                row[f"mfu_{phase}"] = rate / self.peak
+        row["peak_memory_gib"] = max(self.world.gather(peak_memory(self.world.device))) / 2**30
+        self.seconds, self.flops = {}, {}
+        return row
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOP/s of the best of three sizes of square matrix products: what this machine can do at most, as measured."""
+    cuda = device.type == "cuda"
+    best = 0.0
+    for size in (2048, 4096, 8192) if cuda else (512, 1024, 2048):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        for budget in (seconds / 10, seconds / 3):  # first to warm up
+            count, begun = 0, time.perf_counter()
+            while count < 3 or time.perf_counter() - begun < budget:
+                a @ b
+                count += 1
+                if cuda and count % 10 == 0:
+                    torch.cuda.synchronize()
+            if cuda:
+                torch.cuda.synchronize()
+            spent = time.perf_counter() - begun
+        best = max(best, 2 * size**3 * count / spent)
+    return best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most this process has held, on the GPU if it has one, otherwise resident in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+

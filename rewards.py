@@ -47,8 +47,6 @@ MAX_TAIL = 1_000  # characters at the end of a reason that `contradicts` looks a
 SPACE = " \t\r\n"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-Answer = Any  # what an answer type reads from text
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The shape of a reply: where the reason ends and the answer begins
@@ -250,11 +248,31 @@ def undollar(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Answer types
-#
-# Each type has three functions. read_…(text, record) gets stripped text and returns the answer, or None if the whole
-# text does not match. …_accuracy(answer, record) is in [0, 1]. check_…(record) raises ValueError, with a one-line
-# cause, for a gold that no reply could be compared with; the other two rely on it.
+# What an answer type is. The types follow, one a section, and then their table.
+
+Answer = Any  # what a type reads: "B", 12, [2, 1, 4, 3]
+
+
+def never_contradicts(tail: str, answer: Answer, record: dict) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class AnswerType:
+    """One kind of answer. A new one is an entry of ANSWER_TYPES, its functions, and a test."""
+
+    # What is read, in one line, with examples in double quotes: the tests read each of them
+    grammar: str
+    # (stripped text, record) -> the answer, or None if the whole text does not match
+    read: Callable[[str, dict], Answer | None]
+    # (answer, record) -> how right it is, in [0, 1]
+    accuracy: Callable[[Answer, dict], float]
+    # (record): raises ValueError, with a one-line cause, for a gold that cannot be scored; the others rely on it
+    check: Callable[[dict], None]
+    # (the end of a reason, answer, record) -> whether the reason ends in another answer
+    contradicts: Callable[[str, Answer, dict], bool] = never_contradicts
+    # The accuracy from which an answer counts as right, where that is a yes or no
+    right_from: float = 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -619,10 +637,6 @@ CONCLUSION = re.compile(r"\b(?:so|therefore|thus|hence|answer)\b|=", re.IGNORECA
 NEGATED = re.compile(r"(?:\bnot|n't)\s+(?:\w+\s+){0,2}$", re.IGNORECASE)
 
 
-def never_contradicts(tail: str, answer: Answer, record: dict) -> bool:
-    return False
-
-
 def sentences_of(text: str) -> list[str]:
     return [sentence for sentence in re.split(r"(?<=[.!?;])\s+|\n+", text) if sentence.strip()]
 
@@ -713,19 +727,6 @@ def grid_contradicts(tail: str, answer: list[int], record: dict) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table of answer types
-
-
-@dataclass(frozen=True)
-class AnswerType:
-    """One kind of answer. A new one is an entry of ANSWER_TYPES, its functions, and a test."""
-
-    grammar: str  # what is read, with examples in double quotes; the tests read each of them
-    read: Callable[[str, dict], Answer | None]  # (stripped text, record) -> answer, or None unless all of it matches
-    accuracy: Callable[[Answer, dict], float]  # (answer, record) -> how right it is, in [0, 1]
-    check: Callable[[dict], None]  # raises ValueError for a record whose gold cannot be compared with
-    contradicts: Callable[[str, Answer, dict], bool] = never_contradicts  # (end of the reason, answer, record)
-    right_from: float = 1.0  # accuracy from which an answer counts as right, where that is a yes or no
-
 
 ANSWER_TYPES = {
     "letter": AnswerType(

@@ -6,14 +6,13 @@
 The pairs differ in the *shape* of the reply only, so the preference teaches the format and leaves the content to the RL
 that follows. Policy and frozen reference both start as --model; the reference's log-probs are computed once, before
 training, by the policy itself, so there is never a second model in memory. A pair is a group of two replies to one
-prompt (model.py, section 4): prompt and pictures are fed once, not twice, let alone four times.
+prompt (attention.py): prompt and pictures are fed once, not twice, let alone four times.
 
 Choices where the paper is silent: β = 0.1; linear decay to 0 without warm-up; gradient norm clipped at 1.
 
-Shapes: B pairs, T tokens of the longest reply; log-probs in nats, fp32.
+Legend: B pairs, T tokens of the longest reply; log-probs in nats, fp32.
 """
 
-import argparse
 import json
 import math
 
@@ -21,14 +20,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import model as m
+import model
 import rewards
+import training
+from records import epoch_order, read_records, write_text
+from training import integer, real
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses: pure functions of log-probs
 
 
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Direct preference optimisation, equation 7 of arXiv 2305.18290.
 
         margin = β [(log π(y_w|x) − log π_ref(y_w|x)) − (log π(y_l|x) − log π_ref(y_l|x))]
@@ -40,11 +42,11 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     return -F.logsigmoid(margin), margin
 
 
-def sft_loss(logp, mask, weight):
+def sft_loss(logp, mask, weight) -> torch.Tensor:
     """Negative log-likelihood of the chosen replies: −Σ_b weight_b Σ_t mask_bt log π(y_bt).
 
-    logp (B, T); mask (B, T) True on reply tokens, end token included; weight (B,): what one token of each reply counts,
-    counted by the caller over the whole batch and all ranks (1 / all chosen tokens is the per-token mean of SPECS).
+    logp (B, T); mask (B, T) True on reply tokens, end token included; weight (B,): the per-token loss weight of
+    each reply, counted by the caller over the whole batch and all ranks (SPECS' per-token mean: 1 / all chosen tokens).
     """
     return -(weight[:, None] * logp.masked_fill(~mask, 0.0)).sum()
 
@@ -53,31 +55,47 @@ def sft_loss(logp, mask, weight):
 # Reading a batch
 
 
-def as_group(encoder, pair, loss):
+def as_group(encoder, pair, loss) -> tuple[model.Prompt, list[torch.Tensor]]:
     """(Prompt, [chosen ids, rejected ids]): a group of two; of one for pure SFT."""
     names = ["chosen"] if loss == "sft" else ["chosen", "rejected"]
     return encoder.prompt(pair), [encoder.encode_reply(pair[name]) for name in names]
 
 
 @torch.no_grad()
-def reference_log_probs(policy, encoder, world, pairs, indices, budget):
+def reference_log_probs(policy, encoder, world, pairs, indices, budget) -> dict[int, tuple[float, float]]:
     """{index: (log-prob of chosen, of rejected)}, summed over the reply, under the policy as it is now.
 
     indices are dealt over the ranks; every rank gets every result. budget: tokens and patches per forward.
     """
-    mine, out = indices[world.rank :: world.size], {}
+    mine, found = indices[world.rank :: world.size], {}
     window = 256  # encoded pairs held at a time
     for start in tqdm(range(0, math.ceil(len(indices) / world.size), window), desc="reference", disable=not world.main):
         part = mine[start : start + window]
         encoder.prefetch(pairs[index] for index in part)
         groups = [as_group(encoder, pairs[index], "dpo") for index in part]
-        spare = as_group(encoder, pairs[indices[0]], "dpo")
-        for batch in m.micro_batches(world, groups, budget):
-            logp, _ = m.log_probs(policy, [groups[i] for i in batch] or [spare])
-            for i, pair_logp in zip(batch, logp.sum(1).view(-1, 2).tolist(), strict=False):
-                out[part[i]] = pair_logp
-    m.release_weights(policy)  # FSDP leaves the root gathered; the optimizer must be given the shards
-    return {index: value for part in world.gather(out) for index, value in part.items()}
+        filler = as_group(encoder, pairs[indices[0]], "dpo")
+        for micro in training.micro_batches(world, model.group_sizes(groups), budget):
+            logp, _ = model.log_probs(policy, [groups[i] for i in micro] or [filler])
+            summed = logp.sum(1).view(-1, 2).tolist()
+            for i, pair_logp in zip(micro, summed, strict=False):  # a filler's are dropped
+                found[part[i]] = pair_logp
+    training.release_weights(policy)  # FSDP leaves the root gathered; the optimizer must be given the shards
+    return {index: value for part in world.gather(found) for index, value in part.items()}
+
+
+def read_or_compute_reference(run, policy, encoder, pairs, needed, budget) -> dict[int, tuple[float, float]]:
+    """reference_log_probs of the pairs in `needed`, from run.out/reference.json as far as a resumed run has them."""
+    file, world = run.out / "reference.json", run.world
+    known = {}
+    if world.main and run.step and file.exists():
+        known = json.loads(file.read_text())
+    reference = {int(index): value for index, value in world.gather(known)[0].items()}
+    missing = sorted(set(needed) - set(reference))
+    if missing:
+        reference |= reference_log_probs(policy, encoder, world, pairs, missing, budget)
+    if world.main:
+        write_text(file, json.dumps(reference))
+    return reference
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,90 +103,74 @@ def reference_log_probs(policy, encoder, world, pairs, indices, budget):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = training.Parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="checkpoint to start from (directory or hub id); also the frozen reference")
     add("--data", required=True, nargs="+", help="pairs.jsonl files (distill.py writes them); SFT needs only `chosen`")
     add("--out", required=True, help="run directory; ends as a model directory for the next stage")
+    add("--seed", type=integer("[0, inf)"), default=0, help="fixes the order of the pairs")
+
+    add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dpo+sft", choices=["dpo+sft", "dpo", "sft"], help="what to minimise")
-    add("--beta", type=float, default=0.1, help="DPO's β: how dear it is to leave the reference (larger: stay closer)")
-    add("--sft-weight", type=float, default=1.0, help="λ of DPO + λ·SFT; 0 is pure DPO")
-    add("--batch", type=int, default=64, help="pairs per update, over all processes")
-    add("--steps", type=int, default=0, help="updates; 0: one pass over the pairs")
-    add("--lr", type=float, default=1e-6, help="peak learning rate of AdamW")
+    add("--beta", type=real("(0, inf)"), default=0.1,
+        help="DPO's β: the price of leaving the reference (larger: stay closer)")  # fmt: skip
+    add("--sft-weight", type=real("[0, inf)"), default=1.0, help="λ of DPO + λ·SFT; 0 is pure DPO")
+
+    add = parser.add_argument_group("optimiser").add_argument
+    add("--batch", type=integer("[1, inf)"), default=64, help="pairs per update, over all processes")
+    add("--steps", type=integer("[0, inf)"), default=0, help="updates; 0: one pass over the pairs")
+    add("--lr", type=real("(0, inf)"), default=1e-6, help="peak learning rate of AdamW")
     add("--schedule", default="linear", choices=["linear", "constant"], help="linear falls to 0 at the last step")
-    add("--warmup", type=int, default=0, help="updates over which the rate rises from 0; 0: none")
-    add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
-    add("--freeze-vision", action="store_true", help="keep the vision tower as it is")
-    add("--max-pixels", type=int, default=None, help="largest image area in pixels; default: the checkpoint's own")
-    add("--micro-tokens", type=int, default=0,
-        help="tokens and patches per forward, less if memory runs out; 0: 16384 on a GPU, 3072 on a CPU")  # fmt: skip
-    add("--recompute", default="auto", choices=["auto", "on", "off"],
-        help="compute a block's activations again going backward: less memory, more time; auto: on GPUs")  # fmt: skip
-    add("--shard", default="full", choices=["full", "grad", "none"],
-        help="what processes share out: full: weights, gradients and optimizer state; grad: the last two "
-        "(weights stay gathered during an update); none: nothing, each holds the whole model")  # fmt: skip
-    add("--replicas", type=int, default=1, help="copies of the sharded model (HSDP): as many as nodes; 1: one over all")
-    add("--offload", action="store_true", help="keep masters, gradients and optimizer state in main memory")
-    add("--accumulate", default="whole", choices=["whole", "shards"],
-        help="gradients between micro-batches: whole: in every process, averaged once per update (fast); "
-        "shards: averaged and cut each time (a 72B model has no room for a whole one)")  # fmt: skip
-    add("--compile", action="store_true",
-        help="fuse norms and MLPs with torch.compile (a minute at the start): the same but for rounding")  # fmt: skip
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
-    add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
-        help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip
-    add("--measure-peak", action="store_true",
-        help="time a matrix product first, and log FLOP/s as a share of it (mfu_learn)")  # fmt: skip
-    add("--seed", type=int, default=0, help="fixes the order of the pairs")
-    add("--save-every", type=int, default=50, help="steps between checkpoints; 0: only at the end or when stopped")
-    add("--keep", type=int, default=2, help="checkpoints to keep")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out (same settings)")
-    add("--overwrite", action="store_true", help="start anew in a directory that holds a run")
-    args = parser.parse_args(argv)
-    for name in ("batch", "replicas", "keep"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.lr <= 0 or args.beta <= 0:
-        parser.error("--lr and --beta must be above 0")
-    for name in ("sft_weight", "micro_tokens", "grad_clip", "warmup", "steps", "save_every", "seed"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} must not be negative")
-    return args
+    add("--warmup", type=integer("[0, inf)"), default=0, help="updates over which the rate rises from 0; 0: none")
+    add("--grad-clip", type=real("[0, inf)"), default=1.0, help="largest global gradient norm; 0: no clipping")
+
+    training.add_training_flags(parser)
+    return parser.parse_args(argv)
+
+
+# What a step logs of its loss; of pure SFT only the first two.
+LOSS_METRICS = (
+    "loss", "loss_sft", "loss_dpo", "chosen_reward", "rejected_reward", "margin", "preference_accuracy"
+)  # fmt: skip
+
+
+# What the progress bar shows: label and key of the log.
+BAR = {"loss": "loss", "margin": "margin", "pref": "preference_accuracy", "norm": "grad_norm"}
+
+
+def preference_metrics(margin, implicit, real_pairs, batch) -> dict[str, float]:
+    """Shares of the batch's means. implicit (B, 2): β·(log π − log π_ref) of chosen and rejected; margin (B,)."""
+    sums = {
+        "chosen_reward": (implicit[:, 0] * real_pairs).sum(),
+        "rejected_reward": (implicit[:, 1] * real_pairs).sum(),
+        "margin": (margin * real_pairs).sum(),
+        "preference_accuracy": ((margin > 0) * real_pairs).sum(),
+    }
+    return {name: total.item() / batch for name, total in sums.items()}
 
 
 def main(argv=None):
     args = parse_args(argv)
-    world = m.setup()
+    world = training.setup()
 
     # 1. Read the pairs
     text_fields = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
-    pairs = m.read_records(args.data, rewards.check_gold, text_fields)
+    pairs = read_records(args.data, rewards.check_gold, text_fields)
     steps = args.steps or math.ceil(len(pairs) / args.batch)
     total = args.steps * args.batch or len(pairs)  # one pass ends with the last pair, in a smaller batch
-    run = m.Run.open(args, world)
-    policy, encoder = m.load(
-        args.model, world, dtype=args.dtype, attn=args.attn, max_pixels=args.max_pixels, train=True,
-        freeze_vision=args.freeze_vision, recompute=args.recompute, shard=args.shard, replicas=args.replicas,
-        offload=args.offload, accumulate=args.accumulate, compile=args.compile,
-    )  # fmt: skip
+    order = epoch_order(args.seed, len(pairs), 0, total)
+    run = training.Run.open(vars(args), world)
+    policy, encoder = model.load(args.model, world, train=True, **training.load_options(args))
     encoder.check(world, pairs)
 
-    # 2. Reference: log-probs of all pairs that will be seen, before the first update; a resumed run reads them
-    order = m.epoch_order(args.seed, len(pairs), 0, total)
-    reference, file = {}, run.out / "reference.json"
+    # 2. Reference: log-probs of all pairs that will be seen, before the first update
+    reference = {}
     if args.loss != "sft":
-        known = json.loads(file.read_text()) if world.main and run.step and file.exists() else {}
-        reference = {int(index): value for index, value in world.gather(known)[0].items()}
-        needed = sorted(set(order) - set(reference))
-        reference |= reference_log_probs(policy, encoder, world, pairs, needed, args.micro_tokens) if needed else {}
-        if world.main:
-            m.write_text(file, json.dumps(reference))
-    optimizer = m.adamw(policy, args.lr)
+        reference = read_or_compute_reference(run, policy, encoder, pairs, order, args.micro_tokens)
+    optimizer = training.adamw(policy, args.lr)
     run.restore(policy, optimizer)
-    meter = m.Meter(policy, world, args.measure_peak)
+    timer = training.PhaseTimer(world, policy.compute_dtype if args.measure_peak else None)
+    cost = model.Cost(policy)
 
     bar = tqdm(total=steps, initial=run.step, desc=args.loss, disable=not world.main)
     for step in range(run.step, steps):
@@ -176,55 +178,46 @@ def main(argv=None):
         batch = order[step * args.batch : (step + 1) * args.batch]
         mine = batch[world.rank :: world.size]
         groups = [as_group(encoder, pairs[index], args.loss) for index in mine]
-        spare = groups[0] if groups else as_group(encoder, pairs[batch[0]], args.loss)
-        ahead = order[(step + 1) * args.batch : (step + 2) * args.batch][world.rank :: world.size]
-        encoder.prefetch(pairs[index] for index in ahead)
-        meter.lap("rest")
+        filler = groups[0] if groups else as_group(encoder, pairs[batch[0]], args.loss)
+        next_batch = order[(step + 1) * args.batch : (step + 2) * args.batch]
+        encoder.prefetch(pairs[index] for index in next_batch[world.rank :: world.size])
+        timer.end("rest")
         chosen_tokens = world.sum(sum(len(replies[0]) for _, replies in groups))[0]
-        names = ("loss", "loss_dpo", "loss_sft", "chosen_reward", "rejected_reward", "margin", "right")
-        totals = dict.fromkeys(names, 0.0)
-        micros = m.micro_batches(world, groups, args.micro_tokens)
+        micros = training.micro_batches(world, model.group_sizes(groups), args.micro_tokens)
+        sums = dict.fromkeys(LOSS_METRICS[:2] if args.loss == "sft" else LOSS_METRICS, 0.0)
         for number, micro in enumerate(micros):
-            logp, mask = m.log_probs(policy, [groups[i] for i in micro] or [spare])
-            real = torch.full((max(1, len(micro)),), bool(micro), device=logp.device).float()  # 0: a filler forward
+            logp, mask = model.log_probs(policy, [groups[i] for i in micro] or [filler])
+            # A filler keeps ranks in step, at weight 0.
+            real_pairs = torch.full((max(1, len(micro)),), float(bool(micro)), device=logp.device)
             chosen = slice(None, None, 1 if args.loss == "sft" else 2)
-            loss_sft = sft_loss(logp[chosen], mask[chosen], real / chosen_tokens)
-            loss = loss_sft
+            loss_sft = sft_loss(logp[chosen], mask[chosen], real_pairs / chosen_tokens)
+            loss, metrics = loss_sft, {}
             if args.loss != "sft":
                 summed = logp.sum(1).view(-1, 2)
                 ref = torch.tensor([reference[mine[i]] for i in micro] or [(0.0, 0.0)], device=logp.device)
                 losses, margin = dpo_loss(summed[:, 0], summed[:, 1], ref[:, 0], ref[:, 1], args.beta)
-                loss_dpo = (losses * real).sum() / len(batch)
-                loss = loss_dpo + (args.sft_weight * loss_sft if args.loss == "dpo+sft" else 0.0)
-                implicit = args.beta * (summed.detach() - ref) * real[:, None] / len(batch)
-                totals["loss_dpo"] += loss_dpo.item()
-                totals["chosen_reward"] += implicit[:, 0].sum().item()
-                totals["rejected_reward"] += implicit[:, 1].sum().item()
-                totals["margin"] += (margin.detach() * real).sum().item() / len(batch)
-                totals["right"] += ((margin > 0) * real).sum().item() / len(batch)
-            totals["loss"] += loss.item()
-            totals["loss_sft"] += loss_sft.item()
-            m.backward(policy, world, loss, last=number == len(micros) - 1)
-        lr = m.learning_rate(step, steps, args.lr, args.schedule, args.warmup)
-        norm = m.update(policy, optimizer, lr, args.grad_clip)
-        meter.lap("learn", meter.cost.learn(groups))
+                loss = loss_dpo = (losses * real_pairs).sum() / len(batch)
+                if args.loss == "dpo+sft":
+                    loss = loss_dpo + args.sft_weight * loss_sft
+                implicit = args.beta * (summed.detach() - ref)
+                metrics = preference_metrics(margin.detach(), implicit, real_pairs, len(batch))
+                metrics["loss_dpo"] = loss_dpo.item()
+            metrics |= {"loss": loss.item(), "loss_sft": loss_sft.item()}
+            for name, value in metrics.items():
+                sums[name] += value
+            training.backward(policy, world, loss, last=number == len(micros) - 1)
+        lr = training.learning_rate(step, steps, args.lr, args.schedule, args.warmup)
+        norm = training.update(policy, optimizer, lr, args.grad_clip)
+        timer.end("learn", cost.learn(groups))
 
         # 4. Record
-        totals = dict(zip(totals, world.sum(*totals.values()), strict=True))
-        totals["preference_accuracy"] = totals.pop("right")
-        if args.loss == "sft":
-            totals = {"loss": totals["loss"], "loss_sft": totals["loss_sft"]}
-        account = meter.row()
-        seconds = account["seconds_learn"] + account["seconds_rest"]
-        row = {"step": step + 1, **totals, "grad_norm": norm, "lr": lr}
-        row |= {"seconds": seconds, "samples_per_s": len(batch) / seconds, **account}
+        row = {"step": step + 1} | dict(zip(sums, world.sum(*sums.values()), strict=True))
+        row |= {"grad_norm": norm, "lr": lr} | timer.metrics(samples=len(batch))
+        row["seconds"] = row["seconds_learn"] + row["seconds_rest"]
         run.log(row)
-        shown = {"loss": row["loss"], "margin": row.get("margin"), "pref": row.get("preference_accuracy"), "norm": norm}
-        bar.set_postfix({key: f"{value:.3f}" for key, value in shown.items() if value is not None})
+        bar.set_postfix({label: f"{row[name]:.3f}" for label, name in BAR.items() if name in row})
         bar.update()
-        if run.checkpoint_due(step + 1, steps, args.save_every):
-            run.save(step + 1, policy, optimizer, args.keep)
-        run.leave_if_asked(step + 1, steps)
+        run.end_step(step + 1, steps, policy, optimizer, save_every=args.save_every, keep=args.keep)
     bar.close()
     run.export(policy, encoder)
     if world.main:
@@ -232,4 +225,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    m.run(main)
+    training.run(main)

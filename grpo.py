@@ -10,31 +10,33 @@ group, and takes clipped policy-gradient updates. Both papers' recipes are setti
     SPECS (arXiv 2510.25801)      --prompts 128 --clip-high 0.28 --normalizer token --kl 0       (DAPO-like clipping)
     Jigsaw-R1 (arXiv 2505.23590)  --prompts 64 --kl 0.04 --normalizer sequence --top-k 50 --schedule linear
 
-Group and prompt share one row (model.py, section 4): a prompt and its pictures are fed once for all its replies.
+A prompt and its pictures are fed once for all replies of its group (attention.py).
 
-Shapes: P prompts, G replies each, B = P·G replies, T tokens of the longest reply; log-probs in nats, fp32.
+Legend: P prompts, G replies each, B = P·G replies, T tokens of the longest reply; log-probs in nats, fp32.
 """
 
-import argparse
 import os
 import subprocess
 import sys
-from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import model as m
+import model
 import rewards
+import sampler
+import training
+import vllm_sampler
+from records import DataError, epoch_order, read_records
+from training import integer, real
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses: pure functions of rewards and log-probs
 
 
-def group_advantages(rewards, scale="group", eps=1e-4):
+def group_advantages(rewards: torch.Tensor, scale: str = "group", eps: float = 1e-4) -> torch.Tensor:
     """How much better each reply is than its group: (P, G) rewards -> (P, G) advantages.
 
     scale "group": A = (r − mean) / (std + eps), mean and unbiased std inside the group (GRPO, arXiv 2402.03300);
@@ -43,8 +45,9 @@ def group_advantages(rewards, scale="group", eps=1e-4):
     A group of one has nothing to compare with: its advantage is 0.
     """
     centred = rewards - rewards.mean(1, keepdim=True)
+    # Exactly 0 for a group of equal rewards: the mean of equal numbers may be off by a rounding.
     same = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    centred = centred.masked_fill(same, 0.0)  # exactly: the mean of equal numbers may be off by a rounding
+    centred = centred.masked_fill(same, 0.0)
     if scale == "none":
         return centred
     if scale == "group":
@@ -56,9 +59,10 @@ def group_advantages(rewards, scale="group", eps=1e-4):
     return centred / (std + eps)
 
 
-def policy_ratio(logp, old_logp, mask, ratio="token"):
+def policy_ratio(logp, old_logp, mask, ratio: str = "token") -> torch.Tensor:
     """π/π_old per token (B, T): its own, or ("sequence", GSPO, arXiv 2507.18071) its reply's geometric mean."""
-    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0)  # before exp: padding may hold anything, NaN included
+    # Masked before exp: padding may hold anything, NaN included.
+    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0)
     if ratio == "sequence":
         mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
         log_ratio = mean.expand_as(log_ratio)
@@ -67,14 +71,55 @@ def policy_ratio(logp, old_logp, mask, ratio="token"):
     return log_ratio.exp()
 
 
-def importance_weights(old_logp, sampler_logp, mask, kind="token", cap=2.0):
-    """What a token counts that another distribution drew: (B, T) min(π_old / π_sampler, cap), without a gradient.
+def clipped_surrogate(r, advantage, clip_low: float, clip_high: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """min(r A, clip(r, 1−low, 1+high) A) per token (B, T), and where the clip took the gradient away (B, T) bool.
 
-    The sampler computes in another order or type than the trainer, or cuts with top-k and top-p, so its replies are not
-    quite the policy's. The ratio makes their mean right again, the cap keeps a rare token from outweighing a batch:
+    The two-sided clip of DAPO (arXiv 2503.14476). r (B, T), advantage (B,). Where the advantage is 0, nothing is.
+    """
+    plain = r * advantage[:, None]
+    bounded = r.clamp(1 - clip_low, 1 + clip_high) * advantage[:, None]
+    return torch.minimum(plain, bounded), bounded < plain
+
+
+def k3(logp, ref_logp, mask) -> torch.Tensor:
+    """Schulman's low-variance estimate of KL(π ‖ π_ref) per token (B, T), never negative; 0 off the mask."""
+    gap = (ref_logp - logp).masked_fill(~mask, 0.0)
+    return gap.exp() - gap - 1
+
+
+def grpo_loss(
+    logp, old_logp, ref_logp, advantage, mask, weight, *,
+    clip_low=0.2, clip_high=0.2, kl=0.0, ratio="token", correction=None,
+) -> torch.Tensor:  # fmt: skip
+    """The clipped surrogate of GRPO (arXiv 2402.03300, equation 3).
+
+        loss = −Σ_b weight_b Σ_t mask_bt [ c min(r A, clip(r, 1−low, 1+high) A) − kl · k3 ], r = π(token) / π_old(token)
+        k3   = π_ref/π − log(π_ref/π) − 1
+
+    logp, old_logp, ref_logp (B, T) log-probs of the sampled tokens; ref_logp may be None when kl == 0.
+    advantage (B,). mask (B, T): True on sampled tokens, end token included; padding may hold NaN.
+    weight (B,): the per-token loss weight of each reply, counted by the caller over all micro-batches and ranks:
+    1/(B·length) is the mean over replies of per-token means, 1/(all tokens) the token mean, 1/(B·constant) Dr. GRPO's.
+    correction (B, T): c, as importance_weights gives it; None: 1. Returns a scalar.
+    """
+    r = policy_ratio(logp, old_logp, mask, ratio)
+    gain, _ = clipped_surrogate(r, advantage, clip_low, clip_high)
+    if correction is not None:
+        gain = gain * correction
+    if kl:
+        gain = gain - kl * k3(logp, ref_logp, mask)
+    return -(weight[:, None] * gain.masked_fill(~mask, 0.0)).sum()
+
+
+def importance_weights(old_logp, sampler_logp, mask, kind: str = "token", cap: float = 2.0) -> torch.Tensor:
+    """Weights of tokens that another distribution sampled: (B, T) min(π_old / π_sampler, cap), without a gradient.
+
+    The sampler computes in another order or type than the trainer, or filters with top-k and top-p, so its replies are
+    not quite the policy's. The ratio makes their mean right again, the cap keeps a rare token from outweighing a batch:
     truncated importance sampling (Ionides, J. Comput. Graph. Stat. 17, 2008). old_logp: the trainer's log-probs with
-    the weights that drew, sampler_logp: the sampler's. kind "token": each token's own ratio; "sequence": its reply's,
-    the product over its tokens; "none": 1 everywhere. Padding may hold NaN; what is returned there means nothing.
+    the weights that sampled, sampler_logp: the sampler's. kind "token": each token's own ratio; "sequence": its
+    reply's, the product over its tokens; "none": 1 everywhere. Padding may hold NaN; what is returned there means
+    nothing.
     """
     log_ratio = (old_logp - sampler_logp).detach().masked_fill(~mask, 0.0)
     if kind == "none":
@@ -86,44 +131,34 @@ def importance_weights(old_logp, sampler_logp, mask, kind="token", cap=2.0):
     return log_ratio.exp().clamp(max=cap)
 
 
-def grpo_loss(
-    logp, old_logp, ref_logp, advantage, mask, weight, *, clip_low=0.2, clip_high=0.2, kl=0.0, ratio="token",
-    correction=None,
-):  # fmt: skip
-    """The clipped surrogate of GRPO (arXiv 2402.03300, equation 3; the two-sided clip of DAPO, arXiv 2503.14476).
-
-        loss = −Σ_b weight_b Σ_t mask_bt [ c min(r A, clip(r, 1−low, 1+high) A) − kl · k3 ], r = π(token) / π_old(token)
-        k3   = π_ref/π − log(π_ref/π) − 1
-
-    logp, old_logp, ref_logp (B, T) log-probs of the sampled tokens; ref_logp may be None when kl == 0.
-    advantage (B,). mask (B, T): True on sampled tokens, end token included; padding may hold NaN.
-    weight (B,): what one token of each reply counts, counted by the caller over all micro-batches and ranks:
-    1/(B·length) is the mean over replies of per-token means, 1/(all tokens) the token mean, 1/(B·constant) Dr. GRPO's.
-    correction (B, T): c, as importance_weights gives it; None: 1. Returns a scalar.
-    """
-    r = policy_ratio(logp, old_logp, mask, ratio)
-    gain = torch.minimum(r * advantage[:, None], r.clamp(1 - clip_low, 1 + clip_high) * advantage[:, None])
-    if correction is not None:
-        gain = gain * correction
-    if kl:
-        gain = gain - kl * k3(logp, ref_logp, mask)
-    return -(weight[:, None] * gain.masked_fill(~mask, 0.0)).sum()
-
-
-def k3(logp, ref_logp, mask):
-    """Schulman's low-variance estimate of KL(π ‖ π_ref) per token (B, T), never negative; 0 off the mask."""
-    gap = (ref_logp - logp).masked_fill(~mask, 0.0)
-    return gap.exp() - gap - 1
-
-
-def token_weights(lengths, normalizer, replies, tokens, constant):
-    """(B,) weight of one token of each reply. lengths (B,) in tokens; replies, tokens: counts over all ranks.
+def token_weights(lengths, normalizer: str, replies: int, tokens: float, constant: int) -> torch.Tensor:
+    """(B,) per-token loss weight of each reply. lengths (B,) in tokens; replies, tokens: counts over all ranks.
 
     "sequence": 1/(replies·length), "token": 1/tokens, "constant": 1/(replies·constant).
     """
     if normalizer == "sequence":
         return 1.0 / (replies * lengths)
     return torch.full_like(lengths, 1.0 / tokens if normalizer == "token" else 1.0 / (replies * constant))
+
+
+def token_metrics(
+    logp, old_logp, ref_logp, sampler_logp, advantage, mask, correction, cap, *, clip_low, clip_high, ratio
+) -> dict[str, float]:
+    """Sums over the tokens of a micro-batch of what a run watches (sampler_gap: the largest).
+
+    Inputs as in grpo_loss and importance_weights, without gradients; padding must be finite here.
+    """
+    r = policy_ratio(logp, old_logp, mask, ratio)
+    _, clipped = clipped_surrogate(r, advantage, clip_low, clip_high)
+    gap = (old_logp - sampler_logp).abs() * mask
+    return {
+        "tokens": mask.sum().item(),
+        "clip_fraction": (clipped & mask).sum().item(),
+        "kl": 0.0 if ref_logp is None else k3(logp, ref_logp, mask).sum().item(),
+        "sampler_gap_mean": gap.sum().item(),
+        "importance_capped": ((correction >= cap) & mask).sum().item(),
+        "sampler_gap": gap.max().item(),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,16 +170,16 @@ EMBEDDED_FLAGS = f"""--model {EMBEDDED}/base --data {EMBEDDED}/puzzles/records.j
     --max-new-tokens 40 --save-every 100""".split()
 
 
-def make_embedded(world):
+def make_embedded(world: training.World) -> None:
     """Make, once, what the embedded default trains on: built-in puzzles, and a tiny base model that can speak.
 
-    A model with random weights writes noise that no rule can reward. So the base is first taught by dpo.py's SFT on a
-    primer (jigsaw.py) of loosely formatted replies whose puzzle answers are drawn at random.
+    A model with random weights writes noise that no rule can reward. So the base is first taught by dpo.py's SFT on
+    warm-up data (toy/primer.py): loosely formatted replies whose puzzle answers are random.
     """
     here, there = Path(__file__).resolve().parent, Path(EMBEDDED)
     if world.main and not (there / "base/model.safetensors").exists():
         print(f"first run: making a tiny base model and puzzles in {there} (about two minutes)", flush=True)
-        env = m.alone()
+        env = training.child_environment()
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"  # its `python` is this one
         subprocess.run(["bash", here / "recipes/tiny_base.sh", there], check=True, env=env)
     world.barrier()
@@ -155,249 +190,252 @@ def make_embedded(world):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        epilog=f"Without --model and --data: the embedded default, that is {' '.join(EMBEDDED_FLAGS)}",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    embedded_flags = " ".join(EMBEDDED_FLAGS)
+    parser = training.Parser(__doc__, f"Without --model and --data: the embedded default, that is {embedded_flags}")
     add = parser.add_argument
     add("--model", required=True, help="checkpoint to start from (directory or hub id)")
     add("--data", required=True, nargs="+", help="records.jsonl files: prompts, images and gold answers")
     add("--out", required=True, help="run directory; ends as a model directory for the next stage")
-    add("--steps", type=int, default=100, help="steps of sampling and learning")
-    add("--prompts", type=int, default=64, help="P: prompts per step, over all processes")
-    add("--group", type=int, default=8, help="G: replies per prompt")
-    add("--lr", type=float, default=1e-6, help="peak learning rate of AdamW")
-    add("--schedule", default="constant", choices=["linear", "constant"], help="linear falls to 0 at the last step")
-    add("--warmup", type=int, default=0, help="steps over which the rate rises from 0; 0: none")
-    add("--grad-clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
-    add("--clip-low", type=float, default=0.2, help="ratio clipped below 1 - this")
-    add("--clip-high", type=float, default=0.2, help="ratio clipped above 1 + this (DAPO: 0.28)")
-    add("--kl", type=float, default=0.0, help="weight of the KL to the starting model; 0: no reference model at all")
-    add("--ratio", default="token", choices=["token", "sequence"], help="ratio per token, or per reply (GSPO)")
-    add("--normalizer", default="sequence", choices=["sequence", "token", "constant"],
-        help="what a token counts: sequence: 1/its reply's length (GRPO); token: the same for all (DAPO); "
-        "constant: 1/--max-new-tokens (Dr. GRPO)")  # fmt: skip
+    add("--seed", type=integer("[0, inf)"), default=0, help="fixes the order of the prompts and every sample")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--steps", type=integer("[1, inf)"), default=100, help="steps of sampling and learning")
+    add("--prompts", type=integer("[1, inf)"), default=64, help="P: prompts per step, over all processes")
+    add("--group", type=integer("[2, inf)"), default=8, help="G: replies per prompt; one has nothing to compare with")
+    add("--temperature", type=real("(0, inf)"), default=1.0,
+        help="sampling temperature; log-probs are taken at the same")  # fmt: skip
+    add("--top-k", type=integer("[0, inf)"), default=0, help="sample among the k likeliest tokens; 0: all")
+    add("--top-p", type=real("(0, 1]"), default=1.0, help="sample among the likeliest tokens of this mass; 1: all")
+    add("--max-new-tokens", type=integer("[1, inf)"), default=512, help="longest reply in tokens, end token included")
+
+    add = parser.add_argument_group("reward and advantage").add_argument
+    add("--format-weight", type=real("[0, inf)"), default=0.5,
+        help="reward = accuracy + this x format; 0: format is not rewarded")  # fmt: skip
     add("--advantage-scale", default="group", choices=["group", "none", "batch"],
         help="advantages divided by the std of the group, nothing (Dr. GRPO), or the std of the batch")  # fmt: skip
-    add("--updates", type=int, default=1, help="optimizer updates on each sampled batch; above 1 the clipping matters")
-    add("--temperature", type=float, default=1.0, help="sampling temperature; log-probs are taken at the same")
-    add("--top-k", type=int, default=0, help="sample among the k likeliest tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="sample among the likeliest tokens of this mass; 1: all")
-    add("--max-new-tokens", type=int, default=512, help="longest reply in tokens, end token included")
-    add("--format-weight", type=float, default=0.5, help="reward = accuracy + this x format; 0: format is not rewarded")
-    add("--sampler", default="builtin", choices=["builtin", "vllm"],
-        help="who draws the replies: the trainer's own model, or vLLM beside it (README: With vLLM)")  # fmt: skip
-    add("--cuda-graphs", action="store_true",
-        help="builtin sampler on a GPU: replay each step of decoding as one CUDA graph (never run yet)")  # fmt: skip
-    add("--vllm-tp", type=int, default=1, help="neighbouring processes that share one vLLM engine (tensor parallel)")
-    add("--vllm-memory", type=float, default=0.4, help="share of the GPU that vLLM's weights and KV cache may take")
-    add("--ahead", action="store_true",
-        help="vLLM draws a step's replies while the step before is learned: faster where the GPU has room for both; "
-        "they come from weights one step older, which --importance corrects")  # fmt: skip
-    add("--canary-every", type=int, default=0,
-        help="steps between comparisons of vLLM with the trainer after the first two; 0: no more")  # fmt: skip
+
+    add = parser.add_argument_group("loss").add_argument
+    add("--clip-low", type=real("(0, 1]"), default=0.2, help="ratio clipped below 1 - this")
+    add("--clip-high", type=real("[0, inf)"), default=0.2, help="ratio clipped above 1 + this (DAPO: 0.28)")
+    add("--ratio", default="token", choices=["token", "sequence"], help="ratio per token, or per reply (GSPO)")
+    add("--kl", type=real("[0, inf)"), default=0.0,
+        help="weight of the KL to the starting model; 0: no reference model at all")  # fmt: skip
+    add("--normalizer", default="sequence", choices=["sequence", "token", "constant"],
+        help="per-token loss weight: sequence: 1/its reply's length (GRPO); token: the same for all (DAPO); "
+        "constant: 1/--max-new-tokens (Dr. GRPO)")  # fmt: skip
     add("--importance", default="token", choices=["token", "sequence", "none"],
-        help="weigh what the sampler drew by the trainer's probability over the sampler's: of each token, of its whole "
-        "reply, or not. vLLM gives probabilities after --top-k and --top-p, so the weight undoes these cuts too; the "
-        "builtin sampler gives those before")  # fmt: skip
-    add("--importance-cap", type=float, default=2.0, help="largest such weight")
-    add("--freeze-vision", action="store_true", help="keep the vision tower as it is")
-    add("--max-pixels", type=int, default=None, help="largest image area in pixels; default: the checkpoint's own")
-    add("--micro-tokens", type=int, default=0,
-        help="tokens and patches per forward, less if memory runs out; 0: 16384 on a GPU, 3072 on a CPU")  # fmt: skip
-    add("--recompute", default="auto", choices=["auto", "on", "off"],
-        help="compute a block's activations again going backward: less memory, more time; auto: on GPUs")  # fmt: skip
-    add("--shard", default="full", choices=["full", "grad", "none"],
-        help="what processes share out: full: weights, gradients and optimizer state; grad: the last two "
-        "(weights stay gathered during an update); none: nothing, each holds the whole model")  # fmt: skip
-    add("--replicas", type=int, default=1, help="copies of the sharded model (HSDP): as many as nodes; 1: one over all")
-    add("--offload", action="store_true", help="keep masters, gradients and optimizer state in main memory")
-    add("--accumulate", default="whole", choices=["whole", "shards"],
-        help="gradients between micro-batches: whole: in every process, averaged once per update (fast); "
-        "shards: averaged and cut each time (a 72B model has no room for a whole one)")  # fmt: skip
-    add("--compile", action="store_true",
-        help="fuse norms and MLPs with torch.compile (a minute at the start): the same but for rounding")  # fmt: skip
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="compute type; master weights stay fp32")
-    add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
-        help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip
-    add("--measure-peak", action="store_true",
-        help="time a matrix product first, and log FLOP/s as a share of it (mfu_sample, mfu_learn)")  # fmt: skip
-    add("--seed", type=int, default=0, help="fixes the order of the prompts and every draw")
-    add("--save-every", type=int, default=50, help="steps between checkpoints; 0: only at the end or when stopped")
-    add("--keep", type=int, default=2, help="checkpoints to keep")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out (same settings)")
-    add("--overwrite", action="store_true", help="start anew in a directory that holds a run")
+        help="weigh what was sampled by the trainer's probability over the sampler's: of each token, of its whole "
+        "reply, or not. vLLM gives probabilities after --top-k and --top-p, so the weight undoes these filters too; "
+        "the builtin sampler gives those before")  # fmt: skip
+    add("--importance-cap", type=real("[1, inf)"), default=2.0, help="largest such weight")
+
+    add = parser.add_argument_group("optimiser").add_argument
+    add("--lr", type=real("(0, inf)"), default=1e-6, help="peak learning rate of AdamW")
+    add("--schedule", default="constant", choices=["linear", "constant"], help="linear falls to 0 at the last step")
+    add("--warmup", type=integer("[0, inf)"), default=0, help="steps over which the rate rises from 0; 0: none")
+    add("--grad-clip", type=real("[0, inf)"), default=1.0, help="largest global gradient norm; 0: no clipping")
+    add("--updates", type=integer("[1, inf)"), default=1,
+        help="optimizer updates on each sampled batch; above 1 the clipping matters")  # fmt: skip
+
+    vllm_sampler.add_sampler_flags(parser, train=True)
+    training.add_training_flags(parser)
     argv = sys.argv[1:] if argv is None else argv
     embedded = not {"--model", "--data", "-h", "--help"} & {flag.split("=")[0] for flag in argv}
     args = parser.parse_args(EMBEDDED_FLAGS + argv if embedded else argv)
-    for name in ("steps", "prompts", "group", "updates", "max_new_tokens", "replicas", "keep"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.lr <= 0 or args.temperature <= 0 or not 0 < args.top_p <= 1:
-        parser.error("--lr and --temperature must be above 0, --top-p in (0, 1]")
-    if args.group == 1:
-        parser.error("--group 1 has nothing to compare a reply with: every advantage would be 0")
-    if not 0 < args.clip_low <= 1:
-        parser.error("--clip-low must be in (0, 1]: the ratio is clipped below 1 - clip-low")
-    if args.vllm_tp < 1 or not 0 < args.vllm_memory < 1 or args.importance_cap < 1:
-        parser.error("--vllm-tp and --importance-cap must be at least 1, --vllm-memory between 0 and 1")
-    if args.ahead and (args.sampler != "vllm" or args.vllm_tp > 1):
-        parser.error("--ahead needs --sampler vllm and --vllm-tp 1: a model cannot draw while it learns")
-    if args.ahead and args.importance == "none":
-        parser.error("--ahead draws from older weights: --importance token or sequence must correct that")
-    counts = "warmup", "top_k", "micro_tokens", "save_every", "seed", "canary_every"
-    for name in ("clip_high", "kl", "grad_clip", "format_weight", *counts):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} must not be negative")
+    if args.one_step_off_policy and (args.sampler != "vllm" or args.vllm_tp > 1):
+        parser.error("--one-step-off-policy needs --sampler vllm and --vllm-tp 1: no model can sample while it learns")
+    if args.one_step_off_policy and args.importance == "none":
+        parser.error("--one-step-off-policy: --importance token or sequence must correct for the older weights")
     return args
+
+
+def score_replies(encoder, records, replies, format_weight) -> tuple[list, list]:
+    """(texts, scores) of the replies to some records, both [record][reply]; a score is what rewards.score returns."""
+    texts = [[encoder.decode(reply.ids) for reply in group] for group in replies]
+    scores = []
+    for record, group in zip(records, texts, strict=True):
+        scores.append([rewards.score(text, record, format_weight=format_weight) for text in group])
+    return texts, scores
+
+
+def gather_rewards(world, scores, P, G) -> torch.Tensor:
+    """(P, G) rewards of the whole batch, on every rank: prompt p belongs to rank p % world.size."""
+    everyone = torch.zeros(P, G)
+    for rank, part in enumerate(world.gather([[score["reward"] for score in group] for group in scores])):
+        everyone[rank :: world.size] = torch.tensor(part)
+    return everyone
+
+
+def reference_log_probs(reference, groups, temperature):
+    """(B, T) log-probs under the starting model; None if there is no reference."""
+    if reference is None:
+        return None
+    with torch.no_grad():
+        return model.log_probs(reference, groups, temperature)[0]
+
+
+def batch_metrics(world, scores, replies, tokens, useful, P, G) -> dict:
+    """Means over all replies of the batch, on every rank. tokens: of the whole batch; useful: groups with a signal."""
+    flat_scores = [score for group in scores for score in group]
+    flat_replies = [reply for group in replies for reply in group]
+    sums = {name: sum(score[name] for score in flat_scores) for name in ("reward", "accuracy", "format")}
+    sums["length"] = sum(len(reply.ids) for reply in flat_replies)
+    sums["finished"] = sum(reply.finished for reply in flat_replies)
+    metrics = {name: total / (P * G) for name, total in zip(sums, world.sum(*sums.values()), strict=True)}
+    # The mean of −log p over sampled tokens is an unbiased estimate of the entropy.
+    surprise = -sum(reply.logps.sum().item() for reply in flat_replies)
+    metrics["entropy"], metrics["useful_groups"] = world.sum(surprise / tokens, useful / P)
+    return metrics
+
+
+def shown_replies(record, texts, scores, count=2) -> list[dict]:
+    """Some replies of a group, for samples.jsonl."""
+    pairs = list(zip(texts, scores, strict=True))[:count]
+    return [{"id": record["id"], "source": record["source"], "reply": text, **score} for text, score in pairs]
+
+
+# What the progress bar shows: label and key of the log.
+BAR = {
+    "reward": "reward",
+    "accuracy": "accuracy",
+    "format": "format",
+    "length": "length",
+    "kl": "kl",
+    "entropy": "entropy",
+    "clip": "clip_fraction",
+    "rollouts/s": "rollouts_per_s",
+}
+
+# What the learn phase sums up over tokens, micro-batches and updates; sampler_gap is the largest.
+TOKEN_SUMS = ("loss", "clip_fraction", "kl", "sampler_gap_mean", "importance_capped", "tokens", "sampler_gap")
+
+
+def add_metrics(sums: dict, metrics: dict) -> None:
+    for name, value in metrics.items():
+        sums[name] = max(sums[name], value) if name == "sampler_gap" else sums[name] + value
+
+
+def learning_metrics(world, sums: dict, tokens: float, updates: int) -> dict:
+    """TOKEN_SUMS of this rank -> means over the tokens of all ranks. tokens: of the whole batch.
+
+    Groups without a signal are skipped, but their tokens count: nothing of them is clipped.
+    """
+    largest_gap = max(world.gather(sums["sampler_gap"]))
+    total = dict(zip(TOKEN_SUMS, world.sum(*(sums[name] for name in TOKEN_SUMS)), strict=True))
+    learned = max(1.0, total["tokens"])
+    return {
+        "loss": total["loss"] / updates,
+        "kl": total["kl"] / tokens / updates,
+        "clip_fraction": total["clip_fraction"] / tokens / updates,
+        "sampler_gap": largest_gap,
+        "sampler_gap_mean": total["sampler_gap_mean"] / learned,
+        "importance_capped": total["importance_capped"] / learned,
+    }
 
 
 def main(argv=None):
     args = parse_args(argv)
-    world = m.setup()
+    world = training.setup()
     if args.model == f"{EMBEDDED}/base":
         make_embedded(world)
-    if args.prompts % world.size:
-        raise m.DataError(f"--prompts {args.prompts} cannot be dealt evenly to {world.size} processes")
-    records = m.read_records(args.data, rewards.check_gold)
-    run = m.Run.open(args, world)
-    options = {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
-    options |= {"train": True, "freeze_vision": args.freeze_vision, "recompute": args.recompute}
-    options |= {name: getattr(args, name) for name in ("shard", "replicas", "offload", "accumulate", "compile")}
-    policy, encoder = m.load(args.model, world, **options)
-    encoder.check(world, records)
-    options |= {"shard": "none" if args.shard == "none" else "full"}  # nobody goes backward through a reference
-    reference = m.load(args.model, world, **options)[0].requires_grad_(False) if args.kl else None
-    optimizer = m.adamw(policy, args.lr)
-    drawn_ahead = run.restore(policy, optimizer)
-    sampler = partial(m.sample, graphs=args.cuda_graphs)
-    if args.sampler == "vllm":
-        sampler = m.VLLM(
-            args.model, policy, encoder, world, records[world.rank :: world.size], tp=args.vllm_tp,
-            max_new_tokens=args.max_new_tokens, memory=args.vllm_memory, canary_every=args.canary_every, seed=args.seed,
-        )  # fmt: skip
     P, G = args.prompts, args.group
-    places = range(world.rank, P, world.size)  # of this rank in every batch
-    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
-    meter = m.Meter(policy, world, args.measure_peak)
+    if P % world.size:
+        raise DataError(f"--prompts {P} cannot be dealt evenly to {world.size} processes")
+    records = read_records(args.data, rewards.check_gold)
+    run = training.Run.open(vars(args), world, vllm_sampler.MAY_CHANGE)
+    options = training.load_options(args)
+    policy, encoder = model.load(args.model, world, train=True, **options)
+    encoder.check(world, records)
+    reference = model.load_reference(args.model, world, **options) if args.kl else None
+    optimizer = training.adamw(policy, args.lr)
+    pending = run.restore(policy, optimizer)
 
     def questions(step):
-        """This rank's records of a step, and a seed for each."""
-        batch, seed = m.epoch_order(args.seed, len(records), step * P, P), (args.seed * 10**6 + step) * 10**6
-        return [records[batch[place]] for place in places], [seed + place for place in places]
+        """This rank's records of a step, and a seed for each: pure functions of (seed, step, index)."""
+        batch = epoch_order(args.seed, len(records), step * P, P)
+        places = range(world.rank, P, world.size)
+        first_seed = (args.seed * 10**6 + step) * 10**6
+        return [records[batch[place]] for place in places], [first_seed + place for place in places]
 
-    ahead = None  # --ahead: a future of the next step's replies; a checkpoint holds them too
-    if drawn_ahead:
-        ahead = Future()
-        ahead.set_result([[m.Reply.read(row) for row in drawn_ahead[str(place)]] for place in places])
+    sample, sampler_state = sampler.sample, dict
+    if args.sampler == "vllm":
+        sample = vllm_sampler.VLLM(
+            args.model, policy, encoder, world, records[world.rank :: world.size], tp=args.vllm_tp, seed=args.seed,
+            max_new_tokens=args.max_new_tokens, memory=args.vllm_memory, parity_every=args.parity_every,
+        )  # fmt: skip
+    if args.one_step_off_policy:
+        sample = vllm_sampler.OneStepOffPolicy(sample, encoder, questions, run.step, args.steps, pending)
+        sampler_state = sample.to_json
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
+    clipping = {"clip_low": args.clip_low, "clip_high": args.clip_high, "ratio": args.ratio}
+    timer = training.PhaseTimer(world, policy.compute_dtype if args.measure_peak else None)
+    cost = model.Cost(policy)
     bar = tqdm(total=args.steps, initial=run.step, desc="grpo", disable=not world.main)
     for step in range(run.step, args.steps):
         # 1. Sample: G replies to each of this rank's prompts
-        (mine, seeds), (later, later_seeds) = questions(step), questions(step + 1)
+        mine, seeds = questions(step)
         prompts = encoder.prompts(mine)
-        encoder.prefetch(later)
-        meter.lap("rest")
-        stale = ahead is not None
-        replies = ahead.result() if stale else sampler(policy, prompts, G, seeds=seeds, **sampling)
-        if args.ahead and step + 1 < args.steps:
-            ahead = sampler.begin(policy, encoder.prompts(later), G, seeds=later_seeds, **sampling)
-        drawn = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
-        meter.lap("sample", sum(meter.cost.forward(drawn)))
+        encoder.prefetch(questions(step + 1)[0])
+        timer.end("rest")
+        replies = sample(policy, prompts, G, seeds=seeds, **sampling)
+        groups = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
+        timer.end("sample", sum(cost.forward(groups)))
 
         # 2. Score: rules give each reply a reward, the group gives it an advantage
-        texts = [[encoder.decode(reply.ids) for reply in group] for group in replies]
-        scores = [
-            [rewards.score(text, record, format_weight=args.format_weight) for text in group]
-            for record, group in zip(mine, texts, strict=True)
-        ]
-        gathered = world.gather([[score["reward"] for score in group] for group in scores])
-        everyone = torch.zeros(P, G)
-        for rank, rows in enumerate(gathered):
-            everyone[rank :: world.size] = torch.tensor(rows)
-        advantages = group_advantages(everyone, args.advantage_scale)[world.rank :: world.size]
+        texts, scores = score_replies(encoder, mine, replies, args.format_weight)
+        advantages = group_advantages(gather_rewards(world, scores, P, G), args.advantage_scale)
+        advantages = advantages[world.rank :: world.size]
         lengths = torch.tensor([[len(reply.ids) for reply in group] for group in replies]).float()
         tokens = world.sum(lengths.sum())[0]
-        meter.lap("score")
+        timer.end("score")
 
         # 3. Learn: clipped updates on the groups that carry a signal
         useful = [p for p in range(len(prompts)) if args.kl or advantages[p].any()]
-        groups = [drawn[p] for p in useful]
-        spare = (prompts[0], [replies[0][0].ids[:1]])  # a filler: keeps ranks in step, at weight 0
-        micros = m.micro_batches(world, groups, args.micro_tokens)
-        learned, largest_gap, norm = dict.fromkeys(("loss", "kl", "clip_fraction"), 0.0), 0.0, 0.0
-        watched = dict.fromkeys(("sampler_gap_mean", "importance_capped", "tokens"), 0.0)
-        first = {}  # each micro-batch's log-probs in the first pass: those of the weights that drew it
-        lr = m.learning_rate(step, args.steps, args.lr, args.schedule, args.warmup)
-        for epoch in range(args.updates if any(world.gather(len(useful))) else 0):
+        learned_groups = [groups[p] for p in useful]
+        filler = (prompts[0], [replies[0][0].ids[:1]])  # keeps ranks in step, at weight 0
+        micros = training.micro_batches(world, model.group_sizes(learned_groups), args.micro_tokens)
+        lr = training.learning_rate(step, args.steps, args.lr, args.schedule, args.warmup)
+        old_logps, norm, sums = {}, 0.0, dict.fromkeys(TOKEN_SUMS, 0.0)
+        for _ in range(args.updates if any(world.gather(len(useful))) else 0):
             for number, micro in enumerate(micros):
-                rows = [groups[i] for i in micro] or [spare]
-                logp, mask = m.log_probs(policy, rows, args.temperature)
-                ref = None
-                if args.kl:  # for a filler too: the ranks gather the weights of a sharded reference together
-                    with torch.no_grad():
-                        ref, _ = m.log_probs(reference, rows, args.temperature)
+                last = number == len(micros) - 1
+                rows = [learned_groups[i] for i in micro] or [filler]
+                logp, mask = model.log_probs(policy, rows, args.temperature)
+                # For a filler too: the ranks gather the weights of a sharded reference together.
+                ref = reference_log_probs(reference, rows, args.temperature)
                 if not micro:
-                    m.backward(policy, world, 0.0 * logp.sum(), last=number == len(micros) - 1)
+                    training.backward(policy, world, 0.0 * logp.sum(), last)
                     continue
-                device = logp.device
-                old = first.setdefault(number, logp.detach())
-                theirs = pad_sequence([reply.logps for i in micro for reply in replies[useful[i]]], True).to(device)
-                correction = importance_weights(old, theirs, mask, args.importance, args.importance_cap)
-                advantage = torch.cat([advantages[useful[i]] for i in micro]).to(device)
-                size = torch.cat([lengths[useful[i]] for i in micro]).to(device)
-                weight = token_weights(size, args.normalizer, P * G, tokens, args.max_new_tokens)
-                if args.kl:
-                    learned["kl"] += k3(logp.detach(), ref, mask).sum().item() / tokens / args.updates
+                members, device = [useful[i] for i in micro], logp.device
+                advantage = torch.cat([advantages[p] for p in members]).to(device)
+                length = torch.cat([lengths[p] for p in members]).to(device)
+                weight = token_weights(length, args.normalizer, P * G, tokens, args.max_new_tokens)
+                # The old log-probs are those of the weights that sampled: of the first update.
+                old = old_logps.setdefault(number, logp.detach())
+                sampled = pad_sequence([reply.logps for p in members for reply in replies[p]], True).to(device)
+                correction = importance_weights(old, sampled, mask, args.importance, args.importance_cap)
                 loss = grpo_loss(
-                    logp, old, ref, advantage, mask, weight, clip_low=args.clip_low, clip_high=args.clip_high,
-                    kl=args.kl, ratio=args.ratio, correction=correction,
+                    logp, old, ref, advantage, mask, weight, kl=args.kl, correction=correction, **clipping
                 )  # fmt: skip
-                m.backward(policy, world, loss, last=number == len(micros) - 1)
-                learned["loss"] += loss.item() / args.updates
-                ratio = policy_ratio(logp.detach(), old, mask, args.ratio)
-                clipped = torch.where(advantage[:, None] > 0, ratio > 1 + args.clip_high, ratio < 1 - args.clip_low)
-                learned["clip_fraction"] += (clipped & mask).sum().item() / tokens / args.updates
-                if epoch == 0:  # the sampler's log-probs against the trainer's: 1e-5 in fp32, more in bf16
-                    gap = ((old - theirs) * mask).abs()
-                    largest_gap = max(largest_gap, gap.max().item())
-                    watched["sampler_gap_mean"] += gap.sum().item()
-                    watched["importance_capped"] += ((correction >= args.importance_cap) & mask).sum().item()
-                    watched["tokens"] += mask.sum().item()
-            norm = m.update(policy, optimizer, lr, args.grad_clip)
-        meter.lap("learn", args.updates * meter.cost.learn(groups, reference=args.kl > 0))
+                training.backward(policy, world, loss, last)
+                add_metrics(sums, {"loss": loss.item()} | token_metrics(
+                    logp.detach(), old, ref, sampled, advantage, mask, correction, args.importance_cap, **clipping
+                ))  # fmt: skip
+            norm = training.update(policy, optimizer, lr, args.grad_clip)
+        timer.end("learn", args.updates * cost.learn(learned_groups, reference=args.kl > 0))
 
         # 4. Record
-        flat = [score for group in scores for score in group]
-        sums = {name: sum(score[name] for score in flat) for name in ("reward", "accuracy", "format")}
-        sums["length"] = lengths.sum()
-        sums["finished"] = sum(reply.finished for group in replies for reply in group)
-        means = {name: value / (P * G) for name, value in zip(sums, world.sum(*sums.values()), strict=True)}
-        surprise = -sum(reply.logps.sum().item() for group in replies for reply in group)
-        entropy, signal = world.sum(surprise / tokens, len(useful) / P)  # E[-log p] over sampled tokens is the entropy
-        learned = dict(zip(learned, world.sum(*learned.values()), strict=True))
-        *watched_sums, compared = world.sum(*watched.values())
-        watched = {name: value / max(1, compared) for name, value in zip(watched, watched_sums, strict=False)}
-        account = meter.row()
-        seconds = sum(value for name, value in account.items() if name.startswith("seconds"))
-        row = {"step": step + 1, **means, **learned, "entropy": entropy, "useful_groups": signal}
-        row |= {"grad_norm": norm, "lr": lr, "sampler_gap": max(world.gather(largest_gap)), **watched}
-        row |= {"staleness": args.updates * stale} if args.ahead else {}  # updates since the replies were drawn
-        row |= {"rollouts_per_s": P * G / seconds, "tokens_per_s": tokens / seconds, **account}
-        shown = [
-            {"id": mine[0]["id"], "source": mine[0]["source"], "reply": text, **score}
-            for text, score in list(zip(texts[0], scores[0], strict=True))[:2]
-        ]
-        run.log(row, shown)
-        names = ("reward", "accuracy", "format", "length", "kl", "entropy", "clip_fraction", "rollouts_per_s")
-        bar.set_postfix({name.replace("_fraction", "").replace("_per_s", "/s"): f"{row[name]:.3g}" for name in names})
+        row = {"step": step + 1} | batch_metrics(world, scores, replies, tokens, len(useful), P, G)
+        row |= learning_metrics(world, sums, tokens, args.updates) | {"grad_norm": norm, "lr": lr}
+        if args.one_step_off_policy:
+            row["staleness"] = args.updates * sample.off_policy  # updates since the replies were sampled
+        row |= timer.metrics(rollouts=P * G, tokens=tokens)
+        run.log(row, shown_replies(mine[0], texts[0], scores[0]))
+        bar.set_postfix({label: f"{row[name]:.3g}" for label, name in BAR.items()})
         bar.update()
-        if run.checkpoint_due(step + 1, args.steps, args.save_every):
-            kept = zip(places, ahead.result(), strict=True) if args.ahead and step + 1 < args.steps else ()
-            extra = {str(place): [reply.row() for reply in group] for place, group in kept}
-            run.save(step + 1, policy, optimizer, args.keep, extra)
-        run.leave_if_asked(step + 1, args.steps)
+        run.end_step(
+            step + 1, args.steps, policy, optimizer, save_every=args.save_every, keep=args.keep, extra=sampler_state
+        )
     bar.close()
     run.export(policy, encoder)
     if world.main:
@@ -405,4 +443,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    m.run(main)
+    training.run(main)

@@ -440,6 +440,10 @@ class Policy(nn.Module):
         # 4-D, so that transformers builds no mask of its own.
         self.register_buffer("no_mask", torch.zeros(1, 1, 1, 1), persistent=False)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.half else torch.float32
+
     def units(self) -> list[nn.Module]:
         """What FSDP shards one by one: the decoder's blocks and the vision tower. The root holds the rest."""
         return [*self.family.decoder(self.hf).layers, self.family.vision(self.hf)[0]]
@@ -542,6 +546,15 @@ def load(
         cause = (cause.splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: no model could be loaded ({cause})") from error
     return policy, encoder
+
+
+def load_reference(path: str, world: World, *, sharding=DEFAULT_SHARDING, **options) -> Policy:
+    """The frozen starting model, for the KL; options as for `load`."""
+    if sharding.mode == "grad":
+        # Nobody goes backward through it, so nothing would ever release the weights that mode "grad" keeps gathered.
+        sharding = replace(sharding, mode="full")
+    policy, _ = load(path, world, train=True, sharding=sharding, **options)
+    return policy.requires_grad_(False)
 
 
 def build(folder: str, dtype: torch.dtype, max_pixels: int | None = None, **options) -> tuple[Policy, Encoder]:

@@ -399,12 +399,13 @@ class PhaseTimer:
     """Where a step's seconds, FLOPs and memory go.
 
     end(phase) books the time since the last call under a phase, so every second is booked somewhere: what a step does
-    after its last phase (its log, a checkpoint) is found under "rest" of the next. peak: FLOP/s that the machine can do
-    at most; with it every phase's FLOP/s are given as a share of it too (MFU).
+    after its last phase (its log, a checkpoint) is found under "rest" of the next. peak_dtype: time matrix products of
+    this type first, and give every phase's FLOP/s as a share of that peak too (MFU); None: do not.
     """
 
-    def __init__(self, world: World, peak: float = 0.0):
-        self.world, self.peak = world, peak
+    def __init__(self, world: World, peak_dtype: torch.dtype | None = None):
+        self.world = world
+        self.peak = matmul_peak(world.device, peak_dtype) if peak_dtype else 0.0
         self.start()
 
     def start(self) -> None:
@@ -421,11 +422,13 @@ class PhaseTimer:
             self.flops[phase] = self.flops.get(phase, 0.0) + flops
         self.last = now
 
-    def metrics(self) -> dict[str, float]:
-        """Everything booked since the last call, for log.jsonl: seconds_<phase>; tflops_<phase> and mfu_<phase>, a
-        process on the mean; peak_memory_gib, the largest of any process so far."""
+    def metrics(self, **counts: float) -> dict[str, float]:
+        """Everything booked since the last call, for log.jsonl: <name>_per_s of each count; seconds_<phase>;
+        tflops_<phase> and mfu_<phase>, a process on the mean; peak_memory_gib, the largest of any process so far."""
         flops = dict(zip(self.flops, self.world.sum(*self.flops.values()), strict=True))
-        row = {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
+        total = sum(self.seconds.values())
+        row = {f"{name}_per_s": count / total for name, count in counts.items()}
+        row |= {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
         for phase, count in flops.items():
             rate = count / self.world.size / max(self.seconds[phase], 1e-9)
             row[f"tflops_{phase}"] = rate / 1e12

@@ -248,18 +248,19 @@ class VLLM:
 class OneStepOffPolicy:
     """A sampler that has begun each step's replies one step earlier: vLLM samples while the policy learns.
 
-    engine: a VLLM. upcoming(step): (prompts, seeds) of a step, or None when there is none. step: the first to be asked
-    for. pending: `to_json` of an interrupted run, the replies already sampled for that step; {} if none.
-    `off_policy` says whether the last call's replies came from older weights.
+    questions(step): (records, seeds) of a step. step: the first to be asked for, steps: how many there are. pending:
+    `to_json` of an interrupted run, the replies already sampled for that step; {} if none. `off_policy` says whether
+    the last call's replies came from older weights.
     """
 
-    def __init__(self, engine: VLLM, upcoming, step: int, pending: dict):
-        self.engine, self.upcoming, self.step, self.off_policy = engine, upcoming, step, False
-        self.future = None
+    def __init__(self, engine: VLLM, encoder: Encoder, questions, step: int, steps: int, pending: dict):
+        self.engine, self.encoder, self.questions = engine, encoder, questions
+        self.step, self.steps, self.off_policy = step, steps, False
+        self.future, self.seeds = None, []
         if pending:
+            groups = [pending[str(seed)] for seed in questions(step)[1]]
             self.future = Future()
-            rows = [pending[str(seed)] for seed in upcoming(step)[1]]
-            self.future.set_result([[Reply.from_json(row) for row in group] for group in rows])
+            self.future.set_result([[Reply.from_json(fields) for fields in group] for group in groups])
 
     def __call__(self, policy, prompts, n, *, seeds, **options) -> list[list[Reply]]:
         """As `sampler.sample`; then begin with the next step's prompts."""
@@ -269,9 +270,10 @@ class OneStepOffPolicy:
         else:
             replies = self.engine(policy, prompts, n, seeds=seeds, **options)
         self.step += 1
-        self.future, following = None, self.upcoming(self.step)
-        if following:
-            prompts, self.seeds = following
+        self.future = None
+        if self.step < self.steps:
+            records, self.seeds = self.questions(self.step)
+            prompts = self.encoder.prompts(records)
             self.future = self.engine.begin(policy, prompts, n, seeds=self.seeds, **options)
         return replies
 

@@ -1,7 +1,7 @@
-"""Scenes: procedural pictures for puzzles, light at the top and dark at the bottom, warm at the left and cool at the right.
+"""Scenes: procedural pictures for puzzles, light at the top, dark at the bottom, warm at the left, cool at the right.
 
-So even a tiny model can find out where a piece of one belongs. The same seed draws the same pixels. Imports nothing
-else of this project.
+So even a tiny model can find out where a piece belongs. The same seed draws the same pixels. Imports nothing else of
+this project.
 
 Legend: H = W = `size`, the side of a scene in pixels; `s` = 2·size, the side of the canvas it is drawn on; x runs from
 left to right and y from top to bottom. A colour is (red, green, blue), 0..255.

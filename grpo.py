@@ -138,8 +138,8 @@ EMBEDDED_FLAGS = f"""--model {EMBEDDED}/base --data {EMBEDDED}/puzzles/records.j
 def make_embedded(world):
     """Make, once, what the embedded default trains on: built-in puzzles, and a tiny base model that can speak.
 
-    A model with random weights writes noise that no rule can reward. So the base is first taught by dpo.py's SFT on a
-    primer (jigsaw.py) of loosely formatted replies whose puzzle answers are drawn at random.
+    A model with random weights writes noise that no rule can reward. So the base is first taught by dpo.py's SFT on
+    toy/primer.py's loosely formatted replies, whose puzzle answers are sampled at random.
     """
     here, there = Path(__file__).resolve().parent, Path(EMBEDDED)
     if world.main and not (there / "base/model.safetensors").exists():

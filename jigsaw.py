@@ -73,6 +73,7 @@ def mix(
         raise ValueError(
             f"an image {width} pixels wide and {height} high is too small for {rows} rows and {cols} columns"
         )
+    # Whole pixels only: what does not fill a piece is lost at the right and the bottom, never resampled.
     h, w = height // rows, width // cols
     trimmed = image.convert("RGB").crop((0, 0, w * cols, h * rows))
     pieces = pieces_of(trimmed, rows, cols)
@@ -83,6 +84,7 @@ def mix(
     while derange and any(original == position for position, original in enumerate(order, 1)):
         rng.shuffle(order)
 
+    # Position x+1 gets piece order[x]: the answer to "where was it before" is the order itself, not its inverse.
     mixed = pieces[np.array(order) - 1].reshape(rows, cols, h, w, 3)
     pixels = mixed.swapaxes(1, 2).reshape(rows * h, cols * w, 3)
     return Mixed(Image.fromarray(pixels), rows, cols, order)
@@ -98,6 +100,7 @@ def hide_edges(mixed: Mixed, mask_ratio: float) -> Mixed:
         lines = np.moveaxis(pixels, axis, 0)  # a view: writing to it writes to rows, then to columns, of `pixels`
         side = len(lines) // parts
         band = int(side * mask_ratio)
+        # The picture's own edges get the whole band; `[-band:]` would be everything when band is 0.
         lines[:band] = 0
         lines[len(lines) - band :] = 0
         for seam in range(side, len(lines), side):
@@ -109,7 +112,7 @@ def hide_edges(mixed: Mixed, mask_ratio: float) -> Mixed:
 # Questions
 
 
-LETTERS = "ABCDEFGH"
+LETTERS = "ABCDEFGH"  # as many as the longest list of options
 LINE_DIRECTIONS = {"column": ("above", "below"), "row": ("left", "right")}
 GRID_DIRECTIONS = (
     "above",
@@ -143,6 +146,7 @@ def directions(rows: int, cols: int) -> tuple[str, ...]:
 
 def relation(first: int, second: int, cols: int) -> str:
     """Where position `first` lies, seen from position `second`; both count from 1, row by row."""
+    # Only the sign counts: two rows higher is "above" as well, so 8 options are enough for every grid.
     row, col = divmod(first - 1, cols)
     other_row, other_col = divmod(second - 1, cols)
     vertical = "above" if row < other_row else "below" if row > other_row else ""
@@ -156,6 +160,7 @@ def letter_fields(texts: tuple[str, ...], truth: str, k: int, j: int, rng: rando
     return {
         "answer": LETTERS[options.index(truth)],
         "options": options,
+        # Not needed for the reward: for whoever reads the record, and for {pair[0]} in the question's text.
         "direction": truth,
         "pair": [k, j],
     }
@@ -168,6 +173,7 @@ def pair_fields(mixed: Mixed, k: int, j: int, rng: random.Random) -> dict:
 
 
 def ask_pair(mixed: Mixed, rng: random.Random) -> dict:
+    # Ordered pairs, all equally likely: the answer for (k, j) is the opposite of that for (j, k).
     n = mixed.rows * mixed.cols
     k, j = rng.sample(range(1, n + 1), 2)
     return pair_fields(mixed, k, j, rng)
@@ -243,6 +249,7 @@ def write_prompt(mixed: Mixed, text: str, answer_type: str, fields: dict, form: 
 # One puzzle
 
 
+# Also called by write_puzzles, before it looks at the first picture: a folder may hold 80,000.
 def check_choices(
     rows: int,
     cols: int,
@@ -290,8 +297,11 @@ def make_puzzle(
     mixed = mix(image, rows, cols, rng, swap=swap, derange=derange)
     mixed = hide_edges(mixed, mask_ratio)
 
+    # The question is about the picture as the policy will see it, frame included.
     _, text, answer_type, ask = QUESTIONS[question]
     fields = ask(mixed, rng)
+
+    # rewards.py reads `think` when there is no `reply_format`; a record says no more than it has to.
     form = reply_format or ("think" if think else "bare")
     record = {
         "prompt": write_prompt(mixed, text, answer_type, fields, form, framed=mask_ratio > 0),
@@ -435,6 +445,7 @@ def make_folder(out: str | Path) -> Path:
 def save_image(picture: Image.Image, folder: Path, saved: set[str]) -> str:
     """Save once as PNG, named by its pixels: equal pictures share a file. Returns the path relative to the folder."""
     pixels = f"{picture.size}".encode() + picture.tobytes()
+    # The size is part of the name's hash: the same bytes are other pictures at other sizes.
     path = f"images/{hashlib.sha256(pixels).hexdigest()[:20]}.png"
     if path not in saved:
         picture.save(folder / path)
@@ -476,7 +487,8 @@ def write_puzzles(
     pictures, open_picture = open_source(out, split=split, seed=seed, **source)
     folder = make_folder(out)
     records, saved = [], set()
-    # A generator of its own for the order of pictures and for each puzzle: no choice depends on an earlier one.
+    # The order of pictures and each puzzle have generators of their own: a larger count leaves the first puzzles as they
+    # are. The texts are seeds: another letter in them is another data set.
     numbers = epoch_order(len(pictures), count, random.Random(f"{split} {seed} deal"))
     for index, number in enumerate(tqdm(numbers, desc="puzzles", disable=None)):  # None: a bar on terminals only
         rng = random.Random(f"{split} {seed} puzzle {index}")

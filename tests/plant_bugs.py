@@ -450,7 +450,7 @@ BUGS = [Bug(*entry) for entry in (
     ("the relation is that after the mix", "jigsaw.py",
      "relation(mixed.order[k - 1], mixed.order[j - 1], mixed.cols)",
      "relation(k, j, mixed.cols)", JIGSAW),
-    ("the prompt names the two pieces the other way round", "jigsaw.py",
+    ("the prompt names one of the two pieces twice", "jigsaw.py",
      "where was the piece now at position {pair[0]}", "where was the piece now at position {pair[1]}", JIGSAW),
     ("options are not shuffled", "jigsaw.py", "rng.sample(texts, len(texts))", "list(texts)", JIGSAW),
     ("the letter is one off", "jigsaw.py",
@@ -462,7 +462,7 @@ BUGS = [Bug(*entry) for entry in (
      "mixed = pieces[np.array(order) - 1].reshape(cols, rows, h, w, 3).swapaxes(0, 1)", JIGSAW),
     ("the seed does not reach the puzzles", "jigsaw.py",
      'random.Random(f"{split} {seed} puzzle {index}")', 'random.Random(f"{split} puzzle {index}")', JIGSAW),
-        ("copies of a picture can be on both sides", "jigsaw.py", "path.read_bytes()", "str(path).encode()", JIGSAW),
+    ("copies of a picture can be on both sides", "jigsaw.py", "path.read_bytes()", "str(path).encode()", JIGSAW),
 
     # ---- toy/
     ("test scenes are train scenes", "toy/scenes.py", '+ (part == "test")', "", TOY),

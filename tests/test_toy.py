@@ -1,4 +1,4 @@
-"""toy/: scenes show what puzzles need, warm-up replies are as true and as loose as they claim, scripts say what is wrong.
+"""toy/: scenes show what puzzles need, warm-up replies are as true and as loose as they claim.
 
 Replies are read by patterns of our own, deliberately not those of rewards.py.
 """

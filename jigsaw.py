@@ -487,8 +487,8 @@ def write_puzzles(
     pictures, open_picture = open_source(out, split=split, seed=seed, **source)
     folder = make_folder(out)
     records, saved = [], set()
-    # The order of pictures and each puzzle have generators of their own: a larger count leaves the first puzzles as they
-    # are. The texts are seeds: another letter in them is another data set.
+    # The order of pictures and each puzzle have generators of their own: a larger count leaves the first puzzles as
+    # they are. The texts are seeds: another letter in them is another data set.
     numbers = epoch_order(len(pictures), count, random.Random(f"{split} {seed} deal"))
     for index, number in enumerate(tqdm(numbers, desc="puzzles", disable=None)):  # None: a bar on terminals only
         rng = random.Random(f"{split} {seed} puzzle {index}")

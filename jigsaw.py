@@ -525,28 +525,30 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def number_in(interval: str, kind: type, name: str) -> Callable[[str], float]:
-    """An argparse type: a number of this kind within an interval such as "[0, 0.5)"."""
+def number_in(interval: str, kind: type, what: str) -> Callable[[str], float]:
+    """A flag's type: a number in an interval such as "[0, 0.5)"; a round bracket excludes the end."""
     low, high = (float(end) for end in interval[1:-1].split(","))
 
     def read(text: str) -> float:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text}") from None
         above = value >= low if interval[0] == "[" else value > low
         below = value <= high if interval[-1] == "]" else value < high
         if not (above and below):  # so is NaN
             raise argparse.ArgumentTypeError(f"must lie in {interval}, not {text}")
         return value
 
-    read.__name__ = name  # argparse says: invalid integer value
     return read
 
 
 def integer(interval: str) -> Callable[[str], int]:
-    return number_in(interval, int, "integer")
+    return number_in(interval, int, "a whole number")
 
 
 def real(interval: str) -> Callable[[str], float]:
-    return number_in(interval, float, "number")
+    return number_in(interval, float, "a number")
 
 
 def add_common_flags(parser: Parser) -> None:

@@ -383,7 +383,7 @@ BAD = {
     "two forms": ([*SCENES, "--reply-format", "json", "--think"], "--reply-format"),
     "warm-up data": ([*SCENES, "--follow", 0.5], "--follow"),
     "not a number": ([*SCENES, "--swap", "nan"], "--swap"),
-    "not a whole number": ([*SCENES, "--rows", 1.5], "invalid integer"),
+    "not a whole number": ([*SCENES, "--rows", 1.5], "argument --rows: must be a whole number, not 1.5"),
     "size of photographs": (["--images", "in", "--count", 1, "--size", 50], "--size"),
     "max side of scenes": ([*SCENES, "--max-side", 50], "--max-side"),
 }

@@ -47,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo  # noqa: E402
 import model as m  # noqa: E402
 import rewards  # noqa: E402
+from toy.tiny_model import make_tiny  # noqa: E402
 
 NOMINAL = 989e12  # FLOP/s of an H200 in dense bf16, by its data sheet
 GROUP = 8  # replies per prompt
@@ -142,7 +143,7 @@ PUBLISHED = {  # Qwen2.5-VL-3B's config, where make_tiny's differs
 def model_folder(stage, small=False):
     """A folder with 3B's config (small, --smoke: a tiny one's), a tokenizer and image settings; without weights."""
     folder = stage.work / ("small" if small else "shape")
-    m.make_tiny(folder, hidden=128, heads=4, vocab=2048)
+    make_tiny(folder, hidden=128, heads=4, vocab=2048)
     (folder / "model.safetensors").unlink()
     config = json.loads((folder / "config.json").read_text())
     sizes = {"text_config": {"num_key_value_heads": 2}} if small or stage.smoke else PUBLISHED

@@ -121,9 +121,9 @@ def make_model(folder, sizes):
     """A tiny model directory by make_tiny, and beside it the processor files AutoProcessor and vLLM look for."""
     from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 
-    import model as m
+    from toy.tiny_model import make_tiny
 
-    m.make_tiny(folder, **sizes)
+    make_tiny(folder, **sizes)
     tokenizer, images = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
     videos = Qwen2VLVideoProcessor(patch_size=images.patch_size, merge_size=images.merge_size)
     Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=tokenizer.chat_template).save_pretrained(folder)

@@ -11,7 +11,7 @@ HERE=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$OUT"
 step() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 
-step "1 a base model: random weights, then a primer"
+step "1 a base model: random weights, then warm-up SFT"
 bash "$HERE/recipes/tiny_base.sh" "$OUT" "$SEED"
 
 step "2 held-out puzzles: the trained size, three sizes never trained on, five reply formats never trained on"

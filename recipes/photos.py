@@ -51,7 +51,7 @@ def draw_box(width: int, height: int, rng: random.Random) -> tuple[int, int, int
 
 
 def luminance(picture: Image.Image) -> np.ndarray:
-    """(H, W), 0..255; the weights are those of jigsaw.look."""
+    """(H, W), 0..255; the weights are those of toy.primer.look."""
     return np.asarray(picture, dtype=np.float64) @ np.array([0.299, 0.587, 0.114])
 
 

@@ -12,7 +12,7 @@ OUT=${1:-runs/photos}
 SEED=${2:-0}
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 if [ "${QUICK:-0}" = 1 ]; then
-    # The second primer is gentler: a few steps of its noise would leave a base without one well-formed reply to reward.
+    # The formats are kept more often: a few steps on noise would leave a base without one well-formed reply to reward.
     NOISE=(--reply-format think --follow 0.8)
     CROPS=24 WORDS=400 SCENE_STEPS=60 WORD_STEPS=15 FORMATS=400 FORMAT_STEPS=15 ZERO=4 PAIRS=40 COLD=3 RL=4 TESTS=16 P=8
 else
@@ -21,21 +21,22 @@ else
 fi
 mkdir -p "$OUT"
 step() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
-puzzles() { # puzzles FOLDER OUT COUNT SEED flags…: the folder is one side of the split already, so all of it is used
-    python "$HERE/jigsaw.py" --images "$1" --max-side 112 --split all --rows 2 --cols 1 --swap 0 \
-        --out "$2" --count "$3" --seed "$4" "${@:5}"
+# from_photos SCRIPT FOLDER OUT COUNT SEED flags…: the folder is one side of the split already, so all of it is used
+from_photos() {
+    python "$HERE/$1" --images "$2" --max-side 112 --split all --rows 2 --cols 1 --swap 0 \
+        --out "$3" --count "$4" --seed "$5" "${@:6}"
 }
 
 step "1 photographs: whole subjects are held out"
 python "$HERE/recipes/photos.py" --out "$OUT/photos" --crops "$CROPS" --seed "$SEED"
 
 step "2 puzzles; for the tests each subject is a source of its own, seen-… or held-out-…"
-puzzles "$OUT/photos/train" "$OUT/puzzles" $((3 * CROPS)) "$SEED"
+from_photos jigsaw.py "$OUT/photos/train" "$OUT/puzzles" $((3 * CROPS)) "$SEED"
 SETS=()
 for folder in "$OUT"/photos/{train,test}/*/; do
     case $folder in */train/*) name=seen ;; *) name=held-out ;; esac
     name=$name-$(basename "$folder")
-    puzzles "$folder" "$OUT/test/$name" "$TESTS" $((SEED + 3000 + ${#SETS[@]}))  # each with orders of its own
+    from_photos jigsaw.py "$folder" "$OUT/test/$name" "$TESTS" $((SEED + 3000 + ${#SETS[@]}))  # each with orders of its own
     sed -i.bak "s/\"source\": \"[^\"]*\"/\"source\": \"$name\"/" "$OUT/test/$name/records.jsonl"
     rm "$OUT/test/$name/records.jsonl.bak"
     SETS+=("$OUT/test/$name/records.jsonl")
@@ -44,12 +45,12 @@ done
 step "3 a base model: random weights, true words about scenes, then about photographs, then formats kept now and then"
 # Scenes first: on photographs alone, whose halves are often about equally light, 300 steps of SFT end in well-formed
 # replies whose words are true half the time, so that there is nothing for RL to go by.
-python "$HERE/jigsaw.py" --primer --reply-format think --follow 1 --scenes $((WORDS / 4)) --count "$WORDS" \
+python "$HERE/toy/primer.py" --reply-format think --follow 1 --scenes $((WORDS / 4)) --count "$WORDS" \
     --rows 2 --cols 1 --swap 0 --split train --seed $((SEED + 1000)) --out "$OUT/scenes"
-puzzles "$OUT/photos/train" "$OUT/words" "$WORDS" $((SEED + 1000)) --primer --reply-format think --follow 1
-puzzles "$OUT/photos/train" "$OUT/formats" "$FORMATS" $((SEED + 2000)) --primer "${NOISE[@]}"
-python "$HERE/model.py" --tiny "$OUT/random" --hidden "${HIDDEN:-64}" --layers "${LAYERS:-4}" --seed "$SEED"
-sft() { # sft FROM PRIMER TO STEPS flags…
+from_photos toy/primer.py "$OUT/photos/train" "$OUT/words" "$WORDS" $((SEED + 1000)) --reply-format think --follow 1
+from_photos toy/primer.py "$OUT/photos/train" "$OUT/formats" "$FORMATS" $((SEED + 2000)) "${NOISE[@]}"
+python "$HERE/toy/tiny_model.py" "$OUT/random" --hidden "${HIDDEN:-64}" --layers "${LAYERS:-4}" --seed "$SEED"
+sft() { # sft FROM DATA TO STEPS flags…
     python "$HERE/dpo.py" --loss sft --model "$OUT/$1" --data "$OUT/$2/primer.jsonl" --out "$OUT/$3" --batch 32 \
         --steps "$4" --save-every 0 --seed "$SEED" --overwrite "${@:5}"
 }

@@ -173,10 +173,10 @@ class Material:
 
     def make(self):
         import jigsaw
-        import model
+        from toy.tiny_model import make_tiny
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        model.make_tiny(self.tiny, layers=2)
+        make_tiny(self.tiny, layers=2)
         jigsaw.main(flags(scenes=4, count=4, no_think=True, swap=0, out=self.folder / "puzzles"))
         records = [json.loads(line) for line in (self.folder / "puzzles/records.jsonl").read_text().splitlines()]
         for number, record in enumerate(records):

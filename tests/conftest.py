@@ -10,6 +10,8 @@ import torch
 
 import jigsaw
 import model
+from toy.scenes import scene
+from toy.tiny_model import make_tiny
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 CPU = model.World(rank=0, size=1, device=torch.device("cpu"))  # fp32, also on a machine with a GPU
@@ -26,7 +28,7 @@ def tiny_dirs(tmp_path_factory):
     """{family: model directory} of three-layer models: in Qwen3-VL the second of two would read no picture anew."""
     folder = tmp_path_factory.mktemp("tiny")
     for family in FAMILIES:
-        model.make_tiny(folder / family, family, layers=3)
+        make_tiny(folder / family, family, layers=3)
     return {family: folder / family for family in FAMILIES}
 
 
@@ -57,7 +59,7 @@ def records(tmp_path_factory):
     """Four validated records: a puzzle, text only, three pictures between words, a puzzle on a wide picture."""
     folder, rng = tmp_path_factory.mktemp("records"), random.Random(3)
     sizes = {"square.png": (112, 112), "wide.png": (140, 56), "tall.png": (60, 100)}
-    pictures = {name: jigsaw.scene(rng, 160).resize(size) for name, size in sizes.items()}
+    pictures = {name: scene(rng, 160).resize(size) for name, size in sizes.items()}
     rows = []
     for name, grid in (("square.png", (2, 1)), ("wide.png", (1, 2))):
         pictures[name], puzzle = jigsaw.make_puzzle(pictures[name], *grid, "pair", rng)

@@ -48,6 +48,7 @@ LOSSES = "tests/test_losses.py"
 CANARIES = "tests/test_canaries.py"
 REWARDS = "tests/test_rewards.py"
 JIGSAW = "tests/test_jigsaw.py"
+TOY = "tests/test_toy.py"
 # The other files take longer: from them only the tests that must notice.
 GROUPS = some(
     "test_model",
@@ -446,26 +447,35 @@ BUGS = [Bug(*entry) for entry in (
     ("the order is the inverse of the mix", "jigsaw.py",
      "pieces[np.array(order) - 1]", "pieces[np.argsort(order)]", JIGSAW),
     ("rows and columns are swapped in the numbering", "jigsaw.py",
-     "relation(order[k - 1], order[j - 1], cols)", "relation(order[k - 1], order[j - 1], rows)", JIGSAW),
+     "relation(mixed.order[k - 1], mixed.order[j - 1], mixed.cols)",
+     "relation(mixed.order[k - 1], mixed.order[j - 1], mixed.rows)", JIGSAW),
     ("the relation is asked from the other piece", "jigsaw.py",
-     "relation(order[k - 1], order[j - 1], cols)", "relation(order[j - 1], order[k - 1], cols)", JIGSAW),
+     "relation(mixed.order[k - 1], mixed.order[j - 1], mixed.cols)",
+     "relation(mixed.order[j - 1], mixed.order[k - 1], mixed.cols)", JIGSAW),
     ("the relation is that after the mix", "jigsaw.py",
-     "relation(order[k - 1], order[j - 1], cols)", "relation(k, j, cols)", JIGSAW),
+     "relation(mixed.order[k - 1], mixed.order[j - 1], mixed.cols)",
+     "relation(k, j, mixed.cols)", JIGSAW),
+    ("the prompt names one of the two pieces twice", "jigsaw.py",
+     "where was the piece now at position {pair[0]}", "where was the piece now at position {pair[1]}", JIGSAW),
     ("options are not shuffled", "jigsaw.py", "rng.sample(texts, len(texts))", "list(texts)", JIGSAW),
     ("the letter is one off", "jigsaw.py",
      "LETTERS[options.index(truth)]", "LETTERS[options.index(truth) + 1]", JIGSAW),
-    ("the identity is never drawn", "jigsaw.py",
+    ("the original order is never sampled", "jigsaw.py",
      "while derange and any(", "while order == sorted(order) or derange and any(", JIGSAW),
     ("positions are numbered column by column", "jigsaw.py",
      "mixed = pieces[np.array(order) - 1].reshape(rows, cols, h, w, 3)",
      "mixed = pieces[np.array(order) - 1].reshape(cols, rows, h, w, 3).swapaxes(0, 1)", JIGSAW),
     ("the seed does not reach the puzzles", "jigsaw.py",
      'random.Random(f"{split} {seed} puzzle {index}")', 'random.Random(f"{split} puzzle {index}")', JIGSAW),
-    ("test scenes are train scenes", "jigsaw.py", '+ (part == "test")', "", JIGSAW),
     ("copies of a picture can be on both sides", "jigsaw.py", "path.read_bytes()", "str(path).encode()", JIGSAW),
-    ("the primer knows the verdict", "jigsaw.py",
-     'verdict = rng.choice(task["options"])', 'verdict = task["direction"]', JIGSAW),
-    ("the primer's words are false", "jigsaw.py", "values[k] > values[j]", "values[k] < values[j]", JIGSAW),
+
+    # ---- toy/
+    ("test scenes are train scenes", "toy/scenes.py", '+ (part == "test")', "", TOY),
+    ("the primer knows the verdict", "toy/primer.py",
+     'verdict = rng.choice(fields["options"])', 'verdict = fields["direction"]', TOY),
+    ("a plain question names one piece twice", "toy/primer.py",
+     "at position {pair[0]} look", "at position {pair[1]} look", TOY),
+    ("the primer's words are false", "toy/primer.py", "values[k] > values[j]", "values[k] < values[j]", TOY),
 
     # ---- eval.py
     ("GF: beta is not squared in the denominator", "eval.py",

@@ -15,6 +15,8 @@ import distill
 import jigsaw
 import model as m
 import rewards
+from toy.scenes import scene
+from toy.tiny_model import make_tiny
 
 REPLY = " <think>1 is dark.\nso below</think>\n<answer> (B) </answer>! "
 RECORD = {
@@ -186,7 +188,7 @@ def write_records(folder):
     """COUNT pair puzzles from built-in scenes, some with the answer A, some with B."""
     rng, rows = random.Random(3), []
     for number in range(COUNT):
-        puzzle, record = jigsaw.make_puzzle(jigsaw.scene(rng), 2, 1, "pair", rng)
+        puzzle, record = jigsaw.make_puzzle(scene(rng), 2, 1, "pair", rng)
         puzzle.save(folder / f"{number}.png")
         rows.append({"id": f"p{number}", "images": [f"{number}.png"], **record})
     m.write_jsonl(folder / "records.jsonl", rows)
@@ -199,7 +201,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distill")
     records = write_records(folder)
     assert 2 <= sum(record["answer"] == "B" for record in records) <= COUNT - 2
-    m.make_tiny(folder / "tiny")
+    make_tiny(folder / "tiny")
     policy, encoder = m.load(str(folder / "tiny"), m.setup(), train=True)
     optimizer = m.adamw(policy, 1e-2)
     read = m.read_records(folder / "records.jsonl")[:3]

@@ -16,6 +16,7 @@ from PIL import Image
 import eval as evaluation
 import jigsaw
 import model
+from toy.tiny_model import make_tiny
 
 EVAL = str(Path(evaluation.__file__).resolve())
 
@@ -369,7 +370,7 @@ def test_bad_files_are_refused_by_name(capsys, tmp_path):
 def tiny(tmp_path_factory):
     """A random tiny model, five puzzles in each of two reply formats, and five open questions on the same pictures."""
     folder = tmp_path_factory.mktemp("eval")
-    model.make_tiny(folder / "base", layers=2)
+    make_tiny(folder / "base", layers=2)
     for form in ("think", "boxed"):
         jigsaw.write_puzzles(folder / form, 5, scenes=5, swap=0.0, reply_format=form, seed=3)
     puzzles = [json.loads(line) for line in (folder / "think/records.jsonl").read_text().splitlines()]

@@ -6,16 +6,21 @@ so a piece of the mixed picture tells by itself where it came from, without any 
 
 import collections
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from PIL import Image, ImageStat
+from PIL import Image
 
 import jigsaw
 import rewards
+from toy.primer import render
+from toy.scenes import scene
 
 GRIDS = [(2, 1), (1, 2), (3, 1), (1, 4), (2, 2), (2, 3), (3, 3)]
 
@@ -52,7 +57,7 @@ def files_in(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# -------- cutting and mixing
+# -------- dividing and mixing
 
 
 @pytest.mark.parametrize("rows, cols", GRIDS)
@@ -119,6 +124,34 @@ def test_a_mask_hides_a_frame_and_the_cuts_and_nothing_else():
     assert (visible == expected).all()
     assert "black frame" in record["prompt"]
     assert "black" not in jigsaw.make_puzzle(picture, 2, 1, "pair", random.Random(3))[1]["prompt"]
+
+
+# -------- questions
+
+
+def test_a_new_question_is_one_entry_of_the_table(monkeypatch, tmp_path):
+    """Where is the piece now that was at the top left? The reader of the answer type is there already."""
+
+    def ask_corner(mixed, rng):
+        return {"answer": mixed.order.index(1) + 1, "corner": "top left", "options": ["it is there", "it is not"]}
+
+    corner = jigsaw.Question("a corner's piece", "One of {n}: where is {corner} now?", "digit", ask_corner)
+    monkeypatch.setitem(jigsaw.QUESTIONS, "corner", corner)
+    run("--scenes", 3, "--count", 5, "--rows", 2, "--cols", 2, "--question", "corner", "--out", tmp_path)
+    for record in read(tmp_path / "records.jsonl"):
+        assert "One of 4: where is top left now?\nA. it is there\nB. it is not\n" in record["prompt"]
+        assert record["prompt"].endswith("then give only the answer inside <answer> </answer>.")
+        assert record["order"][record["answer"] - 1] == 1
+        assert (record["answer_type"], record["source"]) == ("digit", "jigsaw-corner-2x2")
+        rewards.check_gold(record)
+
+
+def test_every_question_of_the_table_says_what_it_asks_and_can_be_asked():
+    for name in jigsaw.QUESTIONS:
+        _, record = jigsaw.make_puzzle(coordinates(12, 12), 2, 2, name, random.Random(0))
+        assert record["question"] == name and record["answer_type"] == jigsaw.QUESTIONS[name].answer_type
+        assert "{" not in record["prompt"]
+        rewards.check_gold(record)
 
 
 # -------- the pair question
@@ -197,7 +230,7 @@ def test_a_prompt_asks_for_its_form_and_a_reply_in_that_form_scores_full_marks(q
     assert ("4 numbers" in record["prompt"]) == (question == "full")
     assert record["think"] == (form == "think") and record["reply_format"] == form
     rewards.check_gold(record)
-    reply = jigsaw.render("1 looks light.", record["answer"], form)
+    reply = render("1 looks light.", record["answer"], form)
     assert rewards.score(reply, record)["reward"] == 1.5
 
 
@@ -217,7 +250,7 @@ def test_a_pair_prompt_is_short():
 
 
 def test_the_same_rng_state_gives_the_same_puzzle():
-    picture = jigsaw.scene(random.Random(8))
+    picture = scene(random.Random(8))
     first, again = (jigsaw.make_puzzle(picture, 3, 2, "pair", random.Random(4), swap=0.5) for _ in range(2))
     assert first[0].tobytes() == again[0].tobytes() and first[1] == again[1]
 
@@ -240,200 +273,6 @@ def test_an_impossible_puzzle_is_a_value_error_of_one_line(rows, cols, question,
     assert "\n" not in str(caught.value)
 
 
-# -------- scenes
-
-
-@pytest.mark.parametrize("strips", [2, 3, 4])
-def test_every_scene_darkens_downwards_and_cools_to_the_right(strips):
-    for seed in range(200):
-        picture = jigsaw.scene(random.Random(seed))
-        side = picture.width // strips
-        light, warm = [], []
-        for i in range(strips):
-            row = picture.crop((0, i * side, picture.width, i * side + side))
-            column = picture.crop((i * side, 0, i * side + side, picture.height))
-            light.append(ImageStat.Stat(row.convert("L")).mean[0])
-            red, _, blue = ImageStat.Stat(column).mean
-            warm.append(red - blue)
-        assert all(upper - lower > 8 for upper, lower in zip(light, light[1:], strict=False)), (seed, light)
-        assert all(left - right > 4 for left, right in zip(warm, warm[1:], strict=False)), (seed, warm)
-
-
-def test_brightness_tint_and_both_slopes_differ_from_scene_to_scene():
-    seen = []
-    for seed in range(200):
-        picture = jigsaw.scene(random.Random(seed), 56)
-        gray, (red, _, blue) = picture.convert("L"), ImageStat.Stat(picture).mean
-        top, bottom = (ImageStat.Stat(gray.crop((0, y, 56, y + 28))).mean[0] for y in (0, 28))
-        left, right = (ImageStat.Stat(picture.crop((x, 0, x + 28, 56))).mean for x in (0, 28))
-        seen.append([(top + bottom) / 2, top - bottom, red - blue, left[0] - left[2] - right[0] + right[2]])
-    spread = np.std(seen, axis=0)
-    assert (spread > [5, 4, 4, 3]).all(), spread
-
-
-def test_scenes_are_reproducible_distinct_and_of_the_asked_size():
-    assert jigsaw.scene(random.Random(7), 84).size == (84, 84)
-    pictures = [jigsaw.scene(random.Random(seed)).tobytes() for seed in range(30)]
-    assert len(set(pictures)) == 30
-    assert jigsaw.scene(random.Random(11)).tobytes() == pictures[11]
-
-
-# -------- replies and the primer
-
-# Readers of our own, deliberately not those of rewards.py: form -> pattern with the reason (r) and the answer (a)
-READERS = {
-    "think": r"<think>(?P<r>[^<]+)</think><answer>(?P<a>[^<]+)</answer>",
-    "bare": r"(?P<a>[A-H]|[0-9 ]+)",
-    "tags": r"<reason>(?P<r>[^<]+)</reason><result>(?P<a>[^<]+)</result>",
-    "boxed": r"(?P<r>[^<{}]+) \\boxed\{(?P<a>[^{}]+)\}",
-    "json": r'\{"reason": "(?P<r>[^"]+)", "answer": "(?P<a>[^"]+)"\}',
-    "line": r"(?P<r>[^<{}\n]+)\nAnswer: (?P<a>[^\n]+)",
-}
-REASON = r"(\d) looks (\w+), (\d) looks (\w+)\. so (\d) (was|is) (.+) [A-H]\."
-
-
-def readable_as(reply):
-    return [form for form, pattern in READERS.items() if re.fullmatch(pattern, reply)]
-
-
-@pytest.mark.parametrize("answer, text", [("B", "B"), ([3, 1, 2], "3 1 2")])
-@pytest.mark.parametrize("form", list(READERS))
-def test_a_rendered_reply_reads_back_in_its_own_form_and_in_no_other(form, answer, text):
-    reply = jigsaw.render("1 looks dark, 2 looks light. so 1 was above.", answer, form)
-    found = re.fullmatch(READERS[form], reply).groupdict()
-    assert found["a"] == text
-    assert (
-        found.get("r", "1 looks dark, 2 looks light. so 1 was above.") == "1 looks dark, 2 looks light. so 1 was above."
-    )
-    assert readable_as(reply) == [form]
-
-
-def test_an_unknown_form_cannot_be_rendered():
-    with pytest.raises(ValueError, match="verse"):
-        jigsaw.render("why", "A", "verse")
-
-
-@pytest.fixture(scope="module")
-def primer(tmp_path_factory):
-    """2,000 primer items on 2x1 pictures, and their folder."""
-    out = tmp_path_factory.mktemp("primer")
-    run("--primer", "--scenes", 500, "--count", 2000, "--swap", 0, "--seed", 3, "--out", out)
-    return read(out / "primer.jsonl"), out
-
-
-def read_reply(item):
-    """(the letter, the reason's 7 parts or None), wherever they stand in the reply."""
-    letter = re.search(r"(?<![A-Za-z])([AB])(?![A-Za-z])", item["chosen"].replace("Answer", "answer"))[1]
-    reason = re.search(REASON, item["chosen"])
-    return letter, reason and reason.groups()
-
-
-def test_primer_replies_follow_the_asked_form_in_4_of_10_cases(primer):
-    items, _ = primer
-    followed = [item["reply_format"] in readable_as(item["chosen"]) for item in items]
-    assert 0.36 < np.mean(followed) < 0.44  # sigma 0.011
-    asked = collections.Counter(item["reply_format"] for item in items)
-    assert abs(asked.pop("think") / 2000 - 2 / 7) < 0.05
-    assert chi_square(asked, 5) < 22
-    # what is not followed is another form, or readable as none of them
-    for item, kept in zip(items, followed, strict=True):
-        assert readable_as(item["chosen"]) == ([item["form"]] if item["form"] in READERS else [])
-        assert kept == (item["form"] == item["reply_format"])
-    assert len({item["form"] for item in items}) == 12
-
-
-def test_rewards_and_the_primer_agree_on_what_is_well_formed(primer):
-    for item in primer[0]:
-        rewards.check_gold(item)
-        assert rewards.score(item["chosen"], item)["format"] == (item["form"] == item["reply_format"])
-
-
-def test_primer_puzzles_are_answered_at_chance_and_plain_questions_right(primer):
-    items, _ = primer
-    right = collections.defaultdict(list)
-    for item in items:
-        right[item["question"]].append(read_reply(item)[0] == item["answer"])
-    assert 0.45 < len(right["pair"]) / 2000 < 0.55
-    assert 0.44 < np.mean(right["pair"]) < 0.56  # about 1,000 coins: sigma 0.016
-    assert all(right["look"])
-
-
-def test_primer_verdicts_do_not_depend_on_what_is_seen_and_the_letter_belongs_to_the_verdict(primer):
-    items, _ = primer
-    verdicts = collections.Counter()
-    for item in items:
-        letter, reason = read_reply(item)
-        if reason is None:
-            assert item["form"] == "bare"
-            continue
-        k, seen, j, _, again, verb, verdict = reason
-        assert [int(k), int(j)] == item["pair"] and again == k
-        assert verb == ("was" if item["question"] == "pair" else "is")
-        assert item["options"]["AB".index(letter)] == verdict
-        if item["question"] == "pair":
-            verdicts[seen, verdict] += 1
-    assert set(verdicts) == {(a, b) for a in ("light", "dark") for b in ("above", "below")}
-    assert chi_square(verdicts, 4) < 20
-
-
-def words_hold(item, folder):
-    """Is what the reply says about the two pieces true of the saved image? None for a reply without reason."""
-    puzzle, reason = Image.open(folder / item["images"][0]), read_reply(item)[1]
-    if reason is None:
-        return None
-    h, w = puzzle.height // item["rows"], puzzle.width // item["cols"]
-    measured = []
-    for position in item["pair"]:
-        row, col = divmod(position - 1, item["cols"])
-        piece = puzzle.crop((col * w, row * h, col * w + w, row * h + h))
-        red, _, blue = ImageStat.Stat(piece).mean
-        measured.append({"light": ImageStat.Stat(piece.convert("L")).mean[0], "warm": red - blue})
-    first, second = reason[1], reason[3]
-    cue = "light" if first in ("light", "dark") else "warm"
-    assert {first, second} == ({"light", "dark"} if cue == "light" else {"warm", "cool"})
-    more = measured[0][cue] > measured[1][cue]
-    if (
-        reason[5] == "is"
-        and reason[6] != {"light": "lighter", "dark": "darker", "warm": "warmer", "cool": "cooler"}[first]
-    ):
-        return False
-    return (first == cue) == more
-
-
-def test_primer_words_are_true_of_the_saved_pictures(primer):
-    items, folder = primer
-    told = [words_hold(item, folder) for item in items[:600]]
-    assert told.count(False) == 0 and told.count(True) > 450
-
-
-def test_a_primer_on_a_row_speaks_of_warm_and_cool(tmp_path):
-    run("--primer", "--scenes", 40, "--count", 160, "--rows", 1, "--cols", 2, "--swap", 0, "--out", tmp_path)
-    items = read(tmp_path / "primer.jsonl")
-    told = [words_hold(item, tmp_path) for item in items]
-    assert told.count(False) == 0 and told.count(True) > 100
-    assert all({"left", "right"} == set(i["options"]) or {"warmer", "cooler"} == set(i["options"]) for i in items)
-
-
-def test_primer_questions_share_a_picture_and_every_line_is_a_whole_sft_record(primer):
-    items, folder = primer
-    assert len({item["id"] for item in items}) == 2000
-    for start in range(0, 2000, 4):
-        assert len({item["images"][0] for item in items[start : start + 4]}) == 1
-    for item in items:
-        assert item["source"] == "primer" and "rejected" not in item
-        assert item["think"] == (item["reply_format"] == "think")
-        assert item["answer"] == "AB"[item["options"].index(item["direction"])]
-    assert all((folder / item["images"][0]).is_file() for item in items)
-
-
-def test_follow_0_and_1_mean_never_and_always(tmp_path):
-    for follow in (0, 1):
-        run("--primer", "--scenes", 20, "--count", 50, "--follow", follow, "--per-picture", 3, "--out", tmp_path)
-        items = read(tmp_path / "primer.jsonl")
-        assert len(items) == 50
-        assert {item["reply_format"] in readable_as(item["chosen"]) for item in items} == {bool(follow)}
-
-
 # -------- files
 
 
@@ -448,7 +287,7 @@ def colours_used(out):
     return {Image.open(out / record["images"][0]).getpixel((0, 0)) for record in read(out / "records.jsonl")}
 
 
-@pytest.mark.parametrize("extra", [[], ["--primer"], ["--question", "full", "--rows", 2, "--cols", 3, "--no-think"]])
+@pytest.mark.parametrize("extra", [[], ["--question", "full", "--rows", 2, "--cols", 3, "--no-think"]])
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(tmp_path, extra):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         run("--scenes", 6, "--count", 24, "--seed", seed, "--out", tmp_path / name, *extra)
@@ -512,14 +351,6 @@ def test_the_test_fraction_is_the_part_of_the_pictures_that_is_test(tmp_path):
     assert len(jigsaw.list_pictures(tmp_path, "train", 0.0)) == len(jigsaw.list_pictures(tmp_path, "test", 1.0)) == 1000
 
 
-def test_train_and_test_scenes_share_no_picture_whatever_the_seeds():
-    train = [s for seed in range(4) for s in jigsaw.list_scenes(50, seed, "train", 0.1)]
-    test = [s for seed in range(4) for s in jigsaw.list_scenes(50, seed, "test", 0.1)]
-    assert len(set(train)) == len(set(test)) == 200 and not set(train) & set(test)
-    both = jigsaw.list_scenes(50, 2, "all", 0.1)
-    assert len(set(both)) == 50 and len(set(both) & set(test)) == 5 and len(set(both) & set(train)) == 45
-
-
 def test_max_side_shrinks_pictures_and_keeps_their_shape(tmp_path):
     (tmp_path / "in").mkdir()
     Image.new("RGB", (300, 200), (10, 20, 30)).save(tmp_path / "in" / "wide.jpg")
@@ -537,7 +368,6 @@ BAD = {
     "file that is no image": (["--images", "broken", "--count", 1], "fake.png"),
     "image that ends early": (["--images", "short", "--count", 1], "half.jpg"),
     "image smaller than the grid": (["--images", "in", "--count", 1, "--rows", 20], "photo000.png"),
-    "nothing to compare": (["--images", "in", "--count", 1, "--primer"], "photo000.png"),
     "split without images": (
         ["--images", "in", "--count", 1, "--split", "test", "--test-fraction", 0],
         "no test image",
@@ -551,8 +381,9 @@ BAD = {
     "unknown question": ([*SCENES, "--question", "spiral"], "spiral"),
     "abbreviated flag": ([*SCENES, "--row", 2], "--row"),
     "two forms": ([*SCENES, "--reply-format", "json", "--think"], "--reply-format"),
-    "primer of full": ([*SCENES, "--primer", "--question", "full"], "--primer"),
-    "follow without primer": ([*SCENES, "--follow", 0.5], "--follow"),
+    "warm-up data": ([*SCENES, "--follow", 0.5], "--follow"),
+    "not a number": ([*SCENES, "--swap", "nan"], "--swap"),
+    "not a whole number": ([*SCENES, "--rows", 1.5], "argument --rows: must be a whole number, not 1.5"),
     "size of photographs": (["--images", "in", "--count", 1, "--size", 50], "--size"),
     "max side of scenes": ([*SCENES, "--max-side", 50], "--max-side"),
 }
@@ -566,14 +397,24 @@ def test_bad_input_ends_with_status_2_and_one_line_that_names_the_cause(tmp_path
     for name in ("empty", "short"):
         (tmp_path / name).mkdir()
     (tmp_path / "broken" / "fake.png").write_bytes(b"this is no image")
-    jigsaw.scene(random.Random(0)).save(tmp_path / "whole.jpg")
+    scene(random.Random(0)).save(tmp_path / "whole.jpg")
     (tmp_path / "short" / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:1500])
     with pytest.raises(SystemExit) as stopped:
         run(*argv, "--out", "out")
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and cause in error, error
-    assert not (tmp_path / "out" / "records.jsonl").exists() and not (tmp_path / "out" / "primer.jsonl").exists()
+    assert not (tmp_path / "out" / "records.jsonl").exists()
+
+
+def test_puzzles_from_a_folder_need_nothing_of_the_project(tmp_path):
+    photographs(tmp_path / "in", [(1, 2, 3)])
+    (tmp_path / "alone").mkdir()
+    shutil.copy(jigsaw.__file__, tmp_path / "alone")
+    command = [sys.executable, "alone/jigsaw.py", "--images", "in", "--count", "2", "--out", "out"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    assert len(read(tmp_path / "out" / "records.jsonl")) == 2
 
 
 def test_an_out_that_is_a_file_ends_with_status_2_and_keeps_the_file(tmp_path, capsys):

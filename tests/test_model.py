@@ -24,6 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
 import model
+from toy import tiny_model
+from toy.tiny_model import make_tiny
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 CPU = model.World(rank=0, size=1, device=torch.device("cpu"))
@@ -1587,9 +1589,9 @@ def test_a_tiny_model_has_heads_of_32(models, family):
 @every_family
 def test_the_same_seed_makes_the_same_bytes(tiny_dirs, tmp_path, family):
     state = torch.random.get_rng_state()
-    model.make_tiny(tmp_path / "same", family, layers=3)
+    make_tiny(tmp_path / "same", family, layers=3)
     assert torch.equal(torch.random.get_rng_state(), state), "nobody else's random numbers are touched"
-    model.make_tiny(tmp_path / "other", family, layers=3, seed=1)
+    make_tiny(tmp_path / "other", family, layers=3, seed=1)
     files = sorted(path.name for path in tiny_dirs[family].iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= set(files)
     for name in files:
@@ -1599,7 +1601,7 @@ def test_the_same_seed_makes_the_same_bytes(tiny_dirs, tmp_path, family):
 
 
 def test_a_tiny_model_of_another_size_has_it(tmp_path, capsys):
-    model.main(["--tiny", str(tmp_path / "t"), "--hidden", "96", "--heads", "3", "--layers", "1", "--vocab", "2000"])
+    tiny_model.main([str(tmp_path / "t"), "--hidden", "96", "--heads", "3", "--layers", "1", "--vocab", "2000"])
     assert "tiny qwen2_5_vl" in capsys.readouterr().out
     policy, encoder = model.load(tmp_path / "t", CPU)
     assert policy.hf.get_input_embeddings().weight.shape == (2000, 96)
@@ -1609,7 +1611,7 @@ def test_a_tiny_model_of_another_size_has_it(tmp_path, capsys):
 
 def test_sizes_that_fit_no_head_are_refused_before_anything_is_written(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        model.main(["--tiny", str(tmp_path / "t"), "--hidden", "72"])
+        tiny_model.main([str(tmp_path / "t"), "--hidden", "72"])
     assert caught.value.code == 2 and "--hidden" in capsys.readouterr().err
     assert not (tmp_path / "t").exists()
 

@@ -39,6 +39,7 @@ from commands import (
 )
 
 import model as m
+from toy.tiny_model import make_tiny
 
 FILE = 100_000  # bytes of a file, where a model is exported in several
 LR = 3e-4  # AdamW moves every weight by about this much per update, even where the gradient is close to nothing
@@ -116,7 +117,7 @@ def settings_of(material, name):
 def both(material, tmp_path_factory):
     """A folder with the runs of one process in one/…, those of two in two/…, the ways in ways/0, ways/1, …"""
     folder = tmp_path_factory.mktemp("both")
-    m.make_tiny(material.folder / "qwen3_vl", "qwen3_vl", layers=2)
+    make_tiny(material.folder / "qwen3_vl", "qwen3_vl", layers=2)
     jobs = {2: [], 4: []}
     for name in CASES:
         stage, settings = settings_of(material, name)
@@ -131,7 +132,7 @@ def both(material, tmp_path_factory):
     jobs[2].append(("grpo", material.grpo(lr=LR, steps=4, out=begun, resume=True)))
     jobs[2].append(("grpo", material.grpo(lr=LR, steps=2, dtype="bf16", kl=0.04, out=folder / "two" / "bf16")))
     for name, size in (("small", 2000), ("large", 60000)):
-        m.make_tiny(folder / name, hidden=256, heads=4, layers=2, vocab=size)
+        make_tiny(folder / name, hidden=256, heads=4, layers=2, vocab=size)
     jobs[4].append(("checks", {"check": "memory", "model": folder / "large", "out": folder / "memory"}))
     exported = {"check": "export", "model": material.speaker, "out": folder / "files", "bytes": FILE}
     jobs[2].append(("checks", exported))

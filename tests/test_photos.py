@@ -24,8 +24,8 @@ import skimage.data
 from commands import ROOT, environment, rows, weights
 from PIL import Image
 
-import jigsaw
 import rewards
+from toy import primer
 
 # Stage: its updates in the quick form.
 TRAINED = {"scenes/model": 60, "words/model": 15, "base": 15, "zero": 4, "cold": 3, "rl": 4}
@@ -185,7 +185,7 @@ def test_what_light_alone_can_reach_is_what_the_pictures_show(finished, pictures
     for part, found in pictures.items():
         shares = {}
         for (size, content), path in found.items():
-            light = jigsaw.look(Image.frombytes("RGB", size, content), 2, 1)["light"]
+            light = primer.look(Image.frombytes("RGB", size, content), 2, 1)["light"]
             shares.setdefault(path.parts[0], []).append(light[0] > light[1])
         assert all(len(each) == CROPS for each in shares.values())
         means[part] = np.mean([np.mean(each) for each in shares.values()])
@@ -227,7 +227,7 @@ def test_the_primer_names_truly_which_half_of_a_photograph_is_lighter_and_guesse
     records = read(finished[0] / "words/primer.jsonl")
     right = []
     for record in records:
-        light = jigsaw.look(Image.open(finished[0] / "words" / record["images"][0]), 2, 1)["light"]
+        light = primer.look(Image.open(finished[0] / "words" / record["images"][0]), 2, 1)["light"]
         words = dict(re.findall(r"([12]) looks (light|dark)", record["chosen"]))
         assert words == ({"1": "light", "2": "dark"} if light[0] > light[1] else {"1": "dark", "2": "light"})
         score = rewards.score(record["chosen"], record)

@@ -10,6 +10,8 @@ from commands import ROOT, end, processes, start
 
 import jigsaw
 import model as m
+from toy.scenes import scene
+from toy.tiny_model import make_tiny
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import plan
@@ -28,7 +30,7 @@ def measured(folder, dtype, recompute, freeze_vision):
     world = m.setup()
     policy, encoder = m.load(folder, world, train=True, dtype=dtype, recompute=recompute, freeze_vision=freeze_vision)
     policy.chunk_bytes = CHUNK
-    picture, record = jigsaw.make_puzzle(jigsaw.scene(random.Random(0)), 2, 1, "pair", random.Random(0))
+    picture, record = jigsaw.make_puzzle(scene(random.Random(0)), 2, 1, "pair", random.Random(0))
     path = f"{folder}/picture-{world.rank}.png"
     picture.save(path)
     prompt = encoder.prompt({**record, "id": "p", "images": [path]})
@@ -56,7 +58,7 @@ def measured(folder, dtype, recompute, freeze_vision):
 def folder(tmp_path_factory):
     """A model with the proportions of a large one: several blocks, a vocabulary that weighs something."""
     folder = tmp_path_factory.mktemp("plan") / "model"
-    m.make_tiny(folder, hidden=256, heads=4, layers=6, vocab=20000)
+    make_tiny(folder, hidden=256, heads=4, layers=6, vocab=20000)
     return folder
 
 

@@ -1,0 +1,268 @@
+"""Warm-up SFT data: questions about puzzle pictures, each with a reply. Writes primer.jsonl and the images.
+
+    python toy/primer.py --scenes 2000 --count 8000 --out runs/formats
+
+A model with random weights writes noise that no reward can tell apart. SFT on this teaches it to speak, and leaves the
+rest to RL: the replies name truly what can be seen, take the asked form only now and then (--follow), and guess at
+puzzles. Two questions are asked:
+
+    pair    the puzzle of jigsaw.py; the reply's reason is true, its verdict is sampled at random
+    look    is piece k lighter or darker, warmer or cooler, than piece j? The reply is right
+
+Each line is a whole pair record without `rejected`: what `dpo.py --loss sft` reads.
+
+Legend: k, j positions in the mixed picture, from 1; a cue is something that can be seen of a piece (CUES); `more` says
+whether the piece at k has more of it; `form` is how a reply is written: one of six reply formats, or a near miss.
+"""
+
+import json
+import math
+import random
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+if __name__ == "__main__":  # Python looks for modules beside a script: jigsaw.py lies one folder up
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jigsaw
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be seen, in words
+
+# cue -> (word for the piece that has more of it, word for the other), as "looks ..." and as the answer to a comparison
+CUES = {
+    "light": (("light", "dark"), ("lighter", "darker")),
+    "warm": (("warm", "cool"), ("warmer", "cooler")),
+}
+LOOK_TEXT = "How does the piece now at position {pair[0]} look, compared with the piece now at position {pair[1]}?"
+
+
+def look(picture: Image.Image, rows: int, cols: int) -> dict[str, list[float]]:
+    """Of each piece as it lies: "light", its mean luminance, and "warm", its mean red minus its mean blue (0..255)."""
+    means = jigsaw.pieces_of(picture, rows, cols).astype(np.float64).mean(axis=(1, 2))  # (n, 3)
+    red, green, blue = means.T
+    luminance = 0.299 * red + 0.587 * green + 0.114 * blue
+    return {"light": luminance.tolist(), "warm": (red - blue).tolist()}
+
+
+def sample_pair(values: list[float], cue: str, rng: random.Random) -> tuple[int, int, bool]:
+    """(k, j, more): two positions whose pieces differ in the cue. ValueError if there are none."""
+    n = len(values)
+    pairs = [(k, j) for k in range(n) for j in range(n) if values[k] != values[j]]
+    if not pairs:
+        raise ValueError(f"all {n} pieces are equally {cue}: nothing true can be said")
+    k, j = rng.choice(pairs)
+    return k + 1, j + 1, values[k] > values[j]
+
+
+def look_fields(cue: str, more: bool, k: int, j: int, rng: random.Random) -> dict:
+    """Fields of the look question, as jigsaw.py's `pair_fields` returns them."""
+    words = CUES[cue][1]
+    return jigsaw.letter_fields(words, words[0] if more else words[1], k, j, rng)
+
+
+def reason_about(cue: str, more: bool, k: int, j: int, verdict: str, letter: str) -> str:
+    """The one phrase of all replies: what both pieces look like, what is concluded, and at once the letter for it.
+
+    The letter stands right behind the verdict's last word on purpose: a model of a few layers looks a word up among the
+    options from that very word within 100 updates, and from one token further on it does not in 1,000.
+    """
+    words = CUES[cue][0]
+    first, second = words if more else reversed(words)
+    return f"{k} looks {first}, {j} looks {second}. so {k} {verdict} {letter}."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replies
+
+# The reply formats of jigsaw.py's prompts.
+WELL_FORMED = {
+    "think": "<think>{reason}</think><answer>{answer}</answer>",
+    "bare": "{answer}",
+    "tags": "<reason>{reason}</reason><result>{answer}</result>",
+    "boxed": "{reason} \\boxed{{{answer}}}",
+    "json": '{{"reason": {reason}, "answer": {answer}}}',  # both are quoted by `render`
+    "line": "{reason}\nAnswer: {answer}",
+}
+# Near misses of the think form. None of them is well-formed in any of the six.
+MALFORMED = {
+    "no tags": "{reason} {answer}",
+    "no think tags": "{reason}<answer>{answer}</answer>",
+    "no answer tags": "<think>{reason}</think>{answer}",
+    "no think end": "<think>{reason}<answer>{answer}</answer>",
+    "no answer end": "<think>{reason}</think><answer>{answer}",
+    "answer in words": "<think>{reason}</think>Answer: {answer}",
+}
+
+
+def render(reason: str, answer: str | list[int], form: str) -> str:
+    """A reply in one of the forms. A list of numbers is written with spaces between. ValueError for an unknown form."""
+    forms = WELL_FORMED | MALFORMED
+    if form not in forms:
+        raise ValueError(f"form {form!r} is not one of {', '.join(forms)}")
+    if isinstance(answer, list):
+        answer = " ".join(map(str, answer))
+    if form == "json":
+        reason, answer = json.dumps(reason), json.dumps(answer)
+    return forms[form].format(reason=reason, answer=answer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions with replies
+
+
+def primer_items(
+    mixed: jigsaw.Mixed,
+    count: int,
+    rng: random.Random,
+    follow: float = 0.4,
+    reply_format: str | None = None,
+) -> list[dict]:
+    """`count` questions with replies about one mixed picture: records without `id` and `images`.
+
+    follow          probability that a reply has the asked form. Else it has another one; `form` in the record tells.
+    reply_format    the form that is asked for; None: any of the six, think twice as often.
+    `answer` is the true answer, whatever the reply says. ValueError if no two pieces differ in the cue that is needed.
+    """
+    measured = look(mixed.picture, mixed.rows, mixed.cols)
+    return [primer_item(mixed, measured, rng, follow, reply_format) for _ in range(count)]
+
+
+def primer_item(
+    mixed: jigsaw.Mixed,
+    measured: dict[str, list[float]],
+    rng: random.Random,
+    follow: float,
+    reply_format: str | None,
+) -> dict:
+    # 1. What the reply looks at. In a column the scenes' light tells the place, in a row their tint, in a grid both.
+    if mixed.cols == 1:
+        cue = "light"
+    elif mixed.rows == 1:
+        cue = "warm"
+    else:
+        cue = rng.choice(list(CUES))
+    k, j, more = sample_pair(measured[cue], cue, rng)
+
+    # 2. What is asked, and what the reply concludes: at random for a puzzle, the truth for what can be seen.
+    question = rng.choice(("pair", "look"))
+    if question == "pair":
+        text, verb = jigsaw.QUESTIONS["pair"].text, "was"
+        fields = jigsaw.pair_fields(mixed, k, j, rng)
+        verdict = rng.choice(fields["options"])
+    else:
+        text, verb = LOOK_TEXT, "is"
+        fields = look_fields(cue, more, k, j, rng)
+        verdict = fields["direction"]
+    letter = jigsaw.LETTERS[fields["options"].index(verdict)]
+    reason = reason_about(cue, more, k, j, f"{verb} {verdict}", letter)
+
+    # 3. Which form is asked for, and which the reply has.
+    asked = reply_format or rng.choice(["think", *WELL_FORMED])
+    form = asked
+    if rng.random() >= follow:
+        form = rng.choice([name for name in (*WELL_FORMED, *MALFORMED) if name != asked])
+
+    return {
+        "prompt": jigsaw.write_prompt(mixed, text, "letter", fields, asked),
+        "answer": fields["answer"],
+        "answer_type": "letter",
+        **fields,
+        "think": asked == "think",
+        "source": "primer",
+        "rows": mixed.rows,
+        "cols": mixed.cols,
+        "question": question,
+        "order": mixed.order,
+        "reply_format": asked,
+        "form": form,
+        "chosen": render(reason, letter, form),
+        "chosen_from": "primer",
+        "corruption": None,
+    }
+
+
+def write_primer(
+    out: str | Path,
+    count: int,
+    *,
+    rows: int = 2,
+    cols: int = 1,
+    follow: float = 0.4,
+    reply_format: str | None = None,
+    per_picture: int = 4,
+    swap: float = 0.5,
+    derange: bool = False,
+    split: str = "all",
+    seed: int = 0,
+    **source,
+) -> Path:
+    """Write `count` items (see `primer_items`) to out/primer.jsonl, `per_picture` on each mixed picture.
+
+    `source` and the other choices are those of jigsaw.py's `write_puzzles`, and so are the errors.
+    """
+    jigsaw.check_choices(rows, cols, "pair", reply_format, 0.0, swap)
+    pictures, open_picture = jigsaw.open_source(out, split=split, seed=seed, **source)
+    folder = jigsaw.make_folder(out)
+    records, saved = [], set()
+    rounds = math.ceil(count / per_picture)
+    numbers = jigsaw.epoch_order(len(pictures), rounds, random.Random(f"{split} {seed} deal"))
+    for index, number in enumerate(tqdm(numbers, desc="primer", disable=None)):  # None: a bar on terminals only
+        rng = random.Random(f"{split} {seed} primer {index}")
+        missing = count - len(records)
+        with jigsaw.errors_name(pictures[number]):
+            mixed = jigsaw.mix(open_picture(pictures[number]), rows, cols, rng, swap=swap, derange=derange)
+            items = primer_items(mixed, min(per_picture, missing), rng, follow, reply_format)
+        path = jigsaw.save_image(mixed.picture, folder, saved)
+        for item in items:
+            name = f"primer-{split}-{seed}-{len(records):06d}"
+            records.append({"id": name, "images": [path], **item})
+    return jigsaw.write_lines(folder / "primer.jsonl", records)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """The arguments of `write_primer`, under the same names."""
+    parser = jigsaw.Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--count", metavar="N", type=jigsaw.integer("[1, inf)"), required=True, help="how many questions to write")
+    add("--out", metavar="DIR", required=True, help="gets primer.jsonl and images/")
+    jigsaw.add_common_flags(parser)
+    add("--reply-format", choices=list(WELL_FORMED), help="ask for this form only (default: any, think twice as often)")
+    add(
+        "--follow",
+        type=jigsaw.real("[0, 1]"),
+        default=0.4,
+        help="probability that a reply has the asked form (default %(default)s)",
+    )
+    add(
+        "--per-picture",
+        metavar="N",
+        type=jigsaw.integer("[1, inf)"),
+        default=4,
+        help="questions on each mixed picture (default %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    jigsaw.check_common_flags(parser, args)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        path = write_primer(**vars(args))
+    except ValueError as cause:
+        jigsaw.Parser().error(jigsaw.one_line(cause))
+    print(f"{args.count} questions with replies -> {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -44,9 +44,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import attention  # noqa: E402
 import grpo  # noqa: E402
-import model as m  # noqa: E402
+import model  # noqa: E402
 import rewards  # noqa: E402
+import sampler  # noqa: E402
+import training  # noqa: E402
+from records import read_jsonl, read_records, write_jsonl, write_text  # noqa: E402
 from toy.tiny_model import make_tiny  # noqa: E402
 
 NOMINAL = 989e12  # FLOP/s of an H200 in dense bf16, by its data sheet
@@ -59,7 +63,7 @@ class Stage:
     def __init__(self, args):
         self.name, self.smoke, self.out, self.work = args.stage, args.smoke, Path(args.out), Path(args.work)
         self.begun, self.seconds, self.rows, self.failed = time.perf_counter(), args.seconds, [], 0
-        self.world = m.setup()
+        self.world = training.setup()
         self.device, self.cuda = self.world.device, torch.cuda.is_available()
         self.machine = versus.machine() | versus.versions() | {"when": datetime.now(UTC).isoformat(timespec="seconds")}
         self.machine["gpu"] = torch.cuda.get_device_name() if self.cuda else None
@@ -82,7 +86,7 @@ class Stage:
         whole = json.loads(path.read_text()) if path.exists() else {"stages": {}}
         spent = time.perf_counter() - self.begun
         whole["stages"][self.name] = {"seconds": spent, "smoke": self.smoke, "rows": self.rows}
-        m.write_text(path, json.dumps(whole | {"machine": self.machine}, indent=1) + "\n")
+        write_text(path, json.dumps(whole | {"machine": self.machine}, indent=1) + "\n")
 
     def attempt(self, name, function, *args):
         """Did function(…) end well? If not, a row says why. A broken device ends the stage: nothing works after it."""
@@ -150,7 +154,7 @@ def model_folder(stage, small=False):
     for part in sizes:
         config[part] |= sizes[part]
         config[part].pop("layer_types", None)  # one a layer: it would be of another length
-    m.write_text(folder / "config.json", json.dumps(config))
+    write_text(folder / "config.json", json.dumps(config))
     return folder
 
 
@@ -176,16 +180,16 @@ def load(stage, folder, train, dtype="auto"):
             else:
                 weight.detach().fill_(0.0 if name.endswith("bias") else 1.0)
 
-    reader = m.read_weights if (folder / "model.safetensors").exists() else drawn
+    reader = model.read_weights if (folder / "model.safetensors").exists() else drawn
     with mock.patch.object(m, "Policy", Both), mock.patch.object(m, "read_weights", reader):
-        policy, encoder = m.load(folder, stage.world, dtype=dtype, train=train)
+        policy, encoder = model.load(folder, stage.world, dtype=dtype, train=train)
     policy.end_ids = (-1,)
     if train and not stage.cuda:  # what CUDA does to a policy that learns, so that --smoke finds most of its faults
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         policy.hf.gradient_checkpointing_enable({"use_reentrant": False})
         policy.hf.train()
-        m.shard_policy(policy, stage.world, torch.bfloat16 if policy.half else None)
+        training.shard(policy, stage.world, torch.bfloat16 if policy.half else None)
     return policy, encoder
 
 
@@ -210,12 +214,12 @@ def make_records(stage, about, count):
         prompt = " ".join(rng.choices(versus.WORDS, k=rng.randint(words * 9 // 10, words * 11 // 10)))
         rows.append({"id": str(index), "images": [f"{index}.png"], "prompt": prompt, "answer": "A"})
         rows[-1] |= {"answer_type": "letter", "think": False, "source": "bench"}
-    m.write_jsonl(folder / "records.jsonl", rows)
+    write_jsonl(folder / "records.jsonl", rows)
     return folder / "records.jsonl"
 
 
 def make_prompts(stage, encoder, about, count):
-    records = m.read_records(make_records(stage, about, count))
+    records = read_records(make_records(stage, about, count))
     encoder.prefetch(records)
     return [encoder.prompt(record) for record in records]
 
@@ -226,7 +230,7 @@ def random_replies(prompts, length):
     return [(p, [torch.randint(50, 400, (length,), generator=noise) for _ in range(GROUP)]) for p in prompts]
 
 
-class Both(m.Policy):
+class Both(model.Policy):
     """The policy with a second forward, for what `copies` makes: here, so that FSDP's hooks run as for our own."""
 
     def forward(self, batch, temperature=1.0):
@@ -234,7 +238,7 @@ class Both(m.Policy):
             return super().forward(batch, temperature)
         read = batch.pop("read")
         hidden = self.hf.model(**batch, use_cache=False).last_hidden_state.flatten(0, 1)[read]
-        return m.token_logits(hidden, self.hf.lm_head.weight, 1.0, self.forbidden)
+        return model.token_logits(hidden, self.hf.lm_head.weight, 1.0, self.forbidden)
 
 
 def copies(policy, rows, left=False):
@@ -245,7 +249,7 @@ def copies(policy, rows, left=False):
         size = len(prompt.ids) + len(reply)
         place = slice(longest - size, None) if left else slice(size)
         ids[row, place], mask[row, place] = torch.cat([prompt.ids, reply]), 1
-    kinds, (patches, grid) = (ids == policy.hf.config.image_token_id).long(), m.pictures_of([row[0] for row in rows])
+    kinds, (patches, grid) = (ids == policy.hf.config.image_token_id).long(), model.pictures_of([row[0] for row in rows])
     batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}
     batch |= {"pixel_values": patches, "image_grid_thw": grid}
     return {key: value.to(policy.forbidden.device) for key, value in batch.items()}
@@ -291,13 +295,13 @@ def attention(stage):
         for name, row in ROWS.items():
             lengths = [size for size, _ in row], sum((sizes for _, sizes in row), []), [sum(sizes) for _, sizes in row]
             for flash, dtype in kinds[: 2 + stage.cuda]:
-                layout = m.Layout(*map(m.Segments.of, lengths), flash=flash).to(stage.device)
+                layout = attention.Layout(*map(attention.Segments.of, lengths), flash=flash).to(stage.device)
                 kernel = "flash" if flash else "rectangles"
-                cases.append((f"{name}, {kernel}", m.PromptOnce.apply, layout, seen(row), heads, dtype))
+                cases.append((f"{name}, {kernel}", attention.PromptOnce.apply, layout, seen(row), heads, dtype))
 
     def tower(q, k, v, bounds, scale):
         states = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return m.windows(None, *states, scaling=scale, cu_seq_lens_q=bounds, max_length_q=max(sizes))[0][0]
+        return attention.window_attention(None, *states, scaling=scale, cu_seq_lens_q=bounds, max_length_q=max(sizes))[0][0]
 
     sizes = [64, 64, 16, 48, 64, 4, 1200, 64, 900]  # windows, and whole pictures
     bounds = torch.tensor([0, *sizes]).cumsum(0).int().to(stage.device)
@@ -352,7 +356,7 @@ def check(stage):
         weight.data.add_(torch.randn(weight.shape, generator=noise), alpha=0.02)
     hf.save_pretrained(folder)
     policy, encoder = load(stage, folder, False, "fp32")
-    records = m.read_records(make_records(stage, 400, 4))
+    records = read_records(make_records(stage, 400, 4))
     records.append({**records[0], "id": "words", "images": [], "prompt": "Which letter comes after A?"})
     prompts = [encoder.prompt(record) for record in records]
     sizes = [(9, 14, 1, 20), (2, 2), (30,), (7, 1, 1, 12, 40, 3, 8, 8), (5, 18)]
@@ -364,7 +368,7 @@ def check(stage):
         """Log-probs of all tokens, and the gradient of a weighted sum of them, each as one vector."""
         logp, mask = log_probs(policy, groups)
         (logp[mask] * weight).sum().backward()
-        gradient = [m.full(x.grad).float().flatten() for x in policy.parameters() if x.grad is not None]
+        gradient = [training.whole_tensor(x.grad).float().flatten() for x in policy.parameters() if x.grad is not None]
         return logp[mask].detach(), torch.cat(gradient)
 
     alone = [AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
@@ -377,14 +381,14 @@ def check(stage):
 
     def judge_loaded(name, train, dtype):
         policy = load(stage, folder, train, dtype)[0]
-        logp, gradient = errors(judge(policy, m.log_probs), exact)
-        drawn = m.sample(policy, prompts, 4, seeds=range(len(prompts)), max_new_tokens=24)
+        logp, gradient = errors(judge(policy, model.log_probs), exact)
+        drawn = sampler.sample(policy, prompts, 4, seeds=range(len(prompts)), max_new_tokens=24)
         drawn = list(zip(prompts, drawn, strict=True))
         with torch.no_grad():
-            again, mask = m.log_probs(policy, [(prompt, [reply.ids for reply in row]) for prompt, row in drawn])
+            again, mask = model.log_probs(policy, [(prompt, [reply.ids for reply in row]) for prompt, row in drawn])
         logps = torch.cat([reply.logps for _, row in drawn for reply in row])
         gap = (again[mask].cpu() - logps).abs().max().item()
-        likeliest = m.sample(policy, prompts, 1, seeds=range(len(prompts)), temperature=0, max_new_tokens=24)
+        likeliest = sampler.sample(policy, prompts, 1, seeds=range(len(prompts)), temperature=0, max_new_tokens=24)
         same = sum(reply.ids.tolist() == other for (reply,), other in zip(likeliest, greedy, strict=True))
         bounds = (2 * plain[0], 2 * plain[1], 3 * rounding, 0) if dtype == "bf16" else (1e-4, 1e-4, 1e-3, len(greedy))
         ok = logp <= bounds[0] and gradient <= bounds[1] and gap <= bounds[2] and same >= bounds[3]
@@ -403,15 +407,15 @@ def check(stage):
 def learn_step(groups, log_probs, budget, policy, optimizer, world):
     """The learn phase of grpo.py with made-up advantages."""
     sizes = [len(reply) for _, replies in groups for reply in replies]
-    micros = m.micro_batches(world, groups, budget)
+    micros = training.micro_batches(world, groups, budget)
     for number, micro in enumerate(micros):
         logp, mask = log_probs(policy, [groups[index] for index in micro])
         lengths = mask.sum(1).float()
         advantage = 1.0 - 2.0 * (torch.arange(len(lengths), device=logp.device) % 2)
         weight = grpo.token_weights(lengths, "token", len(sizes), float(sum(sizes)), 1)
         loss = grpo.grpo_loss(logp, logp.detach(), None, advantage, mask, weight)
-        m.backward(policy, world, loss, last=number == len(micros) - 1)
-    m.update(policy, optimizer, 1e-6, 1.0)
+        training.backward(policy, world, loss, last=number == len(micros) - 1)
+    training.update(policy, optimizer, 1e-6, 1.0)
 
 
 class Learner:
@@ -420,14 +424,14 @@ class Learner:
     def __init__(self, stage):
         self.stage, self.folder = stage, model_folder(stage)
         self.build()
-        self.meter = m.Meter(self.policy, stage.world, measure_peak=True)
+        self.meter = training.PhaseTimer(self.policy, stage.world, measure_peak=True)
         stage.add("largest matrix product", tflops=self.meter.peak / 1e12)
 
     def build(self):
         self.policy = self.optimizer = None
         forget()
         self.policy, self.encoder = load(self.stage, self.folder, True)
-        self.optimizer = m.adamw(self.policy, 1e-6)
+        self.optimizer = training.adamw(self.policy, 1e-6)
 
     def measure(self, what, groups, which, budget, layout="prompt once"):
         """One row. Out of memory, or anything else that stops FSDP halfway, asks for a whole policy."""
@@ -439,7 +443,7 @@ class Learner:
         """Seconds of a learn phase over groups, after one over about a micro-batch."""
         forget()
         recompute(self.policy, which)
-        flops, replies, log_probs = self.meter.cost.learn(groups), GROUP * len(groups), m.log_probs
+        flops, replies, log_probs = self.meter.cost.learn(groups), GROUP * len(groups), model.log_probs
         if layout == "copied":
             groups, log_probs = [(p, [reply]) for p, group in groups for reply in group], copied_log_probs
         fed = [len(prompt.ids) + sum(map(len, group)) for prompt, group in groups]
@@ -451,7 +455,7 @@ class Learner:
         self.stage.add(
             name, seconds=seconds, rollouts_per_s=replies / seconds, tokens_per_s=sum(fed) / seconds,
             tflops=flops / seconds / 1e12, mfu=flops / seconds / self.meter.peak, mfu_nominal=flops / seconds / NOMINAL,
-            peak_gib=m.peak_memory(self.stage.device) / 2**30,
+            peak_gib=training.peak_memory(self.stage.device) / 2**30,
         )  # fmt: skip
 
 
@@ -487,7 +491,7 @@ def sample(stage):
     prompts = {400: make_prompts(stage, encoder, 400, most), 700: make_prompts(stage, encoder, 700, some)}
 
     def ours(prompts, length):
-        m.sample(policy, prompts, GROUP, seeds=range(len(prompts)), max_new_tokens=length)
+        sampler.sample(policy, prompts, GROUP, seeds=range(len(prompts)), max_new_tokens=length)
 
     def theirs(prompts, length):
         generate(policy, prompts, GROUP, length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
@@ -497,7 +501,7 @@ def sample(stage):
         first, seconds = timed(draw, prompts, 1), timed(draw, prompts, length)
         stage.add(
             name, seconds=seconds, rollouts_per_s=len(prompts) * GROUP / seconds, seconds_prefill=first,
-            seconds_per_token=(seconds - first) / (length - 1), peak_gib=m.peak_memory(stage.device) / 2**30,
+            seconds_per_token=(seconds - first) / (length - 1), peak_gib=training.peak_memory(stage.device) / 2**30,
         )  # fmt: skip
 
     ours(prompts[400][:2], 3)  # the first calls load kernels
@@ -526,18 +530,18 @@ class Again:
         return again, again.out
 
 
-WAYS = {"growing": (m.Decoding, False), "standing": (m.StaticDecoding, False), "replayed": (m.StaticDecoding, True)}
+WAYS = {"growing": (sampler.ReplyCache, False), "standing": (m.StaticDecoding, False), "replayed": (m.StaticDecoding, True)}
 
 
 @torch.no_grad()
 def decoded(policy, prompts, way, length=24):
     """Logits of `length` fixed tokens after every prompt, GROUP replies each; half of the replies end halfway."""
-    prefill, (kind, graphed) = m.pack([(prompt, []) for prompt in prompts]).to(policy.forbidden.device), WAYS[way]
+    prefill, (kind, graphed) = model.pack([(prompt, []) for prompt in prompts]).to(policy.forbidden.device), WAYS[way]
     prefill.layout.kept = {}
     policy(prefill)
     layout, counts, noise = prefill.layout, [GROUP] * len(prompts), torch.Generator().manual_seed(0)
     decoding = kind(layout.kept, layout.prompts, counts, length, policy.flash)
-    step = partial(m.decode, policy, decoding, temperature=1.0)
+    step = partial(sampler.decode, policy, decoding, temperature=1.0)
     step = m.GraphedDecode(step) if graphed else step
     position = torch.tensor([prompt.next for prompt in prompts]).repeat_interleave(GROUP).to(policy.forbidden.device)
     out = []
@@ -585,15 +589,15 @@ def graphs(stage):
 
     def run(name, part, length, graphs):
         forget()
-        draw = partial(m.sample, policy, part, GROUP, seeds=range(len(part)), graphs=graphs)
+        draw = partial(sampler.sample, policy, part, GROUP, seeds=range(len(part)), graphs=graphs)
         times = [timed(partial(draw, max_new_tokens=size)) for size in (1, length)]
         stage.add(
             name, seconds=times[1], rollouts_per_s=len(part) * GROUP / times[1], seconds_prefill=times[0],
-            seconds_per_token=(times[1] - times[0]) / (length - 1), peak_gib=m.peak_memory(stage.device) / 2**30,
+            seconds_per_token=(times[1] - times[0]) / (length - 1), peak_gib=training.peak_memory(stage.device) / 2**30,
         )  # fmt: skip
 
-    m.sample(policy, prompts[:2], GROUP, seeds=range(2), max_new_tokens=20, graphs=True)  # first calls load kernels
-    m.sample(policy, prompts[:2], GROUP, seeds=range(2), max_new_tokens=3, graphs=False)
+    sampler.sample(policy, prompts[:2], GROUP, seeds=range(2), max_new_tokens=20, graphs=True)  # first calls load kernels
+    sampler.sample(policy, prompts[:2], GROUP, seeds=range(2), max_new_tokens=3, graphs=False)
     for size, length in ((count, long), (count // 8 or 1, long), (count, short)):
         for replayed in (False, True):
             name = f"{'replayed' if replayed else 'growing'}, P 400, R {length}, {size} prompts x {GROUP}"
@@ -612,10 +616,10 @@ def step(stage):
     with (  # rewards look random, so that every group has a signal; no model of this size is read or written
         mock.patch.object(rewards, "score", lambda text, *rest, **options: dict(zero, reward=versus.reward(text))),
         mock.patch.object(m, "load", return_value=(policy, encoder)),
-        mock.patch.multiple(m.Run, export=mock.DEFAULT, save=mock.DEFAULT),
+        mock.patch.multiple(training.Run, export=mock.DEFAULT, save=mock.DEFAULT),
     ):
         grpo.main(flags + [f"--{key}={value}" for key, value in sizes.items()])
-    for _, row in m.read_jsonl(out / "log.jsonl"):  # the first loads kernels and has no pictures encoded ahead
+    for _, row in read_jsonl(out / "log.jsonl"):  # the first loads kernels and has no pictures encoded ahead
         kinds = "rollouts", "seconds", "mfu", "peak", "sampler"
         name = f"grpo.py, P 400, R {length}, {count} prompts x {GROUP}, step {row['step']}"
         stage.add(name, **{key: value for key, value in row.items() if key.startswith(kinds)})
@@ -624,13 +628,13 @@ def step(stage):
 
 def profile(stage, policy, prompts, length):
     """Where the device's time goes in the two halves of a step: the 25 dearest kernels each, to gpu-profile.txt."""
-    optimizer, groups, texts = m.adamw(policy, 1e-6), random_replies(prompts, length), []
+    optimizer, groups, texts = training.adamw(policy, 1e-6), random_replies(prompts, length), []
 
     def sampling():  # the profiler is slow, and one token is like the next
-        m.sample(policy, prompts, GROUP, seeds=range(len(prompts)), max_new_tokens=min(6, length))
+        sampler.sample(policy, prompts, GROUP, seeds=range(len(prompts)), max_new_tokens=min(6, length))
 
     def learning():
-        learn_step(groups, m.log_probs, 0, policy, optimizer, stage.world)
+        learn_step(groups, model.log_probs, 0, policy, optimizer, stage.world)
 
     for half in (sampling, learning):
         half()
@@ -639,7 +643,7 @@ def profile(stage, policy, prompts, length):
         order = "self_device_time_total" if stage.cuda else "self_cpu_time_total"
         table = found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=90)
         texts.append(f"{half.__name__}, {len(prompts)} prompts: {seconds:.2f} s under the profiler\n{table}\n")
-        m.write_text(stage.out / "gpu-profile.txt", "\n".join(texts))
+        write_text(stage.out / "gpu-profile.txt", "\n".join(texts))
 
 
 def trl(stage):
@@ -666,7 +670,7 @@ def trl(stage):
     seconds = clock[2] - clock[1]
     stage.add(
         f"TRL's step, P 400, R {length}, {count} prompts x {GROUP}, micro {micro} rows", seconds=seconds,
-        rollouts_per_s=count * GROUP / seconds, peak_gib=m.peak_memory(stage.device) / 2**30,
+        rollouts_per_s=count * GROUP / seconds, peak_gib=training.peak_memory(stage.device) / 2**30,
     )  # fmt: skip
 
 
@@ -714,4 +718,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    m.run(main)
+    training.run(main)

@@ -15,7 +15,7 @@ Every round has pictures that no side has seen before: none profits from a cache
 What the cells are:
     grpo-a/b/c    one GRPO step, 8 prompts x 8 replies: grpo.py as it is, against TRL's GRPOTrainer
     dpo-a/b       one DPO + SFT step, 16 pairs, with its reference pass: dpo.py as it is, against TRL's DPOTrainer
-    sample-a/b/c  8 prompts x 8 replies: model.sample against transformers' generate and vLLM in process
+    sample-a/b/c  8 prompts x 8 replies: sampler.sample against transformers' generate and vLLM in process
     memory-*      peak memory of two steps at the size of (b) with Qwen's vocabulary of 151,936
     groups-a/b    our GRPO step against its number of groups: seconds a group should not change
 
@@ -151,7 +151,7 @@ WORDS = "the piece above is lighter than one below so answer first second left r
 def make_records(folder, count, side, reply):
     """Write `count` records with a picture each, prompts of different lengths, chosen and rejected replies of about
     `reply` tokens (0.75 to 1.25 of it, the end token included). Returns the path of records.jsonl."""
-    import model as m
+    from records import write_jsonl
 
     rng, rows = random.Random(0), []
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def make_records(folder, count, side, reply):
         row |= {"answer": "A", "answer_type": "letter", "think": False, "source": "bench"}
         row |= {name: words(reply * 3 // 4 - 1, reply * 5 // 4 - 1) for name in ("chosen", "rejected")}
         rows.append(row)
-    m.write_jsonl(folder / "records.jsonl", rows)
+    write_jsonl(folder / "records.jsonl", rows)
     return folder / "records.jsonl"
 
 
@@ -218,9 +218,10 @@ def hook(gate, spec, before_step=lambda step: {}):
     """
     import torch
 
-    import model as m
+    import model
+    import training
 
-    load, log, restore, log_probs = m.load, m.Run.log, m.Run.restore, m.log_probs
+    load, log, restore, log_probs = model.load, training.Run.log, training.Run.restore, model.log_probs
     counted, reported = Counter(), {}
 
     def load_endless(*args, **options):
@@ -249,7 +250,7 @@ def hook(gate, spec, before_step=lambda step: {}):
         counted.clear()
         reported.update(before_step(row["step"]))
 
-    m.load, m.log_probs, m.Run.restore, m.Run.log = load_endless, count, first, each
+    model.load, model.log_probs, training.Run.restore, training.Run.log = load_endless, count, first, each
 
 
 def ours_grpo(gate, spec):
@@ -270,7 +271,7 @@ def ours_dpo(gate, spec):
     """dpo.py's own main. It takes the reference pass over all pairs before the first step; here each step begins with
     the pass over its own pairs, so that it is counted. Until then their numbers are zeros, in lists we can fill."""
     import dpo
-    import model as m
+    from records import epoch_order
 
     whole_pass, known, held = dpo.reference_log_probs, {}, []
 
@@ -282,7 +283,7 @@ def ours_dpo(gate, spec):
     def ask_now(step):
         begun = time.perf_counter()
         *who, pairs, budget = held
-        indices = m.epoch_order(0, len(pairs), step * spec["prompts"], spec["prompts"])
+        indices = epoch_order(0, len(pairs), step * spec["prompts"], spec["prompts"])
         for index, value in whole_pass(*who, pairs, indices, budget).items():
             known[index][:] = value
         return {"seconds_reference": time.perf_counter() - begun}
@@ -299,10 +300,13 @@ def common(spec):
 
 def ours_sample(gate, spec):
     """model.sample, from picture files to replies: encoding included."""
-    import model as m
+    import model
+    import sampler
+    import training
+    from records import read_records
 
-    records = m.read_records(spec["data"])
-    policy, encoder = m.load(spec["model"], m.setup(), dtype="fp32")
+    records = read_records(spec["data"])
+    policy, encoder = model.load(spec["model"], training.setup(), dtype="fp32")
     policy.end_ids = (-1,)
     numbers = {}
     for step in range(spec["steps"]):
@@ -311,7 +315,7 @@ def ours_sample(gate, spec):
         batch = spec["order"][step * spec["prompts"] : (step + 1) * spec["prompts"]]
         prompts = encoder.prompts([records[index] for index in batch])
         encoded = time.perf_counter()
-        replies = m.sample(policy, prompts, GROUP, seeds=batch, max_new_tokens=spec["reply"])
+        replies = sampler.sample(policy, prompts, GROUP, seeds=batch, max_new_tokens=spec["reply"])
         numbers = {
             "seconds_encode": encoded - begun,
             "seconds_sample": time.perf_counter() - encoded,
@@ -370,7 +374,7 @@ def busy_seconds():
 
 def measure(name, args):
     """Run one cell: -> {side: list of answers, one a round}."""
-    import model as m
+    from records import epoch_order
 
     this = CELLS[name]
     shape, work = SHAPES[this["shape"]], args.work / name
@@ -379,7 +383,7 @@ def measure(name, args):
     make_model(work / "model", shape["model"])
     data = make_records(work / "data", steps * this["prompts"], shape["side"], shape["reply"])
     spec = {"model": str(work / "model"), "data": str(data), "reply": shape["reply"], "steps": steps}
-    spec["order"] = m.epoch_order(0, steps * this["prompts"], 0, steps * this["prompts"])  # our stages' order
+    spec["order"] = epoch_order(0, steps * this["prompts"], 0, steps * this["prompts"])  # our stages' order
 
     def start(label):
         function, settings = this["sides"][label]

@@ -28,7 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model as m
+import attention
+import model
+import training
+from records import DataError
 
 # Qwen2.5-VL as published: hidden, layers, heads, kv heads, MLP, vocabulary, tied head, MLP of the vision tower
 SHAPES = {
@@ -45,7 +48,7 @@ def config_of(name):
 
     if name not in SHAPES:
         if not (Path(name) / "config.json").is_file():
-            raise m.DataError(f"{name}: neither a model directory nor one of {', '.join(SHAPES)}")
+            raise DataError(f"{name}: neither a model directory nor one of {', '.join(SHAPES)}")
         return AutoConfig.from_pretrained(name)
     hidden, layers, heads, kv_heads, mlp, vocabulary, tied, tower_mlp = SHAPES[name]
     text = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocabulary}
@@ -65,7 +68,7 @@ def bare_policy(config, dtype, *, bf16, freeze_vision=False, recompute=True):
 
     with torch.device("meta"):
         hf = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa")
-        policy = m.Policy(hf, [], [0], flash=bf16, half=bf16)
+        policy = model.Policy(hf, [], [0], flash=bf16, half=bf16)
     m.use_our_kernels(hf, tower=True)
     hf.model.visual.requires_grad_(not freeze_vision)
     if recompute:
@@ -121,7 +124,7 @@ def activations(config, *, bf16, groups, prompt, image, replies, reply, chunk_by
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     fed = reply - 1
     sizes = [prompt] * groups, [fed] * groups * replies, [fed * replies] * groups
-    layout = m.Layout(*map(m.Segments.of, sizes), flash=bf16)
+    layout = attention.Layout(*map(attention.Segments.of, sizes), flash=bf16)
     length, read = groups * (prompt + replies * fed), groups * (1 + replies * fed)
     with Live(policy.parameters()) as live:
         words = torch.zeros(1, length - groups * image, dtype=torch.long, device="meta")
@@ -138,7 +141,7 @@ def activations(config, *, bf16, groups, prompt, image, replies, reply, chunk_by
         ).last_hidden_state[0, :read]  # fmt: skip
         row = torch.zeros(groups * replies * reply, dtype=torch.long, device="meta")
         rows = max(1, chunk_bytes // (4 * len(hf.lm_head.weight)))
-        logp = m.TokenLogProbs.apply(hidden, hf.lm_head.weight, row, row, 1.0, policy.forbidden, rows)
+        logp = model.TokenLogProbs.apply(hidden, hf.lm_head.weight, row, row, 1.0, policy.forbidden, rows)
         logp.sum().backward()
     return live.most
 
@@ -158,8 +161,8 @@ def held(config, size, *, shard, replicas, bf16, freeze_vision):
     root = whole - sum(sizes)  # embeddings, last norm, head: gathered all the way
     if size > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-        world = m.World(0, size, torch.device("cpu"))
-        m.shard_policy(policy, world, torch.bfloat16 if bf16 else None, shard, replicas)
+        world = training.World(0, size, torch.device("cpu"))
+        training.shard(policy, world, torch.bfloat16 if bf16 else None, shard, replicas)
         dist.destroy_process_group()
 
     def shards(weights):
@@ -264,4 +267,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    m.run(main)
+    training.run(main)

@@ -7,23 +7,24 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-import model as m
+import model
+import training
 
 
 def export(args, world):
     """Write args.model again, in files of at most args.bytes, from shards; rank 0 notes who wrote which file."""
-    policy, encoder = m.load(args.model, world, train=True)
-    written, save = [], m.save_file
+    policy, encoder = model.load(args.model, world, train=True)
+    written, save = [], training.save_file
 
     def watched(tensors, path, **options):
         written.append([Path(path).name, sum(tensor.nbytes for tensor in tensors.values())])
         save(tensors, path, **options)
 
-    m.save_file = watched
+    training.save_file = watched
     try:
-        m.save_model(policy, encoder, args.out, world, args.bytes)
+        training.save_model(policy, encoder, args.out, world, args.bytes)
     finally:
-        m.save_file = save
+        training.save_file = save
     everybody = world.gather(written)
     if world.main:
         (Path(args.out) / "written.json").write_text(json.dumps(everybody))
@@ -35,9 +36,9 @@ def memory(args, world):
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    m.load(f"{args.model}/../small", world, train=True)  # whatever is needed once, imports first of all
+    model.load(f"{args.model}/../small", world, train=True)  # whatever is needed once, imports first of all
     before = peak()
-    m.load(args.model, world, train=True)
+    model.load(args.model, world, train=True)
     grown = world.gather(peak() - before)
     if world.main:
         Path(args.out).mkdir()
@@ -51,5 +52,5 @@ def main(argv):
     parser.add_argument("--out")
     parser.add_argument("--bytes", type=int, default=0)
     args = parser.parse_args(argv)
-    {"export": export, "memory": memory}[args.check](args, m.setup())
+    {"export": export, "memory": memory}[args.check](args, training.setup())
     dist.barrier()

@@ -10,11 +10,13 @@ import torch
 
 import jigsaw
 import model
+import training
+from records import read_records, write_jsonl
 from toy.scenes import scene
 from toy.tiny_model import make_tiny
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-CPU = model.World(rank=0, size=1, device=torch.device("cpu"))  # fp32, also on a machine with a GPU
+CPU = training.World(rank=0, size=1, device=torch.device("cpu"))  # fp32, also on a machine with a GPU
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -70,5 +72,5 @@ def records(tmp_path_factory):
     rows.insert(2, {"id": "three", "images": ["tall.png", "square.png", "wide.png"], "prompt": words, **common})
     for name, picture in pictures.items():
         picture.save(folder / name)
-    model.write_jsonl(folder / "records.jsonl", rows)
-    return model.read_records(folder / "records.jsonl")
+    write_jsonl(folder / "records.jsonl", rows)
+    return read_records(folder / "records.jsonl")

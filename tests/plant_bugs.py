@@ -207,7 +207,7 @@ BUGS = [Bug(*entry) for entry in (
      "loss_dpo = (losses * real).sum() / len(batch)", "loss_dpo = losses.mean()", MICRO_BATCHES),
     ("a resumed run takes the trained model as its reference", "dpo.py",
      "known = json.loads(file.read_text()) if world.main and run.step and file.exists() else {}",
-     "known = run.restore(policy, m.adamw(policy, args.lr)) or {}", RESUME),
+     "known = run.restore(policy, training.adamw(policy, args.lr)) or {}", RESUME),
     ("dpo.py forgets to restore", "dpo.py", "run.restore(policy, optimizer)", "pass", RESUME),
 
     # ---- grpo.py: the stage

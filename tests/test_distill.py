@@ -13,8 +13,10 @@ import pytest
 
 import distill
 import jigsaw
-import model as m
+import model
 import rewards
+import training
+from records import DataError, read_records, write_jsonl
 from toy.scenes import scene
 from toy.tiny_model import make_tiny
 
@@ -191,7 +193,7 @@ def write_records(folder):
         puzzle, record = jigsaw.make_puzzle(scene(rng), 2, 1, "pair", rng)
         puzzle.save(folder / f"{number}.png")
         rows.append({"id": f"p{number}", "images": [f"{number}.png"], **record})
-    m.write_jsonl(folder / "records.jsonl", rows)
+    write_jsonl(folder / "records.jsonl", rows)
     return rows
 
 
@@ -202,19 +204,19 @@ def place(tmp_path_factory):
     records = write_records(folder)
     assert 2 <= sum(record["answer"] == "B" for record in records) <= COUNT - 2
     make_tiny(folder / "tiny")
-    policy, encoder = m.load(str(folder / "tiny"), m.setup(), train=True)
-    optimizer = m.adamw(policy, 1e-2)
-    read = m.read_records(folder / "records.jsonl")[:3]
+    policy, encoder = model.load(str(folder / "tiny"), training.setup(), train=True)
+    optimizer = training.adamw(policy, 1e-2)
+    read = read_records(folder / "records.jsonl")[:3]
     groups = [(encoder.prompt(record), [encoder.encode_reply(SAID)]) for record in read]
     for _ in range(200):
-        logp, mask = m.log_probs(policy, groups)
+        logp, mask = model.log_probs(policy, groups)
         loss = -logp[mask].mean()
         if loss < 0.005:
             break
         loss.backward()
-        m.update(policy, optimizer, 1e-2, 1.0)
+        training.update(policy, optimizer, 1e-2, 1.0)
     assert loss < 0.005
-    m.save_model(policy, encoder, folder / "parrot")
+    training.save_model(policy, encoder, folder / "parrot")
     return folder
 
 
@@ -244,7 +246,7 @@ def test_a_run_writes_a_pair_for_each_question_the_models_get_right(place, capsy
         and f"{COUNT - len(pairs):7d}" in printed
         and "none: policy never right" in printed
     )
-    read = m.read_records(place / "out" / "pairs.jsonl", rewards.check_gold, ("chosen", "rejected"))
+    read = read_records(place / "out" / "pairs.jsonl", rewards.check_gold, ("chosen", "rejected"))
     assert [Path(record["images"][0]).parent for record in read] == [place] * len(pairs)
 
 
@@ -277,7 +279,7 @@ def test_rejected_can_come_from_chosen_without_a_base(place):
 
 
 def test_an_untrained_model_gives_no_pairs_and_the_account_says_why(place, capsys):
-    with pytest.raises(m.DataError, match="no pairs: none of the 3 questions"):
+    with pytest.raises(DataError, match="no pairs: none of the 3 questions"):
         distill.main(flags(place, policy=place / "tiny", out=place / "none.jsonl", limit=3))
     printed = capsys.readouterr().out
     assert "3 questions" in printed and "0.0 %  gave a pair" in printed and "none: policy never" in printed
@@ -285,9 +287,9 @@ def test_an_untrained_model_gives_no_pairs_and_the_account_says_why(place, capsy
 
 
 def test_a_reply_that_was_cut_is_not_used(place, capsys):
-    length = len(m.load(str(place / "parrot"), m.setup())[1].encode_reply(SAID))
+    length = len(model.load(str(place / "parrot"), training.setup())[1].encode_reply(SAID))
     cut = flags(place, out=place / "none.jsonl", **{"max-new-tokens": length - 1})  # all but the end token
-    with pytest.raises(m.DataError, match="no pairs"):
+    with pytest.raises(DataError, match="no pairs"):
         distill.main(cut)
     assert f"{COUNT:7d}  100.0 %  none: policy never finished" in capsys.readouterr().out
 
@@ -296,7 +298,7 @@ def test_no_pairs_is_exit_status_two_and_one_line(place, capsys, monkeypatch):
     given = flags(place, policy=place / "tiny", out=place / "none.jsonl", limit=1)
     monkeypatch.setattr(sys, "argv", ["distill.py", *given])
     with pytest.raises(SystemExit) as stop:
-        m.run(distill.main)
+        training.run(distill.main)
     assert stop.value.code == 2
     printed = capsys.readouterr()
     errors = [line for line in printed.err.split("\n") if "error" in line]
@@ -314,16 +316,16 @@ def test_no_pairs_is_exit_status_two_and_one_line(place, capsys, monkeypatch):
     ],
 )
 def test_bad_input_is_found_before_a_model_is_loaded(place, more, cause, monkeypatch):
-    monkeypatch.setattr(m, "load", None)
-    with pytest.raises(m.DataError, match=cause):
+    monkeypatch.setattr(model, "load", None)
+    with pytest.raises(DataError, match=cause):
         distill.main(flags(place, **more))
 
 
 def test_a_record_that_cannot_be_scored_is_named_with_its_line(place):
     rows = lines_of(place / "records.jsonl")
     rows[1]["answer"] = "C"
-    m.write_jsonl(place / "bad.jsonl", rows)
-    with pytest.raises(m.DataError, match=r"bad\.jsonl:2: answer 'C'"):
+    write_jsonl(place / "bad.jsonl", rows)
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: answer 'C'"):
         distill.main(flags(place, data=place / "bad.jsonl"))
 
 

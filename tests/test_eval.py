@@ -15,7 +15,8 @@ from PIL import Image
 
 import eval as evaluation
 import jigsaw
-import model
+import training
+from records import write_jsonl
 from toy.tiny_model import make_tiny
 
 EVAL = str(Path(evaluation.__file__).resolve())
@@ -214,7 +215,7 @@ def hostile_result(folder, name, reply=HOSTILE, missing=False):
 
 def make_run(folder, rows):
     folder.mkdir()
-    model.write_jsonl(folder / "log.jsonl", rows)
+    write_jsonl(folder / "log.jsonl", rows)
     (folder / "args.json").write_text(json.dumps({"lr": 0.002, "note": "<script>"}))
 
 
@@ -327,7 +328,7 @@ def test_a_picture_that_was_deleted_is_said_to_be_gone(tmp_path):
 def says(capsys, *arguments):
     """Run the program on bad input: the one line it prints; it must end with status 2."""
     with pytest.raises(SystemExit) as ended:
-        model.run(lambda: evaluation.main([str(argument) for argument in arguments]))
+        training.run(lambda: evaluation.main([str(argument) for argument in arguments]))
     assert ended.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
@@ -376,7 +377,7 @@ def tiny(tmp_path_factory):
     puzzles = [json.loads(line) for line in (folder / "think/records.jsonl").read_text().splitlines()]
     rows = [{"id": f"open-{i}", "images": puzzle["images"], "prompt": f"Question {i}: what is it?", "answer": "a house",
              "answer_type": "text", "think": False, "source": "open"} for i, puzzle in enumerate(puzzles)]  # fmt: skip
-    model.write_jsonl(folder / "think/open.jsonl", rows)
+    write_jsonl(folder / "think/open.jsonl", rows)
     return folder
 
 
@@ -397,7 +398,7 @@ def test_the_numbers_count_what_the_model_really_said(tiny, capsys):
     i, j = [n for n in range(5) if words[n]][-2:]
     lines = [json.loads(line) for line in (tiny / "think/open.jsonl").read_text().splitlines()]
     lines[i]["answer"], lines[j]["answer"] = words[i][0], words[j][0]
-    model.write_jsonl(tiny / "think/known.jsonl", lines)
+    write_jsonl(tiny / "think/known.jsonl", lines)
     capsys.readouterr()
     second = evaluate(tiny, "--data", tiny / "think/known.jsonl", "--out", tiny / "known.json", *drawn, "--batch", 2,
                       "--keep-replies", 3)  # fmt: skip

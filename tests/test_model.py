@@ -23,12 +23,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
+import attention
 import model
+import sampler
+import training
+from records import DataError, epoch_order, read_jsonl, read_records, write_jsonl
 from toy import tiny_model
 from toy.tiny_model import make_tiny
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-CPU = model.World(rank=0, size=1, device=torch.device("cpu"))
+CPU = training.World(rank=0, size=1, device=torch.device("cpu"))
 EXACT = {"rtol": 0, "atol": 1e-5}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -211,8 +215,8 @@ def test_a_packed_row_worked_by_hand():
 
 @every_family
 def test_recomputed_activations_give_the_same_gradients(tiny_dirs, records, monkeypatch, family):
-    found, calls, attend = [], [], model.attend
-    monkeypatch.setattr(model, "attend", lambda *args: calls.append(1) or attend(*args))
+    found, calls, attend = [], [], attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *args: calls.append(1) or attend(*args))
     for recompute in ("off", "on"):
         policy, encoder = model.load(tiny_dirs[family], CPU, train=True, recompute=recompute)
         calls.clear()
@@ -251,7 +255,7 @@ def test_compiled_norms_and_mlps_give_the_same_log_probs_and_gradients_and_keep_
         assert_same_gradients(*({name: one[name] for name in seen} for one in both))
     asked = {"seeds": [1, 2], "max_new_tokens": 6}
     prompts = [encoder.prompt(records[i]) for i in (0, 1)]
-    drawn = [ids_of(model.sample(policy, prompts, 3, **asked)) for policy in (plain, other)]
+    drawn = [ids_of(sampler.sample(policy, prompts, 3, **asked)) for policy in (plain, other)]
     assert drawn[0] == drawn[1]
 
 
@@ -260,7 +264,7 @@ def test_a_machine_where_nothing_compiles_says_so_in_one_line_when_the_model_is_
         raise RuntimeError("No working C++ compiler found\nSet TORCHDYNAMO_VERBOSE=1")
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
-    with pytest.raises(model.DataError) as error:
+    with pytest.raises(DataError) as error:
         model.load(tiny_dirs["qwen2_5_vl"], CPU, compile=True)
     assert str(error.value) == "--compile: torch.compile fails here (No working C++ compiler found)"
 
@@ -323,7 +327,7 @@ def test_a_frozen_tower_has_no_backward_pass_to_count(tiny_dirs, records):
 
 def test_a_lap_books_time_since_the_last_one_and_flops_become_a_rate(models, monkeypatch):
     policy, _ = models["qwen2_5_vl"]
-    meter, now = model.Meter(policy, CPU), [100.0]
+    meter, now = training.PhaseTimer(policy, CPU), [100.0]
     monkeypatch.setattr(model.time, "perf_counter", lambda: now[0])
     meter.start()
     meter.peak = 8e12
@@ -345,7 +349,7 @@ def test_the_measured_peak_is_what_a_product_reaches():
         begun = time.perf_counter()
         a @ b
         best = max(best, 2 * size**3 / (time.perf_counter() - begun))
-    assert 0.1 < model.matmul_peak(torch.device("cpu"), torch.float32, 0.2) / best < 3
+    assert 0.1 < training.matmul_peak(torch.device("cpu"), torch.float32, 0.2) / best < 3
 
 
 # ---- attention: against a softmax with a mask, written out
@@ -372,7 +376,7 @@ ROWS = {  # lengths of prompts, lengths of replies, the prompt of each reply
 
 def layout_of(prompts, replies, owners):
     shares = [sum(size for size, owner in zip(replies, owners, strict=True) if owner == p) for p in range(len(prompts))]
-    return model.Layout(*(model.Segments.of(lengths) for lengths in (prompts, replies, shares)))
+    return attention.Layout(*(attention.Segments.of(lengths) for lengths in (prompts, replies, shares)))
 
 
 def written_out(q, k, v, allowed, scale):
@@ -389,16 +393,16 @@ def kernel(request, monkeypatch):
         return
 
     def forward(q, k, v, pad, causal, scale):
-        states, mask = [x.transpose(1, 2) for x in (q, k, v)], model.additive(pad, q.dtype)
-        return [x.transpose(1, 2) for x in model.plain_attention(*states, mask, causal, scale)]
+        states, mask = [x.transpose(1, 2) for x in (q, k, v)], attention.additive_mask(pad, q.dtype)
+        return [x.transpose(1, 2) for x in attention.formula(*states, mask, causal, scale)]
 
     def backward(grad, q, k, v, out, lse, pad, causal, scale):
         states = [x.transpose(1, 2) for x in (grad, q, k, v, out, lse)]
-        grads = model.plain_attention_backward(*states, model.additive(pad, q.dtype), causal, scale)
+        grads = attention.formula_backward(*states, attention.additive_mask(pad, q.dtype), causal, scale)
         return [x.transpose(1, 2) for x in grads]
 
-    monkeypatch.setattr(model, "attend_rows", forward)
-    monkeypatch.setattr(model, "attend_rows_backward", backward)
+    monkeypatch.setattr(attention, "attend_padded", forward)
+    monkeypatch.setattr(attention, "attend_padded_backward", backward)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2), (4, 1)])
@@ -410,7 +414,7 @@ def test_attention_in_parts_is_attention_over_the_whole(kernel, row, heads, kv_h
     q, k, v = (torch.randn(total, n, 32, generator=noise).requires_grad_() for n in (heads, kv_heads, kv_heads))
     weight = torch.randn(total, heads, 32, generator=noise)
     expected = written_out(q, k, v, seen(prompts, replies, owners), 0.3)
-    found = model.PromptOnce.apply(q, k, v, layout_of(prompts, replies, owners), 0.3)
+    found = attention.PromptOnce.apply(q, k, v, layout_of(prompts, replies, owners), 0.3)
     torch.testing.assert_close(found, expected, **EXACT)
     for one, other in zip(
         torch.autograd.grad((found * weight).sum(), (q, k, v)),
@@ -497,7 +501,7 @@ def test_the_calls_of_the_flash_kernels_mean_the_same_attention(flash_kernels, r
         q, k, v = (x.clone().requires_grad_() for x in states)
         layout = layout_of(prompts, replies, owners)
         layout.flash = flash
-        out = model.PromptOnce.apply(q, k, v, layout, 0.3)
+        out = attention.PromptOnce.apply(q, k, v, layout, 0.3)
         results.append([out, *torch.autograd.grad((out * torch.arange(32.0)).sum(), (q, k, v))])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
@@ -508,10 +512,10 @@ def test_sampling_with_flash_kernels_draws_the_same_replies(flash_kernels, model
     policy, encoder = models[family]
     prompts = [encoder.prompt(records[i]) for i in (0, 1, 2, 3, 1)]
     asked = {"seeds": [21, 22, 23, 24, 25], "temperature": 3.0, "max_new_tokens": 14}
-    expected = model.sample(policy, prompts, 3, **asked)
+    expected = sampler.sample(policy, prompts, 3, **asked)
     policy.flash = True
     try:
-        found = model.sample(policy, prompts, 3, **asked)
+        found = sampler.sample(policy, prompts, 3, **asked)
         groups = [(prompts[i], [reply.ids for reply in group]) for i, group in enumerate(found)]
         gaps = model.log_probs(policy, groups, 3.0)[0]
     finally:
@@ -525,7 +529,7 @@ def test_scores_of_a_hundred_nats_neither_overflow_nor_leak_from_the_padding(ker
     prompts, replies, owners = ROWS["ragged"]
     noise = torch.Generator().manual_seed(6)
     q, k, v = ((40 * torch.randn(32, 2, 32, generator=noise)).requires_grad_() for _ in range(3))
-    out = model.PromptOnce.apply(q, k, v, layout_of(prompts, replies, owners), 0.3)
+    out = attention.PromptOnce.apply(q, k, v, layout_of(prompts, replies, owners), 0.3)
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     assert torch.isfinite(out).all() and all(torch.isfinite(grad).all() for grad in grads)
     torch.testing.assert_close(out, written_out(q, k, v, seen(prompts, replies, owners), 0.3), rtol=1e-3, atol=1e-2)
@@ -535,7 +539,7 @@ def test_two_attentions_merge_by_their_mass_by_hand():
     # exp(lse) is the mass: 3 against 1, so three quarters of the first
     one = torch.tensor([[[8.0, 0.0]]]), torch.tensor([[math.log(3.0)]])
     other = torch.tensor([[[0.0, 4.0]]]), torch.tensor([[0.0]])
-    out, lse = model.merge(one, other)
+    out, lse = attention.merge(one, other)
     torch.testing.assert_close(out, torch.tensor([[[6.0, 1.0]]]))
     torch.testing.assert_close(lse, torch.tensor([[math.log(4.0)]]))
 
@@ -545,7 +549,7 @@ def test_windows_of_one_length_at_a_time_are_windows_one_by_one(lengths):
     noise = torch.Generator().manual_seed(7)
     q, k, v = (torch.randn(1, 2, sum(lengths), 32, generator=noise).requires_grad_() for _ in range(3))
     bounds = torch.tensor([0, *np.cumsum(lengths)])
-    found, _ = model.windows(None, q, k, v, scaling=0.2, cu_seq_lens_q=bounds, max_length_q=max(lengths))
+    found, _ = attention.window_attention(None, q, k, v, scaling=0.2, cu_seq_lens_q=bounds, max_length_q=max(lengths))
     segment = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     flat = (x[0].transpose(0, 1) for x in (q, k, v))
     expected = written_out(*flat, segment[:, None] == segment, 0.2)[None]
@@ -664,7 +668,7 @@ def test_greedy_replies_equal_generate(models, records, family):
     policy, encoder = models[family]
     prompts = [encoder.prompt(record) for record in records]
     assert len({len(prompt.ids) for prompt in prompts}) == 4
-    drawn = model.sample(policy, prompts, 1, seeds=[1, 2, 3, 4], temperature=0, max_new_tokens=14)
+    drawn = sampler.sample(policy, prompts, 1, seeds=[1, 2, 3, 4], temperature=0, max_new_tokens=14)
     expected = [generate(policy, encoder, prompt, 14).tolist() for prompt in prompts]
     assert [reply for (reply,) in ids_of(drawn)] == expected
     assert len({tuple(reply) for reply in expected}) == 4 and max(len(set(reply)) for reply in expected) > 5
@@ -673,10 +677,10 @@ def test_greedy_replies_equal_generate(models, records, family):
 def test_greedy_replies_end_where_generate_ends(models, records, monkeypatch):
     policy, encoder = models["qwen2_5_vl"]
     prompts = [encoder.prompt(record) for record in records]
-    endless = ids_of(model.sample(policy, prompts, 1, seeds=[0] * 4, temperature=0, max_new_tokens=14))
+    endless = ids_of(sampler.sample(policy, prompts, 1, seeds=[0] * 4, temperature=0, max_new_tokens=14))
     ends = sorted({endless[0][0][5], endless[1][0][2]})
     monkeypatch.setattr(policy, "end_ids", tuple(ends))
-    drawn = model.sample(policy, prompts, 1, seeds=[0] * 4, temperature=0, max_new_tokens=14)
+    drawn = sampler.sample(policy, prompts, 1, seeds=[0] * 4, temperature=0, max_new_tokens=14)
     expected = [generate(policy, encoder, prompt, 14, eos_token_id=ends).tolist() for prompt in prompts]
     assert [reply for (reply,) in ids_of(drawn)] == expected
     assert len({len(reply) for reply in expected}) > 1
@@ -687,7 +691,7 @@ def test_greedy_replies_end_where_generate_ends(models, records, monkeypatch):
 def test_drawn_log_probs_are_those_of_the_trainer(models, records, family, temperature):
     policy, encoder = models[family]
     prompts = [encoder.prompt(record) for record in records]
-    drawn = model.sample(policy, prompts, 3, seeds=[5, 6, 7, 8], temperature=temperature, max_new_tokens=10)
+    drawn = sampler.sample(policy, prompts, 3, seeds=[5, 6, 7, 8], temperature=temperature, max_new_tokens=10)
     groups = [(prompt, [reply.ids for reply in replies]) for prompt, replies in zip(prompts, drawn, strict=True)]
     with torch.no_grad():
         logp, _ = model.log_probs(policy, groups, temperature)
@@ -699,7 +703,7 @@ def test_cuts_do_not_change_the_log_probs_that_are_returned(models, records):
     # GRPO's ratio compares with the uncut distribution
     policy, encoder = models["qwen2_5_vl"]
     prompt = encoder.prompt(records[0])
-    (replies,) = model.sample(policy, [prompt], 2, seeds=[5], temperature=0.7, top_k=9, top_p=0.8, max_new_tokens=8)
+    (replies,) = sampler.sample(policy, [prompt], 2, seeds=[5], temperature=0.7, top_k=9, top_p=0.8, max_new_tokens=8)
     with torch.no_grad():
         logp, _ = model.log_probs(policy, [(prompt, [reply.ids for reply in replies])], 0.7)
     for row, reply in enumerate(replies):
@@ -711,7 +715,7 @@ def test_the_same_seeds_give_the_same_replies_and_others_do_not(models, records)
     prompts = [encoder.prompt(record) for record in (records[0], records[0], records[1])]
 
     def draw(seeds):
-        return ids_of(model.sample(policy, prompts, 3, seeds=seeds, max_new_tokens=8))
+        return ids_of(sampler.sample(policy, prompts, 3, seeds=seeds, max_new_tokens=8))
 
     first = draw([1, 2, 3])
     assert draw([1, 2, 3]) == first
@@ -728,7 +732,7 @@ def test_a_prompt_gives_the_same_replies_alone_and_in_any_batch(models, records,
 
     def draw(which, n=3, **options):
         return ids_of(
-            model.sample(
+            sampler.sample(
                 policy, [prompts[i] for i in which], n, seeds=[seeds[i] for i in which], max_new_tokens=9, **options
             )
         )
@@ -747,17 +751,17 @@ def test_replies_stop_one_by_one_and_those_that_are_left_go_on_as_if_nothing_had
     policy, encoder = models["qwen2_5_vl"]
     prompts = [encoder.prompt(records[i]) for i in (0, 1, 2, 3, 1, 0)]
     asked = {"seeds": [21, 22, 23, 24, 25, 26], "temperature": 3.0, "max_new_tokens": 16}
-    drops, keep = [], model.Decoding.keep
+    drops, keep = [], sampler.ReplyCache.keep
 
     def count_and_keep(decoding, replies):
         drops.append((len(decoding.owner) - len(replies), len(decoding.shares.lengths)))
         keep(decoding, replies)
 
-    monkeypatch.setattr(model.Decoding, "keep", count_and_keep)
-    drawn = model.sample(policy, prompts, 6, **asked)
+    monkeypatch.setattr(sampler.ReplyCache, "keep", count_and_keep)
+    drawn = sampler.sample(policy, prompts, 6, **asked)
     assert len(drops) >= 2 and drops[-1][1] < 6, f"(replies dropped, prompts left) {drops}: too few to show anything"
     monkeypatch.setattr(policy, "end_ids", ())
-    endless = model.sample(policy, prompts, 6, **asked)
+    endless = sampler.sample(policy, prompts, 6, **asked)
     lengths = set()
     for reply, whole in zip(sum(drawn, []), sum(endless, []), strict=True):
         assert len(whole.ids) == len(whole.logps) == 16 and not whole.finished
@@ -825,7 +829,7 @@ def test_decoding_in_standing_shapes_gives_the_same_logits_as_in_growing_ones(
     counts, room = [3, 1, 2, 3], 12
     position = torch.tensor([prompt.next for prompt in prompts]).repeat_interleave(torch.tensor(counts))
     with torch.no_grad():
-        for kind in (model.Decoding, model.StaticDecoding):
+        for kind in (sampler.ReplyCache, model.StaticDecoding):
             prefill = model.pack([(prompt, []) for prompt in prompts])
             prefill.layout.kept = {}
             policy(prefill)
@@ -837,7 +841,7 @@ def test_decoding_in_standing_shapes_gives_the_same_logits_as_in_growing_ones(
                 for decoding in ways:
                     decoding.keep(stay)
             token = torch.randint(0, vocabulary_of(policy), position.shape, generator=noise)
-            logits = [model.decode(policy, decoding, token, position + step, 0.9) for decoding in ways]
+            logits = [sampler.decode(policy, decoding, token, position + step, 0.9) for decoding in ways]
             for decoding in ways:
                 decoding.advance()
             torch.testing.assert_close(*logits, rtol=1e-6, atol=1e-6 * logits[0][logits[0].isfinite()].abs().max())
@@ -852,9 +856,9 @@ def test_replayed_graphs_draw_the_same_replies(
     monkeypatch.setattr(policy, "flash", flash)
     prompts = [encoder.prompt(records[i]) for i in (0, 1, 2, 3, 1, 0)]
     asked = {"seeds": [21, 22, 23, 24, 25, 26], "temperature": 3.0, "max_new_tokens": 40}
-    expected = model.sample(policy, prompts, 4, **asked)
+    expected = sampler.sample(policy, prompts, 4, **asked)
     assert not graphs, "nobody captures unasked"
-    found = model.sample(policy, prompts, 4, graphs=True, **asked)
+    found = sampler.sample(policy, prompts, 4, graphs=True, **asked)
     assert ids_of(found) == ids_of(expected)
     for one, other in zip(sum(found, []), sum(expected, []), strict=True):
         torch.testing.assert_close(one.logps, other.logps, rtol=0, atol=1e-6)
@@ -871,9 +875,9 @@ def test_a_graph_is_captured_only_where_enough_steps_are_left_to_pay_for_it(
     policy, encoder = models["qwen2_5_vl"]
     prompts = [encoder.prompt(records[i]) for i in (0, 1, 2, 3)]
     asked = {"seeds": [31, 32, 33, 34], "temperature": 3.0, "graphs": True}
-    short = model.sample(policy, prompts, 4, max_new_tokens=model.GRAPH_PAYS, **asked)
+    short = sampler.sample(policy, prompts, 4, max_new_tokens=model.GRAPH_PAYS, **asked)
     assert not graphs
-    longer = model.sample(policy, prompts, 4, max_new_tokens=model.GRAPH_PAYS + 2, **asked)
+    longer = sampler.sample(policy, prompts, 4, max_new_tokens=model.GRAPH_PAYS + 2, **asked)
     ended = {len(reply.ids) for reply in sum(longer, []) if reply.finished}
     assert [len(graph.out) for graph in graphs] == [16] and sum(size < 10 for size in ended) > 3
     assert ids_of(short) == [[reply[: model.GRAPH_PAYS] for reply in group] for group in ids_of(longer)]
@@ -882,8 +886,8 @@ def test_a_graph_is_captured_only_where_enough_steps_are_left_to_pay_for_it(
 def test_one_new_token_is_one_token(models, records, early_ends):
     policy, encoder = models["qwen2_5_vl"]
     prompts = [encoder.prompt(records[0]), encoder.prompt(records[1])]
-    short = model.sample(policy, prompts, 12, seeds=[1, 2], temperature=3.0, max_new_tokens=1)
-    longer = model.sample(policy, prompts, 12, seeds=[1, 2], temperature=3.0, max_new_tokens=5)
+    short = sampler.sample(policy, prompts, 12, seeds=[1, 2], temperature=3.0, max_new_tokens=1)
+    longer = sampler.sample(policy, prompts, 12, seeds=[1, 2], temperature=3.0, max_new_tokens=5)
     assert ids_of(short) == [[reply.ids[:1].tolist() for reply in replies] for replies in longer]
     ended = [reply.finished for reply in sum(short, [])]
     assert ended == [int(reply.ids[0]) in early_ends for reply in sum(short, [])]
@@ -893,15 +897,15 @@ def test_one_new_token_is_one_token(models, records, early_ends):
 def test_top_k_1_is_greedy(models, records):
     policy, encoder = models["qwen2_5_vl"]
     prompts = [encoder.prompt(record) for record in records]
-    greedy = ids_of(model.sample(policy, prompts, 1, seeds=[0] * 4, temperature=0, max_new_tokens=8))
-    assert ids_of(model.sample(policy, prompts, 1, seeds=[1, 2, 3, 4], top_k=1, max_new_tokens=8)) == greedy
-    assert ids_of(model.sample(policy, prompts, 1, seeds=[1, 2, 3, 4], top_p=1e-9, max_new_tokens=8)) == greedy
+    greedy = ids_of(sampler.sample(policy, prompts, 1, seeds=[0] * 4, temperature=0, max_new_tokens=8))
+    assert ids_of(sampler.sample(policy, prompts, 1, seeds=[1, 2, 3, 4], top_k=1, max_new_tokens=8)) == greedy
+    assert ids_of(sampler.sample(policy, prompts, 1, seeds=[1, 2, 3, 4], top_p=1e-9, max_new_tokens=8)) == greedy
 
 
 def test_greedy_log_probs_are_those_of_temperature_1(models, records):
     policy, encoder = models["qwen2_5_vl"]
     prompt = encoder.prompt(records[3])
-    ((reply,),) = model.sample(policy, [prompt], 1, seeds=[0], temperature=0, max_new_tokens=6)
+    ((reply,),) = sampler.sample(policy, [prompt], 1, seeds=[0], temperature=0, max_new_tokens=6)
     with torch.no_grad():
         torch.testing.assert_close(reply.logps, plain_log_probs(policy, encoder, prompt, reply.ids), **EXACT)
 
@@ -909,7 +913,7 @@ def test_greedy_log_probs_are_those_of_temperature_1(models, records):
 def test_several_greedy_replies_are_refused(models, records):
     policy, encoder = models["qwen2_5_vl"]
     with pytest.raises(ValueError, match="greedy"):
-        model.sample(policy, [encoder.prompt(records[1])], 2, seeds=[0], temperature=0)
+        sampler.sample(policy, [encoder.prompt(records[1])], 2, seeds=[0], temperature=0)
 
 
 def test_image_and_video_pads_are_never_sampled_however_likely(scratch_model, records):
@@ -921,7 +925,7 @@ def test_image_and_video_pads_are_never_sampled_however_likely(scratch_model, re
     prompts = [encoder.prompt(record) for record in records]
     pads = {encoder.image_id, encoder.video_id}
     for temperature, n, cuts in ((0, 1, {}), (1.0, 4, {}), (1.0, 4, {"top_k": 1}), (0.7, 4, {"top_p": 0.5})):
-        drawn = model.sample(policy, prompts, n, seeds=[1, 2, 3, 4], temperature=temperature, max_new_tokens=8, **cuts)
+        drawn = sampler.sample(policy, prompts, n, seeds=[1, 2, 3, 4], temperature=temperature, max_new_tokens=8, **cuts)
         assert not pads & {token for reply in sum(ids_of(drawn), []) for token in reply}
         assert all(torch.isfinite(reply.logps).all() for reply in sum(drawn, []))
     wanted = [int(generate(policy, encoder, prompt, 1, suppress_tokens=None)[0]) for prompt in prompts]
@@ -931,7 +935,7 @@ def test_image_and_video_pads_are_never_sampled_however_likely(scratch_model, re
 def test_first_tokens_of_many_replies_follow_the_softmax(models, records):
     policy, encoder = models["qwen2_5_vl"]
     prompt, draws, size = encoder.prompt(records[0]), 3000, vocabulary_of(policy)
-    (replies,) = model.sample(policy, [prompt], draws, seeds=[3], temperature=0.7, max_new_tokens=1)
+    (replies,) = sampler.sample(policy, [prompt], draws, seeds=[3], temperature=0.7, max_new_tokens=1)
     counts = np.bincount([int(reply.ids[0]) for reply in replies], minlength=size)
     with torch.no_grad():
         logp, _ = model.log_probs(policy, [(prompt, [torch.tensor([token]) for token in range(size)])], 0.7)
@@ -950,7 +954,7 @@ TOP = 1 - 2**-53  # the largest number a uniform generator can give
 
 def drawn_at(uniform, temperature=1.0, top_k=0, top_p=1.0, chances=CHANCES, **options):
     number = torch.tensor([[uniform]], dtype=torch.float64)
-    token, logp = model.draw(chances.log()[None], number, temperature, top_k, top_p, **options)
+    token, logp = sampler.sample_tokens(chances.log()[None], number, temperature, top_k, top_p, **options)
     assert float(logp) == pytest.approx(math.log(chances[token]), abs=1e-6), "the log-prob before the cuts"
     return int(token)
 
@@ -994,7 +998,7 @@ def test_top_p_counts_after_top_k():
 def test_frequencies_of_draws_match_the_softmax():
     uniform = torch.from_numpy(np.random.default_rng(4).random(40000))
     for block in (2, 512):
-        token, _ = model.draw(CHANCES.log()[None], uniform[None], 1.0, 0, 1.0, block)
+        token, _ = sampler.sample_tokens(CHANCES.log()[None], uniform[None], 1.0, 0, 1.0, block)
         observed, expected = np.bincount(token[0], minlength=7), 40000 * CHANCES.double().numpy()
         assert not observed[[0, 3, 6]].any()
         chi_square = sum((observed[k] - expected[k]) ** 2 / expected[k] for k in (1, 2, 4, 5))
@@ -1009,7 +1013,7 @@ def test_no_uniform_number_draws_a_token_of_no_chance():
     for uniform in (0.0, 2.0**-53, 0.5, TOP):
         for top_k, top_p in ((0, 1.0), (4, 1.0), (0, 0.7), (7, 0.4), (0, 1e-9), (50, 0.999999)):
             number = torch.full((400, 1), uniform, dtype=torch.float64)
-            token, logp = model.draw(logits, number, 1.0, top_k, top_p, block=8)
+            token, logp = sampler.sample_tokens(logits, number, 1.0, top_k, top_p, block=8)
             assert torch.isfinite(logp).all(), (uniform, top_k, top_p)
             rank = (logits > logits.gather(-1, token)).sum(-1)
             assert top_k == 0 or (rank < top_k).all()
@@ -1155,31 +1159,31 @@ def test_a_chat_template_in_a_json_file_beside_the_tokenizer_is_found(tiny_dirs,
 def test_image_tokens_in_a_prompts_own_words_are_refused(models, gallery, text):
     _, encoder = models["qwen2_5_vl"]
     images = [gallery["rgb"]] if "<image>" in text else []
-    with pytest.raises(model.DataError, match=r"^exam.jsonl:7: .*image or video tokens"):
+    with pytest.raises(DataError, match=r"^exam.jsonl:7: .*image or video tokens"):
         encoder.prompt(question(text, *images))
 
 
 def test_a_prompt_longer_than_the_model_is_refused_not_cut(models, gallery):
     _, encoder = models["qwen2_5_vl"]
-    with pytest.raises(model.DataError, match=r"^exam.jsonl:7: \d+ prompt tokens, the model takes 4096"):
+    with pytest.raises(DataError, match=r"^exam.jsonl:7: \d+ prompt tokens, the model takes 4096"):
         encoder.prompt(question("light " * 4096, gallery["rgb"]))
 
 
 def test_a_strip_that_no_model_takes_is_refused(models, tmp_path):
     _, encoder = models["qwen2_5_vl"]
     Image.new("RGB", (2, 500)).save(tmp_path / "strip.png")
-    with pytest.raises(model.DataError, match="^exam.jsonl:7: .*aspect ratio"):
+    with pytest.raises(DataError, match="^exam.jsonl:7: .*aspect ratio"):
         encoder.prompt(question("?", tmp_path / "strip.png"))
 
 
 def test_a_picture_that_vanished_is_named(models, tmp_path):
     _, encoder = models["qwen2_5_vl"]
-    with pytest.raises(model.DataError, match=r"^exam.jsonl:7: .*gone.png"):
+    with pytest.raises(DataError, match=r"^exam.jsonl:7: .*gone.png"):
         encoder.prompt(question("?", tmp_path / "gone.png"))
 
 
 def test_max_pixels_below_one_image_token_is_refused(tiny_dirs):
-    with pytest.raises(model.DataError, match="--max-pixels 783 is below one image token"):
+    with pytest.raises(DataError, match="--max-pixels 783 is below one image token"):
         model.load(tiny_dirs["qwen2_5_vl"], CPU, max_pixels=783)
     _, encoder = model.load(tiny_dirs["qwen2_5_vl"], CPU, max_pixels=784)
     assert encoder.resize(Image.new("RGB", (90, 300))).size == (28, 28)
@@ -1218,7 +1222,7 @@ def test_only_the_end_token_itself_is_dropped_from_a_decoded_reply(models):
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>"])
 def test_a_reply_that_holds_pads_is_refused_because_no_model_may_say_it(models, token):
     _, encoder = models["qwen2_5_vl"]
-    with pytest.raises(model.DataError, match="image or video tokens"):
+    with pytest.raises(DataError, match="image or video tokens"):
         encoder.encode_reply(f"I see {token}.")
 
 
@@ -1342,37 +1346,37 @@ BAD_LINES = {
 def test_a_bad_line_is_named_with_file_line_and_cause(folder, name):
     line, cause = BAD_LINES[name]
     path = write_lines(folder / "bad.jsonl", GOOD, "", line, other(id="three"))  # the empty line counts: it is line 3
-    with pytest.raises(model.DataError) as caught:
-        model.read_records(path)
+    with pytest.raises(DataError) as caught:
+        read_records(path)
     assert str(caught.value).startswith(f"{path}:3: ")
     assert cause in str(caught.value)
 
 
 def test_an_image_path_with_a_null_byte_is_named(folder):
     path = write_lines(folder / "null.jsonl", other(images=["a\0.png"]))
-    with pytest.raises(model.DataError, match=r"null.jsonl:1: .*images"):
-        model.read_records(path)
+    with pytest.raises(DataError, match=r"null.jsonl:1: .*images"):
+        read_records(path)
 
 
 def test_an_id_may_not_return_in_a_second_file(folder):
     first = write_lines(folder / "first.jsonl", other(id="zero"), GOOD)
     second = write_lines(folder / "second.jsonl", other(), GOOD)
-    with pytest.raises(model.DataError) as caught:
-        model.read_records([first, str(second)])
+    with pytest.raises(DataError) as caught:
+        read_records([first, str(second)])
     assert str(caught.value) == f'{second}:2: id "one" stands already at {first}:2'
 
 
 def test_files_without_records_are_refused(folder):
     good, empty = write_lines(folder / "good.jsonl", GOOD), write_lines(folder / "empty.jsonl", "", "  ")
     for paths in (empty, [good, empty], [empty, good]):
-        with pytest.raises(model.DataError, match=r"empty.jsonl: no records"):
-            model.read_records(paths)
+        with pytest.raises(DataError, match=r"empty.jsonl: no records"):
+            read_records(paths)
 
 
 def test_a_file_that_cannot_be_read_is_named(folder):
     for path in (folder / "none.jsonl", folder / "pictures"):
-        with pytest.raises(model.DataError) as caught:
-            model.read_records([str(path)])
+        with pytest.raises(DataError) as caught:
+            read_records([str(path)])
         assert str(caught.value).startswith(f"{path}: cannot be read")
 
 
@@ -1382,45 +1386,45 @@ def test_what_the_stages_check_finds_is_named_like_the_rest(folder):
             raise ValueError("the answer Z is no option")
 
     path = write_lines(folder / "checked.jsonl", GOOD, other(answer="Z"))
-    with pytest.raises(model.DataError) as caught:
-        model.read_records(path, check=check)
+    with pytest.raises(DataError) as caught:
+        read_records(path, check=check)
     assert str(caught.value) == f"{path}:2: the answer Z is no option"
-    assert len(model.read_records(path, check=lambda record: None)) == 2
+    assert len(read_records(path, check=lambda record: None)) == 2
 
 
 @pytest.mark.parametrize("chosen", [None, "", " \n", 7])
 def test_pairs_need_their_texts(folder, chosen):
     path = write_lines(folder / "pairs.jsonl", GOOD | {"chosen": "A"}, other(chosen=chosen))
-    with pytest.raises(model.DataError, match=r'pairs.jsonl:2: the field "chosen" must be text'):
-        model.read_records(path, text_fields=("chosen",))
-    assert len(model.read_records(path)) == 2
+    with pytest.raises(DataError, match=r'pairs.jsonl:2: the field "chosen" must be text'):
+        read_records(path, text_fields=("chosen",))
+    assert len(read_records(path)) == 2
 
 
 def test_answers_of_every_kind_are_taken_as_they_are(folder):
     answers = [True, 3, 2.5, "A", [2, 1], [0.5, 1, 2, 3], None]
     path = write_lines(folder / "a.jsonl", *[other(id=str(i), answer=answer) for i, answer in enumerate(answers)])
-    assert [record["answer"] for record in model.read_records(path)] == answers
+    assert [record["answer"] for record in read_records(path)] == answers
 
 
 def test_image_paths_are_relative_to_their_file_or_absolute(folder, monkeypatch, tmp_path_factory):
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     absolute = str((folder / "pictures/a.png").resolve())
     path = write_lines(folder / "pictures/in.jsonl", other(images=["a.png", absolute, "../pictures/a.png"]))
-    (record,) = model.read_records(path)
+    (record,) = read_records(path)
     assert record["images"] == [absolute] * 3
 
 
 def test_unknown_fields_go_through_reading_and_writing_untouched_and_where_is_never_written(folder):
     more = {"order": [2, 1], "nested": {"ü": [None, True, 1e-7, {"<b>": "\u2028 \\ \" 🙂"}]}, "empty": {}}
     path = write_lines(folder / "rich.jsonl", GOOD | more, "", other(**more, category=0))
-    records = model.read_records(path)
+    records = read_records(path)
     assert [record["_where"] for record in records] == [f"{path}:1", f"{path}:3"]
-    model.write_jsonl(folder / "new/deep/copy.jsonl", records)
+    write_jsonl(folder / "new/deep/copy.jsonl", records)
     assert "_where" not in (folder / "new/deep/copy.jsonl").read_text()
-    rows = [row for _, row in model.read_jsonl(folder / "new/deep/copy.jsonl")]
+    rows = [row for _, row in read_jsonl(folder / "new/deep/copy.jsonl")]
     picture = str((folder / "pictures/a.png").resolve())
     assert rows == [GOOD | more | {"images": [picture]}, other(**more, category=0) | {"images": [picture]}]
-    again = model.read_records(folder / "new/deep/copy.jsonl")
+    again = read_records(folder / "new/deep/copy.jsonl")
     assert [without_where(record) for record in again] == rows
 
 
@@ -1429,9 +1433,9 @@ def without_where(record):
 
 
 def test_a_write_that_fails_leaves_the_old_file(folder):
-    model.write_jsonl(folder / "old.jsonl", [{"n": 1}])
+    write_jsonl(folder / "old.jsonl", [{"n": 1}])
     with pytest.raises(TypeError):
-        model.write_jsonl(folder / "old.jsonl", [{"n": 2}, {"n": object()}])
+        write_jsonl(folder / "old.jsonl", [{"n": 2}, {"n": object()}])
     assert (folder / "old.jsonl").read_text() == '{"n": 1}\n'
 
 
@@ -1440,25 +1444,25 @@ def test_a_write_that_fails_leaves_the_old_file(folder):
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
-    order = model.epoch_order(3, 17, 0, 17 * 4)
+    order = epoch_order(3, 17, 0, 17 * 4)
     epochs = [order[start : start + 17] for start in range(0, 68, 17)]
     assert all(sorted(epoch) == list(range(17)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs} | {tuple(range(17))}) == 5
 
 
 def test_a_window_of_the_order_is_a_slice_of_the_whole():
-    whole = model.epoch_order(3, 7, 0, 50)
+    whole = epoch_order(3, 7, 0, 50)
     for start, count in ((0, 0), (0, 7), (5, 20), (14, 7), (49, 1), (13, 2)):
-        assert model.epoch_order(3, 7, start, count) == whole[start : start + count]
+        assert epoch_order(3, 7, start, count) == whole[start : start + count]
 
 
 def test_another_seed_gives_another_order():
-    orders = {tuple(model.epoch_order(seed, 30, 0, 30)) for seed in (0, 1, 2, 11)}
+    orders = {tuple(epoch_order(seed, 30, 0, 30)) for seed in (0, 1, 2, 11)}
     assert len(orders) == 4
 
 
 def test_the_first_epochs_of_neighbouring_seeds_are_not_shifted_copies():
-    assert model.epoch_order(0, 30, 30, 30) != model.epoch_order(1, 30, 0, 30)
+    assert epoch_order(0, 30, 30, 30) != epoch_order(1, 30, 0, 30)
 
 
 @pytest.mark.parametrize(
@@ -1480,7 +1484,7 @@ def test_the_first_epochs_of_neighbouring_seeds_are_not_shifted_copies():
     ],
 )
 def test_learning_rates_by_hand(step, schedule, warmup, rate):
-    assert model.learning_rate(step, 10, 2e-3, schedule, warmup) == pytest.approx(rate, rel=1e-12)
+    assert training.learning_rate(step, 10, 2e-3, schedule, warmup) == pytest.approx(rate, rel=1e-12)
 
 
 def sized_groups(*sizes):
@@ -1492,25 +1496,25 @@ def sized_groups(*sizes):
 
 def test_micro_batches_by_hand():
     # the longest first: 10 alone leaves no room for 7; 7 + 3 + 3 = 13
-    assert model.micro_batches(CPU, sized_groups(3, 10, 7, 3), 14) == [[1], [2, 0, 3]]
-    assert model.micro_batches(CPU, sized_groups(3, 10, 7, 3), 12) == [[1], [2, 0], [3]]
+    assert training.micro_batches(CPU, sized_groups(3, 10, 7, 3), 14) == [[1], [2, 0, 3]]
+    assert training.micro_batches(CPU, sized_groups(3, 10, 7, 3), 12) == [[1], [2, 0], [3]]
 
 
 def test_micro_batches_count_what_pack_feeds():
     groups = sized_groups(3, 10, 7, 3)
     prompt = groups[0][0]
     groups[0] = prompt, [torch.zeros(5, dtype=torch.long), torch.zeros(4, dtype=torch.long)]  # 2 + 4 + 3 = 9
-    assert model.micro_batches(CPU, groups, 16) == [[1], [0, 2], [3]]
+    assert training.micro_batches(CPU, groups, 16) == [[1], [0, 2], [3]]
     assert model.pack([groups[0], groups[2]]).ids.numel() == 16
     groups[2][0].patches = torch.zeros(5, 1)  # pictures pass through a tower's blocks: 7 + 5 = 12
-    assert model.micro_batches(CPU, groups, 16) == [[2], [1], [0, 3]]
-    assert model.micro_batches(CPU, groups, 22) == [[2, 1], [0, 3]]
+    assert training.micro_batches(CPU, groups, 16) == [[2], [1], [0, 3]]
+    assert training.micro_batches(CPU, groups, 22) == [[2, 1], [0, 3]]
 
 
 @pytest.mark.parametrize("budget", [1, 40, 64, 100, 1000])
 def test_micro_batches_hold_every_group_once_within_the_budget(budget):
     sizes = [random.Random(8).randint(2, 50) for _ in range(41)] + [64]
-    batches = model.micro_batches(CPU, sized_groups(*sizes), budget)
+    batches = training.micro_batches(CPU, sized_groups(*sizes), budget)
     assert sorted(index for batch in batches for index in batch) == list(range(42))
     for batch in batches:
         fed = sum(sizes[index] for index in batch)
@@ -1524,9 +1528,9 @@ def test_a_rank_with_less_to_do_gets_empty_micro_batches():
         def gather(self, count):
             return [count, 5]
 
-    batches = model.micro_batches(OtherRankHasFive(), sized_groups(4, 4, 9), 8)
+    batches = training.micro_batches(OtherRankHasFive(), sized_groups(4, 4, 9), 8)
     assert len(batches) == 5 and batches[2:] == [[], [], []] and batches[0] == [2]
-    assert model.micro_batches(OtherRankHasFive(), [], 8) == [[]] * 5
+    assert training.micro_batches(OtherRankHasFive(), [], 8) == [[]] * 5
 
 
 def by_hand(gradient):
@@ -1540,7 +1544,7 @@ def by_hand(gradient):
 
 def test_an_update_clips_the_norm_sets_the_rate_and_clears_the_gradient():
     layer, optimizer = by_hand([3.0, -4.0])  # norm 5, clipped to 0.5: (0.3, -0.4); rate 2
-    assert model.update(layer, optimizer, 2.0, 0.5) == pytest.approx(5.0)
+    assert training.update(layer, optimizer, 2.0, 0.5) == pytest.approx(5.0)
     assert layer.weight[0].tolist() == pytest.approx([0.4, 1.8], abs=1e-5)
     assert layer.weight.grad is None
 
@@ -1548,7 +1552,7 @@ def test_an_update_clips_the_norm_sets_the_rate_and_clears_the_gradient():
 @pytest.mark.parametrize("max_norm", [0.0, 5.5])
 def test_an_update_leaves_small_gradients_and_those_nobody_wants_clipped(max_norm):
     layer, optimizer = by_hand([3.0, -4.0])
-    assert model.update(layer, optimizer, 0.1, max_norm) == pytest.approx(5.0)
+    assert training.update(layer, optimizer, 0.1, max_norm) == pytest.approx(5.0)
     assert layer.weight[0].tolist() == pytest.approx([0.7, 1.4], abs=1e-5)
 
 
@@ -1559,7 +1563,7 @@ def test_an_update_leaves_small_gradients_and_those_nobody_wants_clipped(max_nor
 @every_family
 def test_a_saved_model_is_the_same_to_from_pretrained_and_to_load(models, records, tmp_path, family):
     policy, encoder = models[family]
-    model.save_model(policy, encoder, tmp_path)
+    training.save_model(policy, encoder, tmp_path)
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(plain) is type(policy.hf) and type(plain).__module__.startswith("transformers.models.")
     assert plain.lm_head.weight is plain.get_input_embeddings().weight, "tied"
@@ -1675,7 +1679,7 @@ def spoil(folder, how):
 def test_a_directory_that_is_no_sound_model_is_refused_in_one_line(tiny_dirs, tmp_path, how):
     shutil.copytree(tiny_dirs["qwen2_5_vl"], tmp_path / "bad")
     spoil(tmp_path / "bad", how)
-    with pytest.raises(model.DataError) as caught:
+    with pytest.raises(DataError) as caught:
         model.load(tmp_path / "bad", CPU)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'bad'}: ") and "\n" not in message
@@ -1686,7 +1690,7 @@ def test_a_directory_that_is_no_sound_model_is_refused_in_one_line(tiny_dirs, tm
 
 
 def test_a_missing_model_directory_is_refused_in_one_line(tmp_path):
-    with pytest.raises(model.DataError, match="^--model .*nowhere: no such directory") as caught:
+    with pytest.raises(DataError, match="^--model .*nowhere: no such directory") as caught:
         model.load(tmp_path / "nowhere", CPU)
     assert "\n" not in str(caught.value)
 
@@ -1694,11 +1698,11 @@ def test_a_missing_model_directory_is_refused_in_one_line(tmp_path):
 def test_a_frozen_vision_tower_gets_no_gradient_and_no_update(tiny_dirs, records):
     policy, encoder = model.load(tiny_dirs["qwen2_5_vl"], CPU, train=True, freeze_vision=True)
     assert next(policy.parameters()).dtype == torch.float32
-    before = {name: weight.clone() for name, weight in model.full_weights(policy).items()}
+    before = {name: weight.clone() for name, weight in training.whole_weights(policy).items()}
     logp, _ = model.log_probs(policy, groups_of(encoder, records, [(0, 2)]))
     (-logp.sum()).backward()
-    optimizer = model.adamw(policy, 1e-3)
-    model.update(policy, optimizer, 1e-3, 1.0)
+    optimizer = training.adamw(policy, 1e-3)
+    training.update(policy, optimizer, 1e-3, 1.0)
     for name, weight in policy.named_parameters():
         assert torch.equal(weight, before[name]) == ("visual" in name), name
 
@@ -1706,12 +1710,12 @@ def test_a_frozen_vision_tower_gets_no_gradient_and_no_update(tiny_dirs, records
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_no_number_changes_nothing_and_ends_the_run(scratch_model, records, value):
     policy, encoder = scratch_model
-    before = {name: weight.clone() for name, weight in model.full_weights(policy).items()}
-    optimizer = model.adamw(policy, 1e-3)
+    before = {name: weight.clone() for name, weight in training.whole_weights(policy).items()}
+    optimizer = training.adamw(policy, 1e-3)
     logp, _ = model.log_probs(policy, groups_of(encoder, records, [(1, 1)]))
     (value * logp.sum()).backward()
     with pytest.raises(RuntimeError, match=f"gradient norm is (nan|{value}); no weight was changed"):
-        model.update(policy, optimizer, 1e-3, 1.0)
+        training.update(policy, optimizer, 1e-3, 1.0)
     for name, weight in policy.named_parameters():
         assert torch.equal(weight, before[name]), name
 
@@ -1734,29 +1738,29 @@ def learn(policy, optimizer, groups, steps):
     for _ in range(steps):
         logp, _ = model.log_probs(policy, groups)
         (-logp.mean()).backward()
-        model.update(policy, optimizer, 1e-2, 1.0)
+        training.update(policy, optimizer, 1e-2, 1.0)
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tiny_dirs, records, tmp_path, signals_restored):
     path = tiny_dirs["qwen2_5_vl"]
     policy, encoder = model.load(path, CPU, train=True)
     groups = groups_of(encoder, records, [(0, 2), (1, 1)])
-    optimizer = model.adamw(policy, 1e-2)
-    run = model.Run.open(settings(tmp_path / "run"), CPU)
+    optimizer = training.adamw(policy, 1e-2)
+    run = training.Run.open(settings(tmp_path / "run"), CPU)
     for step in range(1, 4):
         learn(policy, optimizer, groups, 1)
         run.log({"step": step}, [{"reply": "A"}])
         if step == 2:
             run.save(step, policy, optimizer)
     run.finish()
-    unbroken = {name: weight.clone() for name, weight in model.full_weights(policy).items()}
+    unbroken = {name: weight.clone() for name, weight in training.whole_weights(policy).items()}
 
     policy, _ = model.load(path, CPU, train=True)
-    optimizer = model.adamw(policy, 1e-2)
-    run = model.Run.open(settings(tmp_path / "run", resume=True, steps=9), CPU)
+    optimizer = training.adamw(policy, 1e-2)
+    run = training.Run.open(settings(tmp_path / "run", resume=True, steps=9), CPU)
     assert run.step == 2
     for name in ("log.jsonl", "samples.jsonl"):  # step 3 will be done again
-        assert [row["step"] for _, row in model.read_jsonl(tmp_path / "run" / name)] == [1, 2]
+        assert [row["step"] for _, row in read_jsonl(tmp_path / "run" / name)] == [1, 2]
     run.restore(policy, optimizer)
     learn(policy, optimizer, groups, 1)
     for name, weight in policy.named_parameters():
@@ -1764,20 +1768,20 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tiny_dirs, recor
 
 
 def test_a_run_directory_refuses_a_second_run_and_changed_settings(tmp_path, signals_restored):
-    model.Run.open(settings(tmp_path), CPU).log({"step": 1})
-    with pytest.raises(model.DataError, match="add --resume to go on with it or --overwrite"):
-        model.Run.open(settings(tmp_path), CPU)
-    with pytest.raises(model.DataError, match="--lr was 0.01, now 0.5"):
-        model.Run.open(settings(tmp_path, resume=True, lr=0.5), CPU)
-    model.Run.open(settings(tmp_path, overwrite=True, lr=0.5), CPU)
+    training.Run.open(settings(tmp_path), CPU).log({"step": 1})
+    with pytest.raises(DataError, match="add --resume to go on with it or --overwrite"):
+        training.Run.open(settings(tmp_path), CPU)
+    with pytest.raises(DataError, match="--lr was 0.01, now 0.5"):
+        training.Run.open(settings(tmp_path, resume=True, lr=0.5), CPU)
+    training.Run.open(settings(tmp_path, overwrite=True, lr=0.5), CPU)
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 
 def test_checkpoints_are_few_whole_and_written_when_due(scratch_model, records, tmp_path, signals_restored):
     policy, encoder = scratch_model
-    optimizer = model.adamw(policy, 1e-3)
+    optimizer = training.adamw(policy, 1e-3)
     learn(policy, optimizer, groups_of(encoder, records, [(1, 1)]), 1)
-    run = model.Run.open(settings(tmp_path), CPU)
+    run = training.Run.open(settings(tmp_path), CPU)
     assert [step for step in range(1, 8) if run.checkpoint_due(step, 7, 3)] == [3, 6, 7]
     assert [step for step in range(1, 8) if run.checkpoint_due(step, 7, 0)] == [7]
     for step in (3, 6, 7):
@@ -1795,7 +1799,7 @@ def test_checkpoints_are_few_whole_and_written_when_due(scratch_model, records, 
     "error, status, said",
     [
         (None, 0, ""),
-        (model.DataError("a.jsonl:3: broken\n  by  two lines"), 2, "error: a.jsonl:3: broken by two lines\n"),
+        (DataError("a.jsonl:3: broken\n  by  two lines"), 2, "error: a.jsonl:3: broken by two lines\n"),
         (ZeroDivisionError("ours"), 1, "ZeroDivisionError: ours\n"),
         (KeyboardInterrupt("stopped after step 3"), 130, "stopped after step 3\n"),
     ],
@@ -1806,7 +1810,7 @@ def test_the_exit_status_says_whose_fault_it_was(capsys, error, status, said):
             raise error
 
     with pytest.raises(SystemExit) as caught:
-        model.run(main)
+        training.run(main)
     printed = capsys.readouterr().err.lstrip("\n")
     assert (caught.value.code or 0) == status
     assert printed == said or (status == 1 and printed.endswith(said))

@@ -38,7 +38,9 @@ from commands import (
     write,
 )
 
-import model as m
+import model
+import training
+from records import epoch_order, read_records
 from toy.tiny_model import make_tiny
 
 FILE = 100_000  # bytes of a file, where a model is exported in several
@@ -194,8 +196,8 @@ def test_the_cases_are_what_their_names_say(material, both):
     def dealt(name):
         """[(ids of rank 0's prompts, ids of rank 1's) of each step]"""
         settings = settings_of(material, name)[1]
-        records, size = m.read_records(settings["data"]), settings["prompts"]
-        steps = [m.epoch_order(0, len(records), step * size, size) for step in range(settings["steps"])]
+        records, size = read_records(settings["data"]), settings["prompts"]
+        steps = [epoch_order(0, len(records), step * size, size) for step in range(settings["steps"])]
         return [["".join(records[index]["id"][0] for index in batch[rank::2]) for rank in (0, 1)] for batch in steps]
 
     def pictures(step):
@@ -232,8 +234,8 @@ def test_a_model_is_exported_in_files_that_the_processes_write_in_turns(material
     assert not any(loading.values()), loading
     plain = AutoModelForImageTextToText.from_pretrained(material.speaker)
     assert distance(dict(hf.state_dict()), dict(plain.state_dict())) == 0
-    policy, _ = m.load(both / "files", m.setup(), train=True)
-    assert distance(m.full_weights(policy), m.full_weights(m.load(material.speaker, m.setup(), train=True)[0])) == 0
+    policy, _ = model.load(both / "files", training.setup(), train=True)
+    assert distance(training.whole_weights(policy), training.whole_weights(model.load(material.speaker, training.setup(), train=True)[0])) == 0
 
 
 def test_no_process_ever_holds_the_whole_model_while_loading_it(both):
@@ -246,7 +248,7 @@ def test_no_process_ever_holds_the_whole_model_while_loading_it(both):
 
 def test_replicas_must_divide_the_processes(material, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        m.run(lambda: call("grpo", **material.grpo(out=tmp_path / "out", replicas=2)))
+        training.run(lambda: call("grpo", **material.grpo(out=tmp_path / "out", replicas=2)))
     assert ended.value.code == 2 and "--replicas 2 does not divide the 1 " in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -270,7 +272,7 @@ def test_bad_input_ends_both_processes_soon_and_prints_one_line(material, tmp_pa
     # A prompt that only rank 1 meets: rank 0 knows nothing of it, and would wait for ever
     long = material.question("long", "word " * 5000)
     two = write(tmp_path / "two.jsonl", [long, material.question("t", "Give a letter.")])
-    seed = next(seed for seed in range(9) if m.epoch_order(seed, 2, 0, 2) == [1, 0])
+    seed = next(seed for seed in range(9) if epoch_order(seed, 2, 0, 2) == [1, 0])
     commands = {
         f"error: {lost}:2: image": ("dpo.py", material.dpo(data=lost)),
         f"error: {two}:1: ": ("grpo.py", material.grpo(data=two, prompts=2, seed=seed)),

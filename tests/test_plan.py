@@ -9,7 +9,8 @@ import torch
 from commands import ROOT, end, processes, start
 
 import jigsaw
-import model as m
+import model
+import training
 from toy.scenes import scene
 from toy.tiny_model import make_tiny
 
@@ -27,22 +28,22 @@ def measured(folder, dtype, recompute, freeze_vision):
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
     torch.set_num_threads(1)
-    world = m.setup()
-    policy, encoder = m.load(folder, world, train=True, dtype=dtype, recompute=recompute, freeze_vision=freeze_vision)
+    world = training.setup()
+    policy, encoder = model.load(folder, world, train=True, dtype=dtype, recompute=recompute, freeze_vision=freeze_vision)
     policy.chunk_bytes = CHUNK
     picture, record = jigsaw.make_puzzle(scene(random.Random(0)), 2, 1, "pair", random.Random(0))
     path = f"{folder}/picture-{world.rank}.png"
     picture.save(path)
     prompt = encoder.prompt({**record, "id": "p", "images": [path]})
-    batch = m.pack([(prompt, [torch.arange(2000, 2000 + REPLY)] * REPLIES)] * GROUPS)
-    optimizer = m.adamw(policy, 1e-3)
+    batch = model.pack([(prompt, [torch.arange(2000, 2000 + REPLY)] * REPLIES)] * GROUPS)
+    optimizer = training.adamw(policy, 1e-3)
     tracker = FSDPMemTracker(policy, optimizer)
 
     def update():
         for micro in range(2):
             tracker.reset_mod_stats()
-            m.backward(policy, world, policy(batch).sum(), last=micro == 1)
-        m.update(policy, optimizer, 1e-3, 1.0)
+            training.backward(policy, world, policy(batch).sum(), last=micro == 1)
+        training.update(policy, optimizer, 1e-3, 1.0)
 
     update()  # the optimizer has its state after the first
     with tracker:
@@ -114,4 +115,4 @@ def test_the_command_says_whether_a_run_fits(folder):
 
 
 if __name__ == "__main__":
-    m.run(lambda: measured(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "frozen"))
+    training.run(lambda: measured(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "frozen"))

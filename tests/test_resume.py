@@ -14,7 +14,8 @@ import pytest
 import torch
 from commands import ROOT, Material, call, checkpoint, distance, end, rows, start, stop, timeless, weights
 
-import model as m
+import model
+import training
 
 STEPS = 24
 SETTINGS = {
@@ -144,9 +145,9 @@ def test_a_checkpoint_newer_than_the_one_just_written_does_not_push_it_out(mater
     for step in (3, 6):
         (tmp_path / f"checkpoints/step_00000{step}").mkdir(parents=True)
     (tmp_path / "LATEST").write_text("step_000003")
-    policy, _ = m.load(material.speaker, m.setup(), train=True)
-    run = m.Run(tmp_path, m.setup(), step=3)
-    run.save(4, policy, m.adamw(policy, 1e-3), keep=1)
+    policy, _ = model.load(material.speaker, training.setup(), train=True)
+    run = training.Run(tmp_path, training.setup(), step=3)
+    run.save(4, policy, training.adamw(policy, 1e-3), keep=1)
     run.finish()
     assert (tmp_path / "LATEST").read_text() == "step_000004"
     assert "hf.model.language_model.norm.weight" in checkpoint(tmp_path, 4)
@@ -154,11 +155,11 @@ def test_a_checkpoint_newer_than_the_one_just_written_does_not_push_it_out(mater
 
 
 def test_a_checkpoint_holds_the_moment_it_was_asked_for_though_it_is_written_later(material, tmp_path):
-    policy, _ = m.load(material.speaker, m.setup(), train=True)
+    policy, _ = model.load(material.speaker, training.setup(), train=True)
     before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
-    run, may_write = m.Run(tmp_path, m.setup()), threading.Event()
+    run, may_write = training.Run(tmp_path, training.setup()), threading.Event()
     run.writer.submit(may_write.wait)  # the writer is busy
-    run.save(1, policy, m.adamw(policy, 1e-3))
+    run.save(1, policy, training.adamw(policy, 1e-3))
     with torch.no_grad():
         for weight in policy.parameters():
             weight.zero_()  # training goes on
@@ -170,14 +171,14 @@ def test_a_checkpoint_holds_the_moment_it_was_asked_for_though_it_is_written_lat
 
 
 def test_what_goes_wrong_in_the_background_ends_the_run_and_leaves_the_last_checkpoint(material, tmp_path):
-    policy, _ = m.load(material.speaker, m.setup(), train=True)
-    run = m.Run(tmp_path, m.setup())
-    run.save(1, policy, m.adamw(policy, 1e-3))
+    policy, _ = model.load(material.speaker, training.setup(), train=True)
+    run = training.Run(tmp_path, training.setup())
+    run.save(1, policy, training.adamw(policy, 1e-3))
     run.finish()
     (tmp_path / "checkpoints/step_000002.partial").write_text("a file stands where the folder should be")
-    run.save(2, policy, m.adamw(policy, 1e-3))
+    run.save(2, policy, training.adamw(policy, 1e-3))
     with pytest.raises(RuntimeError, match="could not be written, the last one is good"):
-        run.save(3, policy, m.adamw(policy, 1e-3))
+        run.save(3, policy, training.adamw(policy, 1e-3))
     assert (tmp_path / "LATEST").read_text() == "step_000001"
     assert checkpoint(tmp_path, 1)
 
@@ -208,7 +209,7 @@ def test_a_resumed_run_keeps_its_settings(material, tmp_path, capsys, stage):
     for name, value in CHANGED[stage]:
         with pytest.raises(SystemExit) as ended:
             changed = settings | {name: value, "resume": True, "steps": 4}
-            m.run(lambda changed=changed: call(stage, **changed))
+            training.run(lambda changed=changed: call(stage, **changed))
         assert ended.value.code == 2
         err = capsys.readouterr().err.splitlines()
         assert len(err) == 1 and err[0].startswith("error: ") and f"--{name.replace('_', '-')} was" in err[0], err

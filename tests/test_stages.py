@@ -18,8 +18,11 @@ import torch
 from commands import ROOT, Material, call, checkpoint, distance, end, flags, rows, start, timeless, weights, write
 
 import grpo
-import model as m
+import model
 import rewards
+import sampler
+import training
+from records import epoch_order, read_records
 
 LN2 = 0.6931471805599453
 DPO_KEYS = {"step", "loss", "loss_dpo", "loss_sft", "chosen_reward", "rejected_reward", "margin", "preference_accuracy",
@@ -42,7 +45,7 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.replies, self.seeds, self.gradients = [], [], []
-        sample, update = m.sample, m.update
+        sample, update = sampler.sample, training.update
 
         def watched_sample(*args, **kwargs):
             self.seeds += kwargs["seeds"]
@@ -53,8 +56,8 @@ class Watch:
             self.gradients.append(gradients(policy))
             return update(policy, *args)
 
-        monkeypatch.setattr(m, "sample", watched_sample)
-        monkeypatch.setattr(m, "update", watched_update)
+        monkeypatch.setattr(sampler, "sample", watched_sample)
+        monkeypatch.setattr(training, "update", watched_update)
 
 
 def gradients(policy):
@@ -63,7 +66,7 @@ def gradients(policy):
 
 def policy_of(path, *at):
     """(policy, encoder) of a model directory, with the weights of a checkpoint when (run, step) is named."""
-    policy, encoder = m.load(path, m.setup(), train=True)
+    policy, encoder = model.load(path, training.setup(), train=True)
     if at:
         saved = checkpoint(*at)
         with torch.no_grad():
@@ -74,12 +77,12 @@ def policy_of(path, *at):
 
 def token_log_probs(policy, prompt, ids):
     """(T,) log-probs of one reply, alone in its row."""
-    return m.log_probs(policy, [(prompt, [ids])])[0][0]
+    return model.log_probs(policy, [(prompt, [ids])])[0][0]
 
 
 def seen_at(step, records, size, seed=0):
     """The records of one step's batch, in their order."""
-    return [records[index] for index in m.epoch_order(seed, len(records), step * size, size)]
+    return [records[index] for index in epoch_order(seed, len(records), step * size, size)]
 
 
 def check_model_directory(out, last_step):
@@ -195,7 +198,7 @@ def test_dpo_measures_implicit_rewards_against_the_starting_model_and_not_agains
     call("dpo", **material.dpo(out=tmp_path, steps=2, beta=0.3, batch=8, save_every=1))
     before, encoder = policy_of(material.speaker)
     now, _ = policy_of(material.speaker, tmp_path, 1)
-    pairs = m.read_records(material.pair_data)
+    pairs = read_records(material.pair_data)
     chosen, rejected, nats, tokens = [], [], 0.0, 0
     with torch.no_grad():
         for pair in seen_at(1, pairs, 8):
@@ -230,7 +233,7 @@ def test_the_reward_and_its_parts_are_means_over_all_replies(material, tmp_path,
     watch = Watch(monkeypatch)
     call("grpo", **material.grpo(out=tmp_path, steps=2, group=6, format_weight=0.25, save_every=1, kl=0.04))
     encoder = policy_of(material.speaker)[1]
-    records = m.read_records(material.data)
+    records = read_records(material.data)
     assert len(set(watch.seeds)) == 8  # 2 steps, 4 prompts: no two draw alike
     for step, row in enumerate(rows(tmp_path)):
         groups = list(zip(seen_at(step, records, 4), watch.replies[step], strict=True))
@@ -284,7 +287,7 @@ def test_skipping_groups_without_signal_does_not_change_the_gradient(
     call("grpo", **material.grpo(out=tmp_path, data=data, grad_clip=0, **settings))
     row = rows(tmp_path)[0]
     policy, encoder = policy_of(material.speaker)
-    batch = seen_at(0, m.read_records(data), 6)
+    batch = seen_at(0, read_records(data), 6)
     groups = [
         [(reply.ids, rewards.score(encoder.decode(reply.ids), record)["reward"]) for reply in group]
         for record, group in zip(batch, watch.replies[0], strict=True)
@@ -402,7 +405,7 @@ def refuse(capsys, stage, **settings):
     """Run a stage that must refuse: -> its stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        m.run(lambda: call(stage, **settings))
+        training.run(lambda: call(stage, **settings))
     assert stop.value.code == 2
     return capsys.readouterr().err
 

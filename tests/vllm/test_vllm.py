@@ -12,9 +12,13 @@ import pytest
 import torch
 from commands import Material, call, distance, rows, timeless, torchrun, weights, write
 
-import model as m
+import model
+import sampler
+import training
+import vllm_sampler
+from records import DataError, read_records
 
-CPU = m.World(rank=0, size=1, device=torch.device("cpu"))
+CPU = training.World(rank=0, size=1, device=torch.device("cpu"))
 TOKENS = 24
 LONG = Material.question("long", "Give one letter, " + "again " * 150)  # its keys fill a block that vLLM keeps
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -28,9 +32,9 @@ def material(tmp_path_factory):
 @pytest.fixture(scope="session")
 def started(material):
     """(policy, encoder, sampler, prompts, weights as they were): an engine that the tests share."""
-    policy, encoder = m.load(material.speaker, CPU, train=True)
-    records = m.read_records(material.data)
-    sampler = m.VLLM(material.speaker, policy, encoder, CPU, [*records, LONG], max_new_tokens=TOKENS)
+    policy, encoder = model.load(material.speaker, CPU, train=True)
+    records = read_records(material.data)
+    sampler = vllm_sampler.VLLM(material.speaker, policy, encoder, CPU, [*records, LONG], max_new_tokens=TOKENS)
     before = copy.deepcopy(policy.state_dict())
     return policy, encoder, sampler, encoder.prompts(records), before
 
@@ -58,18 +62,18 @@ def gap(policy, prompts, replies, temperature=1.0):
     """Largest difference of the trainer's log-probs from those that came with the replies."""
     groups = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
     with torch.no_grad():
-        logp, mask = m.log_probs(policy, groups, temperature)
+        logp, mask = model.log_probs(policy, groups, temperature)
     return (logp[mask] - torch.cat([reply.logps for group in replies for reply in group])).abs().max()
 
 
 def learn(policy, prompts):
     """One large step of AdamW, away from what the policy says: every weight moves, the vision tower's too."""
-    optimizer = m.adamw(policy, 0.03)
-    replies = m.sample(policy, prompts, 1, seeds=[0] * len(prompts), temperature=0, max_new_tokens=4)
+    optimizer = training.adamw(policy, 0.03)
+    replies = sampler.sample(policy, prompts, 1, seeds=[0] * len(prompts), temperature=0, max_new_tokens=4)
     groups = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
-    m.log_probs(policy, groups)[0].sum().backward()
+    model.log_probs(policy, groups)[0].sum().backward()
     assert all(weight.grad is not None for weight in policy.parameters())
-    m.update(policy, optimizer, 0.03, 1.0)
+    training.update(policy, optimizer, 0.03, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,12 +87,12 @@ def test_the_log_probs_are_the_trainers_for(family, models, tiny_dirs, records):
     policy, encoder = models[family]
     prompts = encoder.prompts(records)
     assert [len(prompt.images) for prompt in prompts] == [1, 0, 3, 1]
-    sampler = m.VLLM(tiny_dirs[family], policy, encoder, CPU, records, max_new_tokens=TOKENS)
+    sampler = vllm_sampler.VLLM(tiny_dirs[family], policy, encoder, CPU, records, max_new_tokens=TOKENS)
     for temperature in (1.0, 0.7):  # the canaries look on in both calls
         replies = draw(policy, sampler, prompts, temperature=temperature)
         assert gap(policy, prompts, replies, temperature) < 1e-4
     greedy = draw(policy, sampler, prompts, n=1, temperature=0)
-    ours = m.sample(policy, prompts, 1, seeds=[0] * 4, temperature=0, max_new_tokens=TOKENS)
+    ours = sampler.sample(policy, prompts, 1, seeds=[0] * 4, temperature=0, max_new_tokens=TOKENS)
     assert ids_of(greedy) == ids_of(ours)
     sampler.close()
 
@@ -129,7 +133,7 @@ def test_greedy_replies_are_the_trainers_before_and_after_an_optimizer_step(engi
     policy, sampler, prompts = engine
 
     def both():
-        ours = m.sample(policy, prompts, 1, seeds=[0] * len(prompts), temperature=0, max_new_tokens=TOKENS)
+        ours = sampler.sample(policy, prompts, 1, seeds=[0] * len(prompts), temperature=0, max_new_tokens=TOKENS)
         theirs = draw(policy, sampler, prompts, n=1, temperature=0)
         assert ids_of(theirs) == ids_of(ours)
         return ids_of(ours)
@@ -161,7 +165,7 @@ def test_after_a_cut_the_log_probs_are_those_of_the_cut_distribution(engine):
     replies = draw(policy, sampler, prompts, top_k=3)
     groups = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
     with torch.no_grad():
-        logp, mask = m.log_probs(policy, groups)
+        logp, mask = model.log_probs(policy, groups)
     kept = (logp[mask] - torch.cat([reply.logps for group in replies for reply in group])).exp()  # mass of the three
     assert kept.max() < 1 + 1e-4 and kept.min() < 0.95
 
@@ -185,7 +189,7 @@ def test_a_policy_that_learns_is_sent_for_every_call_and_one_that_does_not_once(
 def test_temperatures_that_vllm_would_change_are_refused(engine):
     policy, sampler, prompts = engine
     for temperature in (0.001, 2.5):
-        with pytest.raises(m.DataError, match=f"--temperature {temperature}: vLLM takes"):
+        with pytest.raises(DataError, match=f"--temperature {temperature}: vLLM takes"):
             draw(policy, sampler, prompts, temperature=temperature)
 
 
@@ -195,7 +199,7 @@ def test_temperatures_that_vllm_would_change_are_refused(engine):
 
 
 def caught(canary, policy, sampler, prompts):
-    with pytest.raises(m.CanaryError, match=f"^canary {canary}: ") as error:
+    with pytest.raises(vllm_sampler.ParityError, match=f"^canary {canary}: ") as error:
         draw(policy, sampler, prompts)
     assert "\n" not in str(error.value)
 
@@ -249,8 +253,8 @@ def test_image_tokens_that_are_expanded_twice_are_caught(engine):
 
 def test_another_limit_of_pixels_is_caught(engine, material):
     policy, sampler, prompts = engine
-    encoder = m.load(material.speaker, CPU, max_pixels=56 * 56)[1]
-    smaller = encoder.prompts(m.read_records(material.data))
+    encoder = model.load(material.speaker, CPU, max_pixels=56 * 56)[1]
+    smaller = encoder.prompts(read_records(material.data))
     assert len(smaller[0].ids) < len(prompts[0].ids)
     caught("prompt ids", policy, sampler, smaller)
 
@@ -268,24 +272,24 @@ def test_other_pixels_in_the_same_place_are_caught(engine, monkeypatch):
 def test_a_weight_that_is_not_sent_is_caught(engine, monkeypatch, lost):
     """The embedding is the tied lm_head too."""
     policy, sampler, prompts = engine
-    every = m.checkpoint_weights
+    every = vllm_sampler.checkpoint_weights
 
     def without(*args):
         return (item for item in every(*args) if not item[0].endswith(lost))
 
-    monkeypatch.setattr(m, "checkpoint_weights", without)
+    monkeypatch.setattr(vllm_sampler, "checkpoint_weights", without)
     caught("weight names", policy, sampler, prompts)
 
 
 def test_a_weight_that_vllm_ignores_is_caught(engine, monkeypatch):
     policy, sampler, prompts = engine
-    every = m.checkpoint_weights
+    every = vllm_sampler.checkpoint_weights
 
     def one_more(*args):
         yield from every(*args)
         yield "model.language_model.layers.0.mlp.down_proj.bias", torch.zeros(64)
 
-    monkeypatch.setattr(m, "checkpoint_weights", one_more)
+    monkeypatch.setattr(vllm_sampler, "checkpoint_weights", one_more)
     caught("weight names", policy, sampler, prompts)
 
 

@@ -34,7 +34,6 @@ import rewards
 
 
 CORRUPTIONS = ("all_tags", "answer_tags", "think_tags", "answer_tags_think_end", "answer_text")
-BOX_RIGHT = 0.5  # from this intersection over union on, a box counts as right
 
 
 def corrupt(reply: str, kind: str) -> str:
@@ -67,10 +66,8 @@ def remove(text: str, *parts: str) -> str:
 
 
 def is_right(answer, record: dict) -> bool:
-    """Whether an answer passes the filter: wholly right; a box with an overlap of BOX_RIGHT or more."""
-    if answer is None:
-        return False
-    return rewards.accuracy(answer, record) >= (BOX_RIGHT if record["answer_type"] == "box" else 1.0)
+    """Whether an answer passes the filter: there is one, and it is right enough for its type (a box: half overlap)."""
+    return answer is not None and rewards.is_right(answer, record)
 
 
 def make_pair(

@@ -7,6 +7,15 @@ accuracy  letter, digit, text, math: 0 or 1; grid: share of right indices of a p
           point: 1 inside the gold box. It counts only where format is 1: an answer outside its place is no answer, and
           there is no second, more lenient look.
 
+Legend
+record    one question: a dict with "answer_type", "answer" and what the type needs (see `check_gold`)
+gold      the right answer, record["answer"]
+reply     the whole text a model wrote; a reply format splits it into a reason and an answer text
+answer    the answer text, read by the grammar of its answer type: "B", 12, [2, 1, 4, 3], [10.0, 20.0]
+
+Two tables hold what can be extended: REPLY_FORMATS and ANSWER_TYPES. A new answer type is one entry of the second,
+with its functions above it; nothing else in this file knows any type by name.
+
 Reading is a full match against a small grammar, never a search: "A or B" is not an A with something behind it, it is no
 letter at all. Nothing here evaluates model output, and every reading takes time linear in the reply.
 
@@ -23,147 +32,83 @@ import logging
 import math
 import re
 import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-
-REPLY_FORMATS = ("think", "bare", "tags", "boxed", "json", "line")
-ANSWER_TYPES = ("letter", "digit", "grid", "box", "point", "math", "text")
+from typing import Any
 
 MAX_REPLY = 100_000  # characters; a longer reply is not read at all
 MAX_ANSWER = 2_000  # characters of an answer of any type
 MAX_MATH = 200  # characters of a mathematical answer: what a computer algebra system is allowed to see
 MATH_SECONDS = 3  # per comparison, where a timeout is possible (main thread)
+MAX_TAIL = 1_000  # characters at the end of a reason that `contradicts` looks at: its rules may be quadratic
 
+# What .strip() takes off. Python's own default would take off dozens of Unicode spaces too.
 SPACE = " \t\r\n"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-# "The answer is", "Final answer:", "Option" in front of an answer. re.ASCII: only letters that are ASCII themselves.
-LEAD = re.compile(
-    r"(?:(?:the|my)[ ])?(?:(?:final|correct)[ ])?(?:answer|option)(?:[ ]is)?:?[ ]", re.IGNORECASE | re.ASCII
-)
-LETTER = re.compile(r"(?:\(([A-Z])\)\.?|([A-Z])[.):]?)(?:[ ]+(.+))?")
-NUMBER = re.compile(r"-?[0-9]{1,9}(?:\.[0-9]{1,9})?")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The shape of a reply: where the reason ends and the answer begins
+#
+# A reader gets the stripped reply and returns (reason, answer text), or None if the shape is not exactly its own.
+
+# The tags of all formats. A text answer must not hold any, so a format with tags of its own adds them here.
 TAG = re.compile(r"</?(?:think|answer|reason|result)>")
 
 
-# ---------------------------------------------------------------- the reward
-
-
-def score(reply: str, record: dict, accuracy_weight: float = 1.0, format_weight: float = 0.5) -> dict:
-    """Reward of one reply.
-
-    Returns {"reward", "accuracy" in [0, 1], "format" 0.0 or 1.0, "answer": the parsed answer or None}. Never raises for
-    any text; the record is one that `check_gold` let pass.
-    """
-    parts = read_reply(reply, reply_format(record))
-    answer = None if parts is None else read_answer(parts[1], record)
-    well_formed = 0.0 if answer is None else 1.0
-    right = 0.0 if answer is None else accuracy(answer, record)
-    return {
-        "reward": accuracy_weight * right + format_weight * well_formed,
-        "accuracy": right,
-        "format": well_formed,
-        "answer": answer,
-    }
-
-
-def accuracy(answer, record: dict) -> float:
-    """How right a parsed answer is, in [0, 1]. `answer` comes from `read_answer` or `find_answer`."""
-    kind, gold = record["answer_type"], record["answer"]
-    if kind == "letter":
-        return float(answer == gold)
-    if kind == "digit":
-        return float(answer == int(gold))
-    if kind == "grid":
-        if len(answer) != len(gold) or sorted(answer) != list(range(1, len(gold) + 1)):
-            return 0.0  # a repeated index places one patch twice: that is no arrangement, so no part of it counts
-        return sum(a == g for a, g in zip(answer, gold, strict=True)) / len(gold)
-    if kind == "box":
-        return iou(answer, gold)
-    if kind == "point":
-        return float(gold[0] <= answer[0] <= gold[2] and gold[1] <= answer[1] <= gold[3])
-    if kind == "text":
-        # Reading may have taken a lead off ("option a" -> "a"), so the gold text counts with and without its own.
-        return float(plain(answer) in {plain(form) for text in accepted_texts(gold) for form in (text, unwrap(text))})
-    if kind == "math":
-        return float(same_math(str(gold), answer))
-    raise ValueError(f"unknown answer_type {kind!r}")
-
-
-def iou(box, gold) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2); a box without area gives 0."""
-    width = min(box[2], gold[2]) - max(box[0], gold[0])
-    height = min(box[3], gold[3]) - max(box[1], gold[1])
-    if width <= 0 or height <= 0 or box[2] <= box[0] or box[3] <= box[1]:
-        return 0.0
-    both = width * height
-    area = (box[2] - box[0]) * (box[3] - box[1])
-    gold_area = (gold[2] - gold[0]) * (gold[3] - gold[1])
-    return both / (area + gold_area - both)
-
-
-# ---------------------------------------------------------------- the structure of a reply
-
-
-def reply_format(record: dict) -> str:
-    """The format the prompt asks for: the record's `reply_format`, otherwise `think` or `bare` as its `think` says."""
-    return record.get("reply_format") or ("think" if record.get("think") else "bare")
-
-
-def read_reply(reply: str, fmt: str) -> tuple[str, str] | None:
-    r"""Splits a reply into (reason, answer text), or None if it does not have exactly the structure of `fmt`.
-
-    think   <think>R</think><answer>A</answer>, each tag once, only white space around the blocks, neither empty
-    bare    A (reason is "")
-    tags    <reason>R</reason><result>A</result>, as strict as think
-    boxed   R, then \boxed{A} as the very end, in $...$ and with a full stop or not; \boxed once; R may be empty
-    json    {"reason": R, "answer": A} and nothing else; R is text, A is text, a number, or a list of those
-    line    R, then the last line "Answer: A"; "Answer:" occurs once
-    """
-    if len(reply) > MAX_REPLY:
-        return None
-    reply = reply.strip(SPACE)
-    if fmt == "think":
-        parts = read_blocks(reply, "think", "answer")
-    elif fmt == "tags":
-        parts = read_blocks(reply, "reason", "result")
-    elif fmt == "boxed":
-        parts = read_boxed(reply)
-    elif fmt == "json":
-        parts = read_json(reply)
-    elif fmt == "line":
-        parts = read_line(reply)
-    elif fmt == "bare":
-        parts = ("", reply)
-    else:
-        raise ValueError(f"unknown reply_format {fmt!r}")
-    if parts is None:
-        return None
-    reason, answer = parts[0].strip(SPACE), parts[1].strip(SPACE)
-    if not answer or (not reason and fmt not in ("bare", "boxed")):
-        return None
-    return reason, answer
-
-
 def read_blocks(reply: str, first: str, second: str) -> tuple[str, str] | None:
-    """Reads <first>R</first><second>A</second>. Counting the tags rules out nested, repeated and unclosed ones."""
-    tags = [f"<{first}>", f"</{first}>", f"<{second}>", f"</{second}>"]
-    if any(reply.count(tag) != 1 for tag in tags) or not reply.startswith(tags[0]) or not reply.endswith(tags[3]):
+    """<first>R</first><second>A</second>, each tag once, only white space around the blocks."""
+    reason_opens, reason_closes = f"<{first}>", f"</{first}>"
+    answer_opens, answer_closes = f"<{second}>", f"</{second}>"
+
+    # Counting the tags rules out nested, repeated and unclosed ones.
+    for tag in (reason_opens, reason_closes, answer_opens, answer_closes):
+        if reply.count(tag) != 1:
+            return None
+    if not reply.startswith(reason_opens) or not reply.endswith(answer_closes):
         return None
-    reason_end, answer_start = reply.find(tags[1]), reply.find(tags[2])
-    if reason_end > answer_start or reply[reason_end + len(tags[1]) : answer_start].strip(SPACE):
+
+    reason_end, answer_start = reply.find(reason_closes), reply.find(answer_opens)
+    if reason_end > answer_start:
         return None
-    return reply[len(tags[0]) : reason_end], reply[answer_start + len(tags[2]) : -len(tags[3])]
+    between = reply[reason_end + len(reason_closes) : answer_start]
+    if between.strip(SPACE):
+        return None
+
+    reason = reply[len(reason_opens) : reason_end]
+    answer_text = reply[answer_start + len(answer_opens) : -len(answer_closes)]
+    return reason, answer_text
+
+
+def read_think(reply: str) -> tuple[str, str] | None:
+    """<think>R</think><answer>A</answer>"""
+    return read_blocks(reply, "think", "answer")
+
+
+def read_tags(reply: str) -> tuple[str, str] | None:
+    """<reason>R</reason><result>A</result>, as strict as think."""
+    return read_blocks(reply, "reason", "result")
+
+
+def read_bare(reply: str) -> tuple[str, str] | None:
+    """A, and no reason."""
+    return "", reply
 
 
 def read_boxed(reply: str) -> tuple[str, str] | None:
+    r"""R, then \boxed{A} as the very end, in $...$ and with a full stop or not; \boxed once."""
     start = reply.find("\\boxed{")
     if start < 0 or reply.count("\\boxed") != 1:
         return None
     end = closing_brace(reply, start + len("\\boxed"))
-    if end is None or reply[end + 1 :] not in ("", ".", "$", "$.", ".$"):
+    if end is None:
         return None
-    reason = reply[:start]
-    if ("$" in reply[end + 1 :]) != reason.endswith("$"):
+
+    reason, after = reply[:start], reply[end + 1 :]
+    if after not in ("", ".", "$", "$.", ".$"):
+        return None
+    if ("$" in after) != reason.endswith("$"):
         return None  # one dollar sign without its partner
     return reason.removesuffix("$"), reply[start + len("\\boxed{") : end]
 
@@ -179,74 +124,105 @@ def closing_brace(text: str, opening: int) -> int | None:
 
 
 def read_json(reply: str) -> tuple[str, str] | None:
+    """{"reason": R, "answer": A} and nothing else; R is text, A is text, a number, or a list of those."""
     if not (reply.startswith("{") and reply.endswith("}")):
         return None
 
-    def refuse_duplicates(pairs):
+    # Python's reader is looser than JSON: of a key that stands twice it takes the last, and it knows NaN and Infinity.
+    def refuse_duplicates(pairs: list) -> dict:
         if len(dict(pairs)) != len(pairs):
             raise ValueError("a key twice")
         return dict(pairs)
 
-    def refuse_constant(name):
-        raise ValueError(name)  # NaN and Infinity are not JSON
+    def refuse_constant(name: str):
+        raise ValueError(name)
 
-    try:  # ValueError: not JSON, or an integer of thousands of digits; RecursionError: brackets nested without end
+    try:
         value = json.loads(reply, object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
+        # ValueError: not JSON, or an integer of thousands of digits; RecursionError: brackets nested without end
         return None
+
     if set(value) != {"reason", "answer"} or not isinstance(value["reason"], str):
         return None
-    answer = value["answer"]
+    reason, answer = value["reason"], value["answer"]
     if answer is None or isinstance(answer, bool | dict):
         return None
+    if isinstance(answer, str):
+        return reason, answer
     try:
-        return value["reason"], answer if isinstance(answer, str) else json.dumps(answer, allow_nan=False)
+        return reason, json.dumps(answer, allow_nan=False)
     except (ValueError, RecursionError):  # 1e999 is JSON, and infinite
         return None
 
 
 def read_line(reply: str) -> tuple[str, str] | None:
-    reason, _, last = reply.rpartition("\n")
-    if reply.count("Answer:") != 1 or not last.startswith("Answer: "):
+    """R, then the last line "Answer: A"; "Answer:" occurs once."""
+    reason, _, last_line = reply.rpartition("\n")
+    if reply.count("Answer:") != 1 or not last_line.startswith("Answer: "):
         return None
-    return reason, last[len("Answer: ") :]
+    return reason, last_line[len("Answer: ") :]
 
 
-# ---------------------------------------------------------------- the answer
+@dataclass(frozen=True)
+class ReplyFormat:
+    """One way to lay out a reply."""
+
+    read: Callable[[str], tuple[str, str] | None]  # stripped reply -> (reason, answer text); its grammar: the docstring
+    reason_may_be_empty: bool = False
+    # Whether "The answer is B", \boxed{B} and $B$ are read as B. Not where the prompt asks for the answer alone.
+    answer_may_be_wrapped: bool = True
 
 
-def read_answer(text: str, record: dict, wrapped: bool | None = None):
-    r"""Reads one answer by the strict grammar of the record's answer type. None if the whole text does not match.
+REPLY_FORMATS = {
+    "think": ReplyFormat(read_think),
+    "bare": ReplyFormat(read_bare, reason_may_be_empty=True, answer_may_be_wrapped=False),
+    "tags": ReplyFormat(read_tags),
+    "boxed": ReplyFormat(read_boxed, reason_may_be_empty=True),
+    "json": ReplyFormat(read_json),
+    "line": ReplyFormat(read_line),
+}
 
-    letter "B", "(B)", "B.", "B)", "B: above" where "above" is exactly option B -> "B"    digit "12" -> 12
-    grid   "2 1\n4 3", "[[2, 1], [4, 3]]" -> [2, 1, 4, 3]     box, point "10, 20, 30.5, 40" -> [10.0, 20.0, 30.5, 40.0]
-    text   one line, as it stands                             math what math-verify can parse, as text
 
-    `wrapped`: whether a lead ("The answer is B") and a frame (\boxed{B}, $B$) may stand around it. Default: yes in
-    every format but `bare`, where the prompt asks for the answer and nothing else.
+def reply_format(record: dict) -> str:
+    """The format the prompt asks for: the record's `reply_format`, otherwise `think` or `bare` as its `think` says."""
+    return record.get("reply_format") or ("think" if record.get("think") else "bare")
+
+
+def format_called(name: str) -> ReplyFormat:
+    """The entry of REPLY_FORMATS. ValueError for a name it does not have."""
+    if not isinstance(name, str) or name not in REPLY_FORMATS:
+        raise ValueError(f"unknown reply_format {name!r}")
+    return REPLY_FORMATS[name]
+
+
+def read_reply(reply: str, format_name: str) -> tuple[str, str] | None:
+    """Splits a reply into (reason, answer text), or None if it does not have exactly the structure of the format.
+
+    Neither part may be empty, unless the format allows it for the reason.
     """
-    if wrapped is None:
-        wrapped = reply_format(record) != "bare"
-    text = text.strip(SPACE)
-    if len(text) > MAX_ANSWER:
+    if len(reply) > MAX_REPLY:
         return None
-    if wrapped:
-        text = unwrap(text)
-    kind = record["answer_type"]
-    if kind == "letter":
-        return read_letter(text, record.get("options"))
-    if kind == "digit":
-        match = re.fullmatch(r"([0-9]{1,15})\.?", text)
-        return int(match.group(1)) if match else None
-    if kind == "grid":
-        return read_grid(text, grid_size(record))
-    if kind in ("box", "point"):
-        return read_numbers(text, 4 if kind == "box" else 2)
-    if kind == "text":
-        return text if text and "\n" not in text and not TAG.search(text) and "\\boxed" not in text else None
-    if kind == "math":
-        return read_math(text)
-    raise ValueError(f"unknown answer_type {kind!r}")
+    wanted = format_called(format_name)
+    parts = wanted.read(reply.strip(SPACE))
+    if parts is None:
+        return None
+
+    reason, answer_text = parts[0].strip(SPACE), parts[1].strip(SPACE)
+    if not answer_text:
+        return None
+    if not reason and not wanted.reason_may_be_empty:
+        return None
+    return reason, answer_text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may stand around an answer
+
+# "The answer is", "Final answer:", "Option". re.ASCII: only letters that are ASCII themselves.
+LEAD = re.compile(
+    r"(?:(?:the|my)[ ])?(?:(?:final|correct)[ ])?(?:answer|option)(?:[ ]is)?:?[ ]", re.IGNORECASE | re.ASCII
+)
 
 
 def unwrap(text: str) -> str:
@@ -257,42 +233,172 @@ def unwrap(text: str) -> str:
     if text.endswith(("}.", "$.")):
         text = text[:-1]
     text = undollar(text)
-    if text.startswith("\\boxed{") and closing_brace(text, len("\\boxed")) == len(text) - 1:
+
+    is_boxed = text.startswith("\\boxed{") and closing_brace(text, len("\\boxed")) == len(text) - 1
+    if is_boxed:
         text = undollar(text[len("\\boxed{") : -1].strip(SPACE))
     return text
 
 
 def undollar(text: str) -> str:
-    return text[1:-1].strip(SPACE) if len(text) > 2 and text[0] == text[-1] == "$" and text.count("$") == 2 else text
+    """$...$ without its dollar signs, if they are the only ones."""
+    if len(text) > 2 and text[0] == text[-1] == "$" and text.count("$") == 2:
+        return text[1:-1].strip(SPACE)
+    return text
 
 
-def read_letter(text: str, options: list | None) -> str | None:
+# ---------------------------------------------------------------------------------------------------------------------
+# What an answer type is. The types follow, one a section, and then their table.
+
+Answer = Any  # what a type reads: "B", 12, [2, 1, 4, 3]
+
+
+def never_contradicts(tail: str, answer: Answer, record: dict) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class AnswerType:
+    """One kind of answer. A new one is an entry of ANSWER_TYPES, its functions, and a test."""
+
+    # What is read, in one line, with examples in double quotes: the tests read each of them
+    grammar: str
+    # (stripped text, record) -> the answer, or None if the whole text does not match
+    read: Callable[[str, dict], Answer | None]
+    # (answer, record) -> how right it is, in [0, 1]
+    accuracy: Callable[[Answer, dict], float]
+    # (record): raises ValueError, with a one-line cause, for a gold that cannot be scored; the others rely on it
+    check: Callable[[dict], None]
+    # (the end of a reason, answer, record) -> whether the reason ends in another answer
+    contradicts: Callable[[str, Answer, dict], bool] = never_contradicts
+    # The accuracy from which an answer counts as right, where that is a yes or no
+    right_from: float = 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Letters: which option
+
+LETTER = re.compile(r"(?:\(([A-Z])\)\.?|([A-Z])[.):]?)(?:[ ]+(.+))?")
+
+
+def letters_of(record: dict) -> str:
+    """The letters that name an option: as many as there are options, all 26 where the record lists none."""
+    options = record.get("options")
+    return LETTERS[: len(options)] if options else LETTERS
+
+
+def read_letter(text: str, record: dict) -> str | None:
     match = LETTER.fullmatch(text)
     if not match:
         return None
-    letter, rest = match.group(1) or match.group(2), match.group(3)
-    if letter not in LETTERS[: len(options) if options else 26]:
+    letter, written_out = match.group(1) or match.group(2), match.group(3)
+    if letter not in letters_of(record):
         return None
-    if rest is not None:  # "B. above" is option B written out; "B above", "B. below" and "B or C" are not
-        marked = text[0] == "(" or text[1] in ".):"
-        option = str(options[LETTERS.index(letter)]).strip(SPACE) if options else ""
-        if not marked or not option or rest not in (option, f"{option}."):
-            return None
+    if written_out is None:
+        return letter
+
+    # "B. above" is option B written out; "B above", "B. below" and "B or C" are not.
+    options = record.get("options")
+    marked = text[0] == "(" or text[1] in ".):"
+    option = str(options[LETTERS.index(letter)]).strip(SPACE) if options else ""
+    if not marked or not option or written_out not in (option, f"{option}."):
+        return None
     return letter
 
 
-def read_grid(text: str, size: int) -> list[int] | None:
-    if (
-        not re.fullmatch(r"[0-9 ,\t\r\n\[\]()]+", text)
-        or text.count("[") != text.count("]")
-        or text.count("(") != text.count(")")
-    ):
+def letter_accuracy(answer: str, record: dict) -> float:
+    return float(answer == record["answer"])
+
+
+def check_letter(record: dict) -> None:
+    gold, options = record.get("answer"), record.get("options")
+    if options is not None and not (isinstance(options, list) and 1 <= len(options) <= 26):
+        raise ValueError(f"options must be a list of 1 to 26, not {options!r:.80}")
+    letters = letters_of(record)
+    if not (isinstance(gold, str) and len(gold) == 1 and gold in letters):
+        raise ValueError(f"answer {gold!r:.80} is not one of the letters {letters[0]}-{letters[-1]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Digits: one whole number
+
+
+def read_digit(text: str, record: dict) -> int | None:
+    match = re.fullmatch(r"([0-9]{1,15})\.?", text)
+    return int(match.group(1)) if match else None
+
+
+def digit_accuracy(answer: int, record: dict) -> float:
+    return float(answer == int(record["answer"]))
+
+
+def check_digit(record: dict) -> None:
+    gold = record.get("answer")
+    written = str(gold) if isinstance(gold, int | str) and not isinstance(gold, bool) else ""
+    if not re.fullmatch(r"[0-9]{1,15}", written):
+        raise ValueError(f"answer {gold!r:.80} is not a whole number of at most 15 digits, 0 or above")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grids: an arrangement of 1 to rows * cols, row by row
+
+
+def grid_size(record: dict) -> int:
+    if "rows" in record and "cols" in record:
+        return record["rows"] * record["cols"]
+    return len(record["answer"])
+
+
+def read_indices(text: str, size: int) -> list[int] | None:
+    """`size` indices from 1 to `size`, in any brackets or none. They may repeat: that is wrong, but readable."""
+    if not re.fullmatch(r"[0-9 ,\t\r\n\[\]()]+", text):
+        return None
+    if text.count("[") != text.count("]") or text.count("(") != text.count(")"):
         return None
     numbers = re.findall(r"[0-9]+", text)
     if len(numbers) != size or any(len(number) > 6 for number in numbers):
         return None
-    grid = [int(number) for number in numbers]
-    return grid if all(1 <= index <= size for index in grid) else None
+
+    indices = [int(number) for number in numbers]
+    in_range = all(1 <= index <= size for index in indices)
+    return indices if in_range else None
+
+
+def read_grid(text: str, record: dict) -> list[int] | None:
+    return read_indices(text, grid_size(record))
+
+
+def is_arrangement(indices: list[int], size: int) -> bool:
+    return len(indices) == size and sorted(indices) == list(range(1, size + 1))
+
+
+def grid_accuracy(answer: list[int], record: dict) -> float:
+    gold = record["answer"]
+    if not is_arrangement(answer, len(gold)):
+        return 0.0  # a repeated index places one patch twice: that is no arrangement, so no part of it counts
+    right = sum(index == gold_index for index, gold_index in zip(answer, gold, strict=True))
+    return right / len(gold)
+
+
+def check_grid(record: dict) -> None:
+    gold = record.get("answer")
+    sides = [record[side] for side in ("rows", "cols") if side in record]
+    if not all(is_whole(side) and side >= 1 for side in sides):
+        raise ValueError(f"rows and cols must be whole numbers from 1, not {sides!r:.80}")
+    if not isinstance(gold, list) or not gold or not all(is_whole(index) for index in gold):
+        raise ValueError(f"answer {gold!r:.80} is not a list of whole numbers")
+    if not is_arrangement(gold, grid_size(record)):
+        raise ValueError(f"answer {gold!r:.80} is not an arrangement of 1 to {grid_size(record)}")
+
+
+def is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)  # to Python True is an int
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Boxes (x1, y1, x2, y2) and points (x, y), in pixels. The gold of both is a box.
+
+NUMBER = re.compile(r"-?[0-9]{1,9}(?:\.[0-9]{1,9})?")
 
 
 def read_numbers(text: str, count: int) -> list[float] | None:
@@ -305,24 +411,97 @@ def read_numbers(text: str, count: int) -> list[float] | None:
     return [float(number) for number in numbers]
 
 
-def grid_size(record: dict) -> int:
-    return record["rows"] * record["cols"] if "rows" in record and "cols" in record else len(record["answer"])
+def read_box(text: str, record: dict) -> list[float] | None:
+    return read_numbers(text, 4)
 
 
-def plain(text: str) -> str:
+def read_point(text: str, record: dict) -> list[float] | None:
+    return read_numbers(text, 2)
+
+
+def iou(box: list[float], gold: list[float]) -> float:
+    """Intersection over union of two boxes (x1, y1, x2, y2); a box without area gives 0."""
+    width = min(box[2], gold[2]) - max(box[0], gold[0])
+    height = min(box[3], gold[3]) - max(box[1], gold[1])
+    if width <= 0 or height <= 0 or box[2] <= box[0] or box[3] <= box[1]:
+        return 0.0
+    both = width * height
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    gold_area = (gold[2] - gold[0]) * (gold[3] - gold[1])
+    return both / (area + gold_area - both)
+
+
+def box_accuracy(answer: list[float], record: dict) -> float:
+    return iou(answer, record["answer"])
+
+
+def point_accuracy(answer: list[float], record: dict) -> float:
+    x, y = answer
+    x1, y1, x2, y2 = record["answer"]
+    return float(x1 <= x <= x2 and y1 <= y <= y2)
+
+
+def check_box(record: dict) -> None:
+    gold = record.get("answer")
+    if not (isinstance(gold, list) and len(gold) == 4 and all(is_finite(side) for side in gold)):
+        raise ValueError(f"answer {gold!r:.80} is not a box of four finite numbers [x1, y1, x2, y2]")
+    if gold[2] <= gold[0] or gold[3] <= gold[1]:
+        raise ValueError(f"answer {gold!r:.80} is a box without area: x2 must be above x1 and y2 above y1")
+
+
+def is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts: one line, equal to an accepted one. The gold is a text or a list of them.
+
+
+def plain(text: object) -> str:
     """Text as it is compared: case, runs of white space and a closing full stop do not matter."""
     return " ".join(str(text).casefold().split()).removesuffix(".").rstrip()
 
 
-def accepted_texts(gold) -> list:
+def accepted_texts(gold: str | list[str]) -> list[str]:
     return gold if isinstance(gold, list) else [gold]
 
 
-# ---------------------------------------------------------------- mathematics
+def read_text(text: str, record: dict) -> str | None:
+    # Markup means that the reply's structure was not read off: a bare "<answer>yes</answer>" is no text "yes".
+    if not text or "\n" in text or TAG.search(text) or "\\boxed" in text:
+        return None
+    return text
 
+
+def text_accuracy(answer: str, record: dict) -> float:
+    accepted = set()
+    for text in accepted_texts(record["answer"]):
+        # Reading may have taken a lead off ("option a" -> "a"), so the gold text counts with and without its own.
+        accepted |= {plain(text), plain(unwrap(text))}
+    return float(plain(answer) in accepted)
+
+
+def check_text(record: dict) -> None:
+    gold = record.get("answer")
+    texts = accepted_texts(gold)
+    if not texts or any(not isinstance(text, str) or not plain(text) for text in texts):
+        raise ValueError(f"answer {gold!r:.80} is not a text, or a list of accepted texts, none empty")
+    # The grammar must be able to read the gold itself, otherwise no reply could ever be right.
+    for text in texts:
+        stripped = text.strip(SPACE)
+        if len(stripped) > MAX_ANSWER or read_text(stripped, record) is None:
+            raise ValueError(
+                f"answer {gold!r:.80} is not one line of at most {MAX_ANSWER} characters without reply tags"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mathematics: an expression of the same value, by math-verify
+#
 # A computer algebra system is never safe from "9^9^9^9": big integers are computed in C, where no timeout reaches, and
 # a timeout by signal exists in the main thread only. So the text is checked first: short, known commands, small
 # exponents, no towers of them, small factorials.
+
 MATH_TEXT = re.compile(r"[0-9A-Za-z+\-*/^_=<>()\[\]{}|,.!%&:'\\ ~]+")
 MATH_COMMANDS = frozenset(
     "frac dfrac tfrac sqrt pi cdot times div left right text mathrm mathbf infty cup cap in le leq ge geq lt gt ne neq "
@@ -330,25 +509,75 @@ MATH_COMMANDS = frozenset(
     "omega begin end quad emptyset varnothing mid".split()
 )
 MATH_HEDGE = re.compile(r"(?<![A-Za-z])(?:or|and|not|either|neither|maybe)(?![A-Za-z])", re.IGNORECASE)
+# ^12, ^x, ^\circ, ^{anything short without another exponent}, ^{\frac{1}{2}}
 EXPONENT = re.compile(
     r"\^(?:([0-9]{1,3})(?![0-9.])|([A-Za-z]|\\circ|\\degree)|\{([^{}^]{1,20})\}"
     r"|\{(-?\\[dt]?frac\{[0-9]{1,3}\}\{[0-9]{1,3}\})\})"
 )
+SMALL_FACTORIAL = re.compile(r"(?<![0-9])[0-9]{1,2}!(?!!)")
 
 
-def read_math(text: str) -> str | None:
-    """The expression as text if math-verify can parse it, else None."""
-    text = text.removesuffix(".")
-    return text if parse_math(text) else None
+def harmless_math(text: str) -> bool:
+    """True if the text is short, names one value, and cannot make a computer algebra system run for long."""
+    if len(text) > MAX_MATH or not MATH_TEXT.fullmatch(text):
+        return False
+    if "**" in text or "--" in text or MATH_HEDGE.search(text):
+        return False
+    if any(command not in MATH_COMMANDS for command in re.findall(r"\\([A-Za-z]+)", text)):
+        return False
+    if any(len(number) > 30 for number in re.findall(r"[0-9]+", text)):
+        return False
+    if re.search(r"\{ *\}", text):
+        return False  # math-verify drops an empty \text{}, which would join two numbers to a long one
+    return one_value(text) and small_factorials(text) and small_powers(text)
 
 
-def same_math(gold: str, answer: str) -> bool:
-    """Whether two expressions are equal in value (math-verify), or, last, the same text but for spaces."""
-    if "".join(unwrap(gold).split()) == "".join(answer.split()):
+def one_value(text: str) -> bool:
+    """False for "4 = 5" and "4 = x = 5", of which math-verify would take the last value; "x = 5" is one value."""
+    for part in text.split(","):
+        left, equals, right = part.partition("=")
+        if equals and ("=" in right or not re.search(r"[A-Za-z]", left)):
+            return False
+    return True
+
+
+def small_factorials(text: str) -> bool:
+    """Every ! stands behind a number of at most two digits, and nothing is raised to a power beside it."""
+    if "!" not in text:
         return True
-    from math_verify import verify
+    return "^" not in text and text.count("!") == len(SMALL_FACTORIAL.findall(text))
 
-    return bool(verify(parse_math(unwrap(gold)), parse_math(answer), timeout_seconds=math_seconds()))
+
+def small_powers(text: str) -> bool:
+    """Written out, the powers would be numbers of bounded length and sums of a bounded number of terms."""
+    powers = list(EXPONENT.finditer(text))
+    if len(powers) != text.count("^"):
+        return False  # an exponent that is long, or has an exponent itself
+
+    # Powers may stand on powers, so the exponents multiply: all of them, and those of a bracket, which is expanded.
+    product, product_on_brackets = 1, 1
+    for power in powers:
+        numbers = re.findall(r"[0-9]+", power.group())
+        exponent = math.prod(max(1, int(number)) for number in numbers)
+        product *= exponent
+        base = text[: power.start()].rstrip()
+        if base.endswith((")", "]", "}", "|")):
+            product_on_brackets *= exponent
+
+    without_commands = re.sub(r"\\[A-Za-z]+", "", text)
+    variables = len(set(re.findall(r"[A-Za-z]", without_commands)))
+    if variables == 0:
+        limit = 1000
+    elif variables <= 2:
+        limit = 60
+    else:
+        limit = 5
+    return product <= 1000 and product_on_brackets <= limit
+
+
+def math_seconds() -> int | None:
+    """math-verify's timeout is a signal, which only the main thread can have. Elsewhere `harmless_math` must do."""
+    return MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
 
 
 @lru_cache(maxsize=4096)  # the gold answer meets every reply of its group
@@ -356,6 +585,7 @@ def parse_math(text: str) -> list:
     """[one sympy expression] or []. The whole text is the expression: nothing is searched for inside it."""
     if not harmless_math(text):
         return []
+    # Imported here: it brings sympy, which takes a second and which only this answer type needs.
     from math_verify import LatexExtractionConfig, parse
 
     # Only the LaTeX reader: the one for plain expressions ends in Python's eval.
@@ -370,129 +600,276 @@ def parse_math(text: str) -> list:
     return [value for value in found if not isinstance(value, str)]
 
 
-def math_seconds() -> int | None:
-    """math-verify's timeout is a signal, which only the main thread can have. Elsewhere `harmless_math` must do."""
-    return MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
+def same_math(gold: str, answer: str) -> bool:
+    """Whether two expressions are the same text but for spaces, or else equal in value (math-verify)."""
+    if "".join(unwrap(gold).split()) == "".join(answer.split()):
+        return True
+    from math_verify import verify
+
+    return bool(verify(parse_math(unwrap(gold)), parse_math(answer), timeout_seconds=math_seconds()))
 
 
-def harmless_math(text: str) -> bool:
-    """True if the text is short, names one value, and cannot make a computer algebra system run for long."""
-    if len(text) > MAX_MATH or not MATH_TEXT.fullmatch(text) or "**" in text or "--" in text or MATH_HEDGE.search(text):
-        return False
-    for part in text.split(","):
-        left, equals, right = part.partition("=")
-        if equals and ("=" in right or not re.search(r"[A-Za-z]", left)):
-            return False  # "x = 5" is one value; "4 = 5" and "4 = x = 5" are several, and math-verify takes the last
-    if any(name not in MATH_COMMANDS for name in re.findall(r"\\([A-Za-z]+)", text)):
-        return False
-    if any(len(number) > 30 for number in re.findall(r"[0-9]+", text)):
-        return False
-    if re.search(r"\{ *\}", text):
-        return False  # math-verify drops an empty \text{}, which would join two numbers to a long one
-    if "!" in text and ("^" in text or text.count("!") != len(re.findall(r"(?<![0-9])[0-9]{1,2}!(?!!)", text))):
-        return False
-    powers = list(EXPONENT.finditer(text))
-    if len(powers) != text.count("^"):
-        return False  # an exponent that is long, or has an exponent itself
-    size, expansion = 1, 1  # sizes of the largest number, and of the largest power of a sum, that could be written out
-    for power in powers:
-        exponent = math.prod(max(1, int(number)) for number in re.findall(r"[0-9]+", power.group()))
-        size *= exponent
-        expansion *= exponent if text[: power.start()].rstrip().endswith((")", "]", "}", "|")) else 1
-    variables = len(set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text))))
-    return size <= 1000 and expansion <= (1000 if variables == 0 else 60 if variables <= 2 else 5)
+def read_math(text: str, record: dict) -> str | None:
+    """The expression as text if math-verify can parse it, else None."""
+    text = text.removesuffix(".")
+    return text if parse_math(text) else None
 
 
-# ---------------------------------------------------------------- checking records
+def math_accuracy(answer: str, record: dict) -> float:
+    return float(same_math(str(record["answer"]), answer))
+
+
+def check_math(record: dict) -> None:
+    gold = record.get("answer")
+    readable = isinstance(gold, str | int | float) and not isinstance(gold, bool)
+    if not readable or not parse_math(unwrap(str(gold).strip(SPACE))):
+        raise ValueError(f"answer {gold!r:.80} cannot be read as mathematics")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contradictions: whether the reasoning ends in another answer than the one given
+#
+# Lenient reading, for building pairs only; it says True only in plain cases. Each type's rule gets the end of the
+# reason (at most MAX_TAIL characters, not blank), the answer and the record. Evidence for more than one answer is no
+# evidence.
+
+CONCLUSION = re.compile(r"\b(?:so|therefore|thus|hence|answer)\b|=", re.IGNORECASE | re.ASCII)
+NEGATED = re.compile(r"(?:\bnot|n't)\s+(?:\w+\s+){0,2}$", re.IGNORECASE)
+
+
+def sentences_of(text: str) -> list[str]:
+    return [sentence for sentence in re.split(r"(?<=[.!?;])\s+|\n+", text) if sentence.strip()]
+
+
+def conclusion_of(text: str) -> str | None:
+    """What follows the last conclusion word, or None if there is no such word."""
+    if not CONCLUSION.search(text):
+        return None
+    return CONCLUSION.split(text)[-1]
+
+
+def letter_contradicts(tail: str, answer: str, record: dict) -> bool:
+    """By an option's letter standing alone, and, separately, by an option's text.
+
+    Looks at what follows the last conclusion word of the last sentence, then at the last sentence, then at the last
+    two. The first of them that holds evidence decides.
+    """
+    sentences = sentences_of(tail)
+    last, last_two = sentences[-1], " ".join(sentences[-2:])
+    texts = (conclusion_of(last) or "", last, last_two)
+    for options_named in (letters_in, options_in):
+        for text in texts:
+            found = options_named(text, record)
+            if found:
+                break
+        if len(found) == 1 and found != {answer}:
+            return True
+    return False
+
+
+def letters_in(text: str, record: dict) -> set[str]:
+    """Option letters that stand alone. "A" before a lower-case word is the article, unless "option" announces it.
+
+    An option within three words after "not" does not count, here and in `options_in`.
+    """
+    letters, found = letters_of(record), set()
+    for match in re.finditer(r"(?<![A-Za-z0-9'])[A-Z](?![A-Za-z0-9'])", text):
+        letter, before, after = match.group(), text[: match.start()], text[match.end() :]
+        announced = re.search(r"(?:option|choice|letter|answer|answer is) $", before)
+        is_article = letter in "AI" and re.match(r" +[a-z]", after) and not announced
+        if letter in letters and not is_article and not NEGATED.search(before):
+            found.add(letter)
+    return found
+
+
+def options_in(text: str, record: dict) -> set[str]:
+    """Letters of the options whose text occurs as whole words.
+
+    A longer option hides the shorter ones inside it: "above and left" is not "above".
+    """
+    letter_of = {}
+    for letter, option in zip(LETTERS, record.get("options") or [], strict=False):
+        if plain(option):
+            letter_of[plain(option)] = letter
+    if not letter_of:
+        return set()
+
+    longest_first = sorted(letter_of, key=len, reverse=True)
+    any_option = "|".join(re.escape(option) for option in longest_first)
+    folded = " ".join(text.casefold().split())
+    matches = re.finditer(rf"(?<!\w)(?:{any_option})(?!\w)", folded)
+    return {letter_of[match.group()] for match in matches if not NEGATED.search(folded[: match.start()])}
+
+
+def number_contradicts(tail: str, answer: int | str, record: dict) -> bool:
+    """By the one number after the last conclusion word of the last two sentences."""
+    conclusion = conclusion_of(" ".join(sentences_of(tail)[-2:]))
+    if conclusion is None:
+        return False
+    numbers = {float(number) for number in NUMBER.findall(conclusion)}
+    return len(numbers) == 1 and numbers != {float(answer)}
+
+
+def math_contradicts(tail: str, answer: str, record: dict) -> bool:
+    """As a number does, if the answer is one."""
+    return bool(NUMBER.fullmatch(answer)) and number_contradicts(tail, answer, record)
+
+
+def grid_contradicts(tail: str, answer: list[int], record: dict) -> bool:
+    """By the arrangement after the last conclusion word. It may be written in rows, so sentences do not matter."""
+    conclusion = conclusion_of(tail)
+    if conclusion is None:
+        return False
+    written = conclusion.strip(SPACE + ".:").removeprefix("is").lstrip(SPACE + ":")
+    concluded = read_indices(written, len(answer))
+    return concluded is not None and concluded != answer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of answer types
+
+ANSWER_TYPES = {
+    "letter": AnswerType(
+        grammar='one capital: "B", "(B)", "(B).", "B.", "B)", "B:", or marked and with its option, "B. below" -> "B"',
+        read=read_letter,
+        accuracy=letter_accuracy,
+        check=check_letter,
+        contradicts=letter_contradicts,
+    ),
+    "digit": AnswerType(
+        grammar='a whole number of at most 15 ASCII digits: "12", "12." -> 12',
+        read=read_digit,
+        accuracy=digit_accuracy,
+        check=check_digit,
+        contradicts=number_contradicts,
+    ),
+    "grid": AnswerType(
+        grammar='rows * cols indices from 1: "2 1 4 3", "2,1,4,3", "[[2, 1], [4, 3]]", "(2 1) (4 3)" -> [2, 1, 4, 3]',
+        read=read_grid,
+        accuracy=grid_accuracy,
+        check=check_grid,
+        contradicts=grid_contradicts,
+    ),
+    "box": AnswerType(
+        grammar='x1, y1, x2, y2: "10, 20, 30.5, 40", "[10 20 30.5 40]", "(10,20,30.5,40)" -> [10.0, 20.0, 30.5, 40.0]',
+        read=read_box,
+        accuracy=box_accuracy,
+        check=check_box,
+        right_from=0.5,  # the usual threshold for a found object
+    ),
+    "point": AnswerType(
+        grammar='x, y: "10, 20.5", "[10 20.5]", "(10, 20.5)" -> [10.0, 20.5]',
+        read=read_point,
+        accuracy=point_accuracy,
+        check=check_box,
+    ),
+    "math": AnswerType(
+        grammar=r'what math-verify can parse, as text: "0.5", "x = 5", "\frac{\sqrt{3}}{2}", "(1, 2)", "5."',
+        read=read_math,
+        accuracy=math_accuracy,
+        check=check_math,
+        contradicts=math_contradicts,
+    ),
+    "text": AnswerType(
+        grammar='one line without reply tags, as it stands: "two dogs", "Two dogs."',
+        read=read_text,
+        accuracy=text_accuracy,
+        check=check_text,
+    ),
+}
+
+
+def type_of(record: dict) -> AnswerType:
+    """The entry of ANSWER_TYPES for a record. ValueError for a type it does not have."""
+    name = record["answer_type"]
+    if not isinstance(name, str) or name not in ANSWER_TYPES:
+        raise ValueError(f"unknown answer_type {name!r}")
+    return ANSWER_TYPES[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reward
+
+
+def read_answer(text: str, record: dict, wrapped: bool | None = None) -> Answer | None:
+    r"""Reads one answer by the strict grammar of the record's answer type. None if the whole text does not match.
+
+    wrapped: whether a lead ("The answer is B") and a frame (\boxed{B}, $B$) may stand around it. Default: yes in every
+    format but `bare`, where the prompt asks for the answer and nothing else.
+    """
+    if wrapped is None:
+        wrapped = format_called(reply_format(record)).answer_may_be_wrapped
+    text = text.strip(SPACE)
+    if len(text) > MAX_ANSWER:
+        return None
+    if wrapped:
+        text = unwrap(text)
+    return type_of(record).read(text, record)
+
+
+def accuracy(answer: Answer, record: dict) -> float:
+    """How right a parsed answer is, in [0, 1]. `answer` comes from `read_answer` or `find_answer`."""
+    return type_of(record).accuracy(answer, record)
+
+
+def is_right(answer: Answer, record: dict) -> bool:
+    """Whether a parsed answer counts as right where that is a yes or no: for most types if nothing in it is wrong."""
+    return accuracy(answer, record) >= type_of(record).right_from
+
+
+def score(reply: str, record: dict, accuracy_weight: float = 1.0, format_weight: float = 0.5) -> dict[str, Any]:
+    """Reward of one reply.
+
+    Returns {"reward", "accuracy" in [0, 1], "format" 0.0 or 1.0, "answer": the parsed answer or None}. Never raises for
+    any text; the record is one that `check_gold` let pass.
+    """
+    answer = None
+    parts = read_reply(reply, reply_format(record))
+    if parts is not None:
+        _, answer_text = parts
+        answer = read_answer(answer_text, record)
+
+    well_formed = 0.0 if answer is None else 1.0
+    right = 0.0 if answer is None else accuracy(answer, record)
+    return {
+        "reward": accuracy_weight * right + format_weight * well_formed,
+        "accuracy": right,
+        "format": well_formed,
+        "answer": answer,
+    }
 
 
 def check_gold(record: dict) -> None:
     """Raises ValueError with a one-line cause if replies to this record cannot be scored. Call it before training."""
-    kind, gold, fmt = record.get("answer_type"), record.get("answer"), record.get("reply_format")
-    if kind not in ANSWER_TYPES:
-        raise ValueError(f"answer_type {kind!r} is unknown (known: {', '.join(ANSWER_TYPES)})")
-    if fmt is not None and fmt not in REPLY_FORMATS:
-        raise ValueError(f"reply_format {fmt!r} is unknown (known: {', '.join(REPLY_FORMATS)})")
-    if kind == "letter":
-        options = record.get("options")
-        if options is not None and not (isinstance(options, list) and 1 <= len(options) <= 26):
-            raise ValueError(f"options must be a list of 1 to 26, not {options!r:.80}")
-        letters = LETTERS[: len(options) if options else 26]
-        if not (isinstance(gold, str) and len(gold) == 1 and gold in letters):
-            raise ValueError(f"answer {gold!r:.80} is not one of the letters {letters[0]}-{letters[-1]}")
-    elif kind == "digit":
-        if isinstance(gold, bool) or not re.fullmatch(r"[0-9]{1,15}", str(gold) if isinstance(gold, int | str) else ""):
-            raise ValueError(f"answer {gold!r:.80} is not a whole number of at most 15 digits, 0 or above")
-    elif kind == "grid":
-        sides = [record[side] for side in ("rows", "cols") if side in record]
-        if not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in sides):
-            raise ValueError(f"rows and cols must be whole numbers from 1, not {sides!r:.80}")
-        if (
-            not isinstance(gold, list)
-            or not gold
-            or any(isinstance(index, bool) or not isinstance(index, int) for index in gold)
-        ):
-            raise ValueError(f"answer {gold!r:.80} is not a list of whole numbers")
-        if sorted(gold) != list(range(1, grid_size(record) + 1)):
-            raise ValueError(f"answer {gold!r:.80} is not an arrangement of 1 to {grid_size(record)}")
-    elif kind in ("box", "point"):
-        numeric = isinstance(gold, list) and len(gold) == 4
-        if not numeric or any(
-            isinstance(side, bool) or not isinstance(side, int | float) or not math.isfinite(side) for side in gold
-        ):
-            raise ValueError(f"answer {gold!r:.80} is not a box of four finite numbers [x1, y1, x2, y2]")
-        if gold[2] <= gold[0] or gold[3] <= gold[1]:
-            raise ValueError(f"answer {gold!r:.80} is a box without area: x2 must be above x1 and y2 above y1")
-    elif kind == "text":
-        texts = accepted_texts(gold)
-        if not texts or any(not isinstance(text, str) or not plain(text) for text in texts):
-            raise ValueError(f"answer {gold!r:.80} is not a text, or a list of accepted texts, none empty")
-        # The grammar must be able to read the gold itself, otherwise no reply could ever be right.
-        if any(read_answer(text, record, wrapped=False) is None for text in texts):
-            raise ValueError(
-                f"answer {gold!r:.80} is not one line of at most {MAX_ANSWER} characters without reply tags"
-            )
-    elif kind == "math":
-        if (
-            isinstance(gold, bool)
-            or not isinstance(gold, str | int | float)
-            or not parse_math(unwrap(str(gold).strip(SPACE)))
-        ):
-            raise ValueError(f"answer {gold!r:.80} cannot be read as mathematics")
+    # A record comes from a file, so its type may be anything, a list too, which no dict can be asked for.
+    type_name, format_name = record.get("answer_type"), record.get("reply_format")
+    if type_name not in list(ANSWER_TYPES):
+        raise ValueError(f"answer_type {type_name!r} is unknown (known: {', '.join(ANSWER_TYPES)})")
+    if format_name is not None and format_name not in list(REPLY_FORMATS):
+        raise ValueError(f"reply_format {format_name!r} is unknown (known: {', '.join(REPLY_FORMATS)})")
+    ANSWER_TYPES[type_name].check(record)
 
 
-# ---------------------------------------------------------------- lenient readers, for building pairs only
+# ---------------------------------------------------------------------------------------------------------------------
+# Lenient readers, for building pairs only
 
 
-def find_answer(reply: str, record: dict):
-    r"""The answer a reader would take from a reply that may be malformed, or None. It filters pairs, it is no reward.
+def find_answer(reply: str, record: dict) -> Answer | None:
+    """The answer a reader would take from a reply that may be malformed, or None. It filters pairs, it is no reward.
 
-    Places, in this order: the asked format; <answer> blocks; what follows the last "Answer:" or "<answer>"; \boxed{};
-    the other formats; what follows </think>; the last line; its last sentence. The first kind of place where anything
-    can be read decides, and two different answers at places of one kind are None. Each piece is read by the grammar of
-    `read_answer`.
+    The first kind of place where anything can be read decides, and two different answers at places of one kind are
+    None. Each piece is read by the grammar of `read_answer`.
     """
     if len(reply) > MAX_REPLY:
         return None
-    asked = read_reply(reply, reply_format(record))
-    others = [read_reply(reply, fmt) for fmt in REPLY_FORMATS]
-    last_line = [TAG.sub("", line) for line in reply.split("\n") if line.strip(SPACE)][-1:]
-    for places in (
-        [asked[1]] if asked else [],
-        [block.partition("</answer>")[0] for block in reply.split("<answer>")[1:][-10:] if "</answer>" in block],
-        [before_tag(reply.rpartition(mark)[2]) for mark in ("Answer:", "<answer>") if mark in reply],
-        boxes(reply),
-        [parts[1] for parts in others if parts],
-        [reply.rpartition("</think>")[2]] if "</think>" in reply else [],
-        last_line,
-        [re.split(r"[.!?] +", line)[-1] for line in last_line],
-    ):
+    for pieces in answer_places(reply, record):
         answers = []
-        for piece in places:
-            # A model that goes on talking after its answer: the first line alone is the second try.
+        for piece in pieces:
             answer = read_answer(piece, record, wrapped=True)
             if answer is None:
-                answer = read_answer(piece.strip(SPACE).split("\n")[0], record, wrapped=True)
+                # A model that goes on talking after its answer: the first line alone is the second try.
+                first_line = piece.strip(SPACE).split("\n")[0]
+                answer = read_answer(first_line, record, wrapped=True)
             if answer is not None and answer not in answers:
                 answers.append(answer)
         if answers:
@@ -500,85 +877,51 @@ def find_answer(reply: str, record: dict):
     return None
 
 
-def before_tag(text: str) -> str:
-    r"""Text up to the first reply tag: "B</think>" -> "B"."""
-    return TAG.split(text, maxsplit=1)[0]
+def answer_places(reply: str, record: dict) -> Iterator[list[str]]:
+    r"""Pieces of a reply where an answer may stand, kind by kind, the surest kind of place first."""
+    # 1. Where the prompt asked for it
+    asked = read_reply(reply, reply_format(record))
+    yield [asked[1]] if asked else []
+
+    # 2. <answer> blocks (the last ten, so that time stays linear)
+    after_tags = reply.split("<answer>")[1:]
+    yield [block.partition("</answer>")[0] for block in after_tags[-10:] if "</answer>" in block]
+
+    # 3. What follows the last "Answer:" or "<answer>", up to the next tag: "B</think>" -> "B"
+    announced = [reply.rpartition(mark)[2] for mark in ("Answer:", "<answer>") if mark in reply]
+    yield [TAG.split(text, maxsplit=1)[0] for text in announced]
+
+    # 4. \boxed{}
+    yield boxed_contents(reply)
+
+    # 5. Where another prompt would have asked for it
+    other_formats = [read_reply(reply, name) for name in REPLY_FORMATS]
+    yield [parts[1] for parts in other_formats if parts]
+
+    # 6. What follows the thinking
+    yield [reply.rpartition("</think>")[2]] if "</think>" in reply else []
+
+    # 7. The last line, and 8. its last sentence
+    lines = [line for line in reply.split("\n") if line.strip(SPACE)]
+    last_line = [TAG.sub("", line) for line in lines[-1:]]
+    yield last_line
+    yield [re.split(r"[.!?] +", line)[-1] for line in last_line]
 
 
-def boxes(reply: str) -> list[str]:
+def boxed_contents(reply: str) -> list[str]:
     r"""Contents of the \boxed{} of a reply, at most the last ten (so that time stays linear)."""
-    starts = [match.end() - 1 for match in re.finditer(r"\\boxed\{", reply)][-10:]
-    ends = [closing_brace(reply, start) for start in starts]
-    return [reply[start + 1 : end] for start, end in zip(starts, ends, strict=True) if end is not None]
+    contents = []
+    openings = [match.end() - 1 for match in re.finditer(r"\\boxed\{", reply)]
+    for opening in openings[-10:]:
+        end = closing_brace(reply, opening)
+        if end is not None:
+            contents.append(reply[opening + 1 : end])
+    return contents
 
 
-CONCLUSION = re.compile(r"\b(?:so|therefore|thus|hence|answer)\b|=", re.IGNORECASE | re.ASCII)
-NEGATED = re.compile(r"(?:\bnot|n't)\s+(?:\w+\s+){0,2}$", re.IGNORECASE)
-
-
-def contradicts(reason: str, answer, record: dict) -> bool:
-    """Whether the reasoning ends in another answer than the one given. Rules, so it says True only in plain cases.
-
-    It looks at what follows the last conclusion word of the last sentence (so, therefore, thus, hence, answer, =), then
-    at the last sentence, then at the last two. The first of them that holds evidence decides, and evidence for more
-    than one answer is no evidence.
-    letter       an option's letter standing alone, and, separately, an option's text as whole words (the longest first:
-                 "above and left" is not "above"); an option within three words after "not" does not count
-    digit, math  (plain numbers) the number after a conclusion word
-    grid         the arrangement after a conclusion word
-    Other types never contradict.
-    """
-    kind = record["answer_type"]
-    tail = reason[-1000:]  # the rules below may be quadratic
-    sentences = [sentence for sentence in re.split(r"(?<=[.!?;])\s+|\n+", tail) if sentence.strip()]
-    if not sentences or answer is None:
+def contradicts(reason: str, answer: Answer | None, record: dict) -> bool:
+    """Whether the reasoning ends in another answer than the one given, by the rule of the record's answer type."""
+    tail = reason[-MAX_TAIL:]
+    if answer is None or not tail.strip():
         return False
-    last, last_two = sentences[-1], " ".join(sentences[-2:])
-    if kind == "letter":
-        conclusion = CONCLUSION.split(last)[-1]
-        letters = LETTERS[: len(record["options"]) if record.get("options") else 26]
-        for find in (letters_in, options_in):
-            for text in (conclusion, last, last_two):
-                found = find(text, letters, record.get("options") or [])
-                if found:
-                    if len(found) == 1 and found != {answer}:
-                        return True
-                    break
-        return False
-    text = tail if kind == "grid" else last_two  # a grid may be written in rows, one a line
-    if not CONCLUSION.search(text):
-        return False
-    conclusion = CONCLUSION.split(text)[-1]
-    if kind == "grid":
-        grid = read_grid(conclusion.strip(SPACE + ".:").removeprefix("is").lstrip(SPACE + ":"), len(answer))
-        return grid is not None and grid != answer
-    if kind == "digit" or (kind == "math" and NUMBER.fullmatch(answer)):
-        numbers = {float(number) for number in NUMBER.findall(conclusion)}
-        return len(numbers) == 1 and numbers != {float(answer)}
-    return False
-
-
-def letters_in(text: str, letters: str, options: list) -> set[str]:
-    """Option letters that stand alone. "A" before a lower-case word is the article, unless "option" announces it."""
-    found = set()
-    for match in re.finditer(r"(?<![A-Za-z0-9'])[A-Z](?![A-Za-z0-9'])", text):
-        before, after = text[: match.start()], text[match.end() :]
-        article = (
-            match.group() in "AI"
-            and re.match(r" +[a-z]", after)
-            and not re.search(r"(?:option|choice|letter|answer|answer is) $", before)
-        )
-        if match.group() in letters and not article and not NEGATED.search(before):
-            found.add(match.group())
-    return found
-
-
-def options_in(text: str, letters: str, options: list) -> set[str]:
-    """Letters of the options whose text occurs as whole words; a longer option hides the shorter ones inside it."""
-    texts = {plain(option): letter for option, letter in zip(options, letters, strict=True) if plain(option)}
-    if not texts:
-        return set()
-    longest_first = "|".join(re.escape(option) for option in sorted(texts, key=len, reverse=True))
-    folded = " ".join(text.casefold().split())
-    matches = re.finditer(rf"(?<!\w)(?:{longest_first})(?!\w)", folded)
-    return {texts[match.group()] for match in matches if not NEGATED.search(folded[: match.start()])}
+    return type_of(record).contradicts(tail, answer, record)

@@ -261,6 +261,9 @@ class Sharding:
     accumulate: str = "whole"
 
 
+DEFAULT_SHARDING = Sharding()
+
+
 def shard(policy: nn.Module, world: World, compute_dtype: torch.dtype | None, sharding: Sharding) -> None:
     """FSDP2: one FSDP unit for each of policy.units(), the root for everything else.
 
@@ -464,3 +467,277 @@ def peak_memory(device: torch.device) -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run directory
+
+
+@dataclass
+class Run:
+    """A training run's directory: args.json, log.jsonl, samples.jsonl, checkpoints/, LATEST, and at the end the model.
+
+    Open it before anything expensive; it refuses to mix two runs. `step` is the number of finished steps.
+    """
+
+    out: Path
+    world: World
+    step: int = 0
+    stop: bool = False  # somebody asked for it, by a signal
+    group: object = None  # process group of the thread that writes checkpoints
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
+    writing: object = None  # future of that thread's present task
+
+    @classmethod
+    def open(cls, settings: dict, world: World, may_change: tuple = ()) -> "Run":
+        """Create or reopen settings["out"]. settings: all flags of the stage, by name.
+
+        may_change: flags of the stage's own that a resumed run may be given anew. DataError if the directory holds a
+        run and neither "resume" nor "overwrite" is set, or if a resumed run is asked to change its settings.
+        """
+        run = cls(Path(settings["out"]), world)
+        if world.size > 1:
+            run.group = dist.new_group(backend="gloo")
+        recorded = {key: settings[key] for key in sorted(settings) if key not in ("resume", "overwrite")}
+        problem = run._prepare(settings, recorded, MAY_CHANGE + may_change) if world.main else None
+        problem = world.gather(problem)[0]
+        if problem:
+            raise DataError(problem)
+        if settings["resume"] and (run.out / "LATEST").exists():
+            run.step = int((run.out / "LATEST").read_text().split("_")[-1])
+        world.barrier()
+        if world.main:
+            write_text(run.out / "args.json", json.dumps(recorded, indent=1, default=str) + "\n")
+            run._drop_unfinished()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, run._ask_to_stop)
+        return run
+
+    def _prepare(self, settings, recorded, may_change):
+        """On rank 0: make the directory, or say in one line why not."""
+        log = self.out / "log.jsonl"
+        used = (self.out / "LATEST").exists() or (log.exists() and log.stat().st_size > 0)
+        if used and settings["overwrite"]:
+            for name in ("args.json", "log.jsonl", "samples.jsonl", "reference.json", "LATEST", "checkpoints"):
+                path = self.out / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        elif used and not settings["resume"]:
+            return f"{self.out}: holds a run already; add --resume to go on with it or --overwrite to start anew"
+        elif used and (self.out / "args.json").exists():
+            before = json.loads((self.out / "args.json").read_text())
+            for key, value in json.loads(json.dumps(recorded, default=str)).items():
+                if key not in may_change and before.get(key, value) != value:
+                    flag = f"--{key.replace('_', '-')}"
+                    return f"{self.out}: {flag} was {before[key]}, now {value}; a resumed run keeps its settings"
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return f"{self.out}: cannot be made ({error})"
+        return None
+
+    def _drop_unfinished(self):
+        """Remove what a killed run wrote after its last checkpoint: those steps are repeated."""
+        for name in ("log.jsonl", "samples.jsonl"):
+            path = self.out / name
+            rows = whole_rows(path) if path.exists() else ()
+            write_jsonl(path, [row for row in rows if row["step"] <= self.step])
+        for unfinished in (self.out / "checkpoints").glob("*.partial"):
+            shutil.rmtree(unfinished)
+
+    def _ask_to_stop(self, number, frame):
+        if self.stop:  # asked twice: do not wait for the step to end
+            raise KeyboardInterrupt
+        self.stop = True
+
+    def log(self, row: dict, samples: list[dict] = ()) -> None:
+        """Append one step's numbers (and some decoded replies) to the logs; rank 0 only writes."""
+        if not self.world.main:
+            return
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        with open(self.out / "samples.jsonl", "a") as file:
+            for sample in samples:
+                file.write(json.dumps({"step": row["step"], **sample}, ensure_ascii=False) + "\n")
+
+    def end_step(self, step, steps, policy, optimizer, *, save_every, keep, extra=dict) -> None:
+        """After `step` of `steps`: write a checkpoint if one is due; leave (KeyboardInterrupt) if asked to.
+
+        extra(): {text: JSON} of this process, kept in the checkpoint.
+        """
+        if self.checkpoint_due(step, steps, save_every):
+            self.save(step, policy, optimizer, keep, extra())
+        if self.stop and step < steps:
+            self.finish()
+            raise KeyboardInterrupt(f"stopped after step {step} of {steps}; --resume goes on from there")
+
+    def checkpoint_due(self, step: int, steps: int, every: int) -> bool:
+        """Is a checkpoint to be written after this step: the last one, every so many, or when asked to stop?
+
+        The wish to stop (Ctrl-C or SIGTERM on any rank) is shared here, so that all ranks act on it together.
+        """
+        self.stop = self.world.sum(self.stop)[0] > 0
+        return self.stop or step == steps or (every > 0 and step % every == 0)
+
+    def save(self, step: int, policy: nn.Module, optimizer, keep: int = 2, extra: dict | None = None) -> None:
+        """Write checkpoints/step_000123 (weights and AdamW's state as safetensors, each process its shards), then point
+        LATEST at it. The shards are copied at once and written in the background, while the next steps go on.
+        extra: {text: JSON} of each process, which restore gives back to all, put together."""
+        self.finish()
+        extra = {name: value for part in self.world.gather(extra or {}) for name, value in part.items()}
+        folder = self.out / "checkpoints" / f"step_{step:06d}"
+        if self.world.main:
+            for stale in (folder, partial_of(folder)):
+                shutil.rmtree(stale, ignore_errors=True)
+        self.world.barrier()
+        state = checkpoint_state(policy, optimizer)
+        copied = {name: value.to("cpu", copy=True) for name, value in state.items()}
+        self.writing = self.writer.submit(self._write, folder, copied, keep, extra)
+
+    def _write(self, folder, state, keep, extra):
+        dcp, _, storage = distributed_checkpoint()
+        writer = storage(str(partial_of(folder)), save_distributed=True)
+        dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=not dist.is_initialized())
+        if not self.world.main:
+            return
+        # Every process has written by now: the first one hears last.
+        write_text(partial_of(folder) / "extra.json", json.dumps(extra))
+        partial_of(folder).replace(folder)
+        write_text(self.out / "LATEST", folder.name)
+        # A later checkpoint, of a run killed before it named it in LATEST, must not count.
+        saved = sorted(path for path in folder.parent.glob("step_??????") if path.name <= folder.name)
+        for old in saved[:-keep]:
+            shutil.rmtree(old)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is written. RuntimeError when it could not be (a full disk, say)."""
+        # CheckpointException is no Exception: without this nobody would catch it.
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        writing, self.writing = self.writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except CheckpointException as error:
+            raise RuntimeError(f"{self.out}: a checkpoint could not be written, the last one is good") from error
+
+    def restore(self, policy: nn.Module, optimizer) -> dict:
+        """Load the checkpoint LATEST names into policy and optimizer, if this run has one (step > 0): -> its extra.
+
+        It may have been written by another number of processes: each reads the slices that are its own now."""
+        if not self.step:
+            return {}
+        dcp, storage, _ = distributed_checkpoint()
+        folder = self.out / "checkpoints" / f"step_{self.step:06d}"
+        reader = storage(str(folder))
+        known = reader.read_metadata().state_dict_metadata
+        for name, weight in policy.named_parameters():
+            if f"{name}/step" in known:  # AdamW makes its state in a weight's first update
+                moments = {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
+                clock = torch.zeros((), device=weight.device)
+                optimizer.state[weight] = {"step": clock, **moments}
+        # It shares the memory of what it names, which is filled now.
+        state = checkpoint_state(policy, optimizer)
+        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+        return json.loads((folder / "extra.json").read_text())
+
+    def export(self, policy: nn.Module, encoder) -> None:
+        """Make the run directory a Hugging Face model directory: config, safetensors, tokenizer, image settings."""
+        self.finish()
+        save_model(policy, encoder, self.out, self.world)
+
+
+def whole_rows(path: Path):
+    """The rows of a log up to the half line of a killed process, if it ends in one."""
+    for line in path.read_text().split("\n"):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def distributed_checkpoint():
+    """torch's distributed checkpoints, in safetensors (its own format holds pickles): (module, reader, writer)."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: that is how it is meant
+    return dcp, HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+
+def checkpoint_state(policy: nn.Module, optimizer) -> dict[str, torch.Tensor]:
+    """{name: tensor or shards} of everything a run goes on from: weights, and AdamW's state as "name/exp_avg", …"""
+    state = {}
+    for name, weight in policy.named_parameters():
+        state[name] = weight.detach()
+        for key, value in optimizer.state.get(weight, {}).items():
+            state[f"{name}/{key}"] = value.reshape(1) if key == "step" else value
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Hugging Face model a run ends as
+
+
+def save_model(policy, encoder, folder, world: World = World(0, 1, None), file_bytes: int = 2**32) -> None:
+    """Write a directory that from_pretrained, vLLM and the next stage load; a large model in files of file_bytes.
+
+    The processes gather one tensor at a time and write files in turns, so none ever holds more than a file.
+    """
+    folder = Path(folder)
+    weights = {name.removeprefix("hf."): weight for name, weight in policy.named_parameters()}
+    files = divide_into_files(policy.hf, weights, file_bytes)
+    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    if len(files) == 1:
+        names = ["model.safetensors"]
+    if world.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
+            old.unlink()
+        policy.hf.config.save_pretrained(folder)
+        policy.hf.generation_config.save_pretrained(folder)
+        encoder.save(folder)
+        if len(files) > 1:
+            total = sum(weight.numel() * weight.element_size() for weight in weights.values())
+            file_of = {key: name for name, file in zip(names, files, strict=True) for key, _ in file}
+            index = {"metadata": {"total_size": total}, "weight_map": file_of}
+            write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+    world.barrier()
+    for number, (name, file) in enumerate(zip(names, files, strict=True)):
+        tensors = {}
+        mine = number % world.size == world.rank
+        for key, weight in file:
+            whole = whole_tensor(weights[weight])  # a collective, also for ranks that drop it
+            if mine:
+                tensors[key] = whole.cpu().contiguous()
+        if mine:
+            save_file(tensors, folder / f"{name}.partial", metadata={"format": "pt"})
+            (folder / f"{name}.partial").replace(folder / name)
+    world.barrier()
+
+
+def divide_into_files(hf: nn.Module, weights: dict, file_bytes: int) -> list[list[tuple[str, str]]]:
+    """Files of about file_bytes, each a list of (name in the file, name of the weight).
+
+    The names in files are those that public checkpoints of this family carry, which transformers may have renamed.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    order = list(weights)
+    numbers = revert_weight_conversion(hf, {name: torch.tensor(number) for number, name in enumerate(order)})
+    files, left = [], 0
+    for key, number in numbers.items():
+        weight = weights[order[number]]
+        size = weight.numel() * weight.element_size()
+        if not files or size > left:
+            files.append([])
+            left = file_bytes
+        files[-1].append((key, order[number]))
+        left -= size
+    return files

@@ -1,7 +1,9 @@
 """rewards.py: what is read, what is not, and what an answer is worth. Every number is worked by hand."""
 
+import dataclasses
 import json
 import random
+import re
 import threading
 import time
 
@@ -28,7 +30,8 @@ def think(answer, reason="it is darker"):
     return f"<think>{reason}</think><answer>{answer}</answer>"
 
 
-# ---------------------------------------------------------------- the reward
+# ---------------------------------------------------------------------------------------------------------------------
+# The reward
 
 
 def test_a_right_and_well_formed_reply_earns_both_parts():
@@ -53,7 +56,8 @@ def test_the_format_follows_think_unless_the_record_names_one():
     assert rewards.reply_format({"think": False, "reply_format": "json"}) == "json"
 
 
-# ---------------------------------------------------------------- structure
+# ---------------------------------------------------------------------------------------------------------------------
+# Structure
 
 GOOD = {
     "think": ["<think>R</think><answer>B</answer>", " \n<think> R </think>\n\n<answer>\nB\n</answer>\t\n"],
@@ -196,7 +200,8 @@ def test_a_format_nobody_knows_is_an_error_and_not_a_zero():
         rewards.read_reply("B", "haiku")
 
 
-# ---------------------------------------------------------------- answers
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
 
 
 @pytest.mark.parametrize(
@@ -560,7 +565,111 @@ def test_mathematics_is_read_outside_the_main_thread_too():
     assert found == [1.5]
 
 
-# ---------------------------------------------------------------- hostile replies
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables
+
+EXAMPLE_GOLD = {
+    "letter": "B",
+    "digit": 12,
+    "grid": [2, 1, 4, 3],
+    "box": [10, 20, 30.5, 40],
+    "point": [10, 20, 30.5, 40],
+    "math": "5",
+    "text": "two dogs",
+}
+
+
+@pytest.mark.parametrize("kind", rewards.ANSWER_TYPES)
+def test_every_example_in_a_type_s_grammar_is_read_as_the_grammar_says(kind):
+    record = of(kind, EXAMPLE_GOLD[kind], options=OPTIONS)
+    rewards.check_gold(record)
+    grammar, _, value = rewards.ANSWER_TYPES[kind].grammar.partition(" -> ")
+    examples = re.findall('"([^"]+)"', grammar)
+    assert len(examples) >= 2
+    for text in examples:
+        answer = rewards.read_answer(text, record)
+        assert answer is not None, text
+        assert not value or answer == json.loads(value), text
+
+
+def read_clock(text, record):
+    match = re.fullmatch(r"([0-9]{1,2}):([0-9]{2})", text)
+    return int(match[1]) * 60 + int(match[2]) if match else None
+
+
+def clock_accuracy(answer, record):
+    """1 at the right time, 0 an hour or more from it."""
+    return max(0.0, 1.0 - abs(answer - read_clock(record["answer"], record)) / 60)
+
+
+def check_clock(record):
+    if read_clock(record["answer"], record) is None:
+        raise ValueError(f"answer {record['answer']!r} is not a time like 7:45")
+
+
+CLOCK = rewards.AnswerType('hours and minutes: "7:45" -> 465', read_clock, clock_accuracy, check_clock, right_from=0.75)
+
+
+def test_one_entry_in_the_table_is_a_whole_new_answer_type(monkeypatch):
+    record = of("clock", "7:45")
+    with pytest.raises(ValueError, match="answer_type 'clock' is unknown"):
+        rewards.check_gold(record)
+    monkeypatch.setitem(rewards.ANSWER_TYPES, "clock", CLOCK)
+    rewards.check_gold(record)
+    with pytest.raises(ValueError, match="not a time"):
+        rewards.check_gold(of("clock", "noon"))
+    with pytest.raises(ValueError, match="known: letter, digit, grid, box, point, math, text, clock"):
+        rewards.check_gold(of("watch", "7:45"))
+
+    assert rewards.score(think("7:45"), record) == {"reward": 1.5, "accuracy": 1.0, "format": 1.0, "answer": 465}
+    assert rewards.score(think("The answer is $8:00$"), record)["reward"] == 0.75 + 0.5
+    assert rewards.score(think("7.45"), record) == {"reward": 0.0, "accuracy": 0.0, "format": 0.0, "answer": None}
+    assert rewards.score('{"reason": "R", "answer": "7:45"}', {**record, "reply_format": "json"})["reward"] == 1.5
+    assert rewards.find_answer("<think>R\nAnswer: 7:45", record) == 465
+    assert rewards.find_answer("<answer>7:45</answer><answer>8:00</answer>", record) is None
+    assert rewards.is_right(480, record) and not rewards.is_right(481, record)
+    assert rewards.contradicts("so it is 8:00", 465, record) is False
+
+
+def test_a_type_says_itself_when_reasoning_contradicts_its_answer(monkeypatch):
+    def clock_contradicts(tail, answer, record):
+        return read_clock(tail.split()[-1], record) not in (None, answer)
+
+    clock = dataclasses.replace(CLOCK, contradicts=clock_contradicts)
+    monkeypatch.setitem(rewards.ANSWER_TYPES, "clock", clock)
+    record = of("clock", "7:45")
+    assert rewards.contradicts("so it is 8:00", 465, record) is True
+    assert rewards.contradicts("so it is 7:45", 465, record) is False
+    assert rewards.contradicts("so it is late", 465, record) is False
+    assert rewards.contradicts(" \n", 465, record) is False
+    assert rewards.contradicts("so it is 8:00", None, record) is False
+
+
+def test_one_entry_in_the_table_is_a_whole_new_reply_format(monkeypatch):
+    def read_arrow(reply):
+        reason, arrow, answer = reply.partition("=>")
+        return (reason, answer) if arrow else None
+
+    record = letter("B", "arrow")
+    with pytest.raises(ValueError, match="reply_format 'arrow' is unknown"):
+        rewards.check_gold(record)
+    monkeypatch.setitem(rewards.REPLY_FORMATS, "arrow", rewards.ReplyFormat(read_arrow, answer_may_be_wrapped=False))
+    rewards.check_gold(record)
+    assert rewards.score("R => B", record)["reward"] == 1.5
+    for reply in ("=> B", "R =>", "R B", "R => The answer is B", think("B")):
+        assert rewards.score(reply, record)["reward"] == 0.0, reply
+    assert rewards.find_answer("R => B", letter("B", "think")) == "B"
+
+
+def test_an_answer_counts_as_right_from_its_type_s_threshold_on():
+    assert rewards.is_right("B", letter("B")) and not rewards.is_right("A", letter("B"))
+    assert rewards.is_right([2, 1, 4, 3], grid()) and not rewards.is_right([2, 1, 3, 4], grid())
+    box = of("box", [0, 0, 10, 10])
+    assert rewards.is_right([0, 0, 10, 5], box) and not rewards.is_right([0, 0, 10, 4.9], box)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile replies
 
 MEGA = 1_000_000
 KINDS = [
@@ -692,7 +801,8 @@ def test_random_shreds_of_replies_never_raise_and_only_the_whole_shape_scores():
         rewards.contradicts(reply, rewards.find_answer(reply, record), record)
 
 
-# ---------------------------------------------------------------- records
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
 
 
 @pytest.mark.parametrize(
@@ -707,6 +817,8 @@ def test_a_record_that_can_be_scored_passes(record):
     [
         (of("essay", "x"), "answer_type 'essay'"),
         ({"answer": "x"}, "answer_type None"),
+        (of(["letter"], "A"), r"answer_type \['letter'\] is unknown"),
+        (of("letter", "A", fmt=["think"]), r"reply_format \['think'\] is unknown"),
         (letter("B", fmt="haiku"), "reply_format 'haiku'"),
         (letter("D"), "A-C"),
         (letter("b"), "A-C"),
@@ -764,7 +876,8 @@ def test_a_gold_answer_is_right_when_it_is_given_back():
         assert rewards.score(reply, record)["reward"] == 1.5, record
 
 
-# ---------------------------------------------------------------- lenient reading
+# ---------------------------------------------------------------------------------------------------------------------
+# Lenient reading
 
 
 @pytest.mark.parametrize(
@@ -817,7 +930,8 @@ def test_the_asked_place_goes_before_every_other_place():
     assert rewards.find_answer("Answer: A\n<answer>B</answer> so", letter("B", "line")) == "B"
 
 
-# ---------------------------------------------------------------- contradictions
+# ---------------------------------------------------------------------------------------------------------------------
+# Contradictions
 
 
 @pytest.mark.parametrize(
@@ -852,6 +966,13 @@ def test_the_asked_place_goes_before_every_other_place():
 )
 def test_reasoning_that_ends_in_another_option_contradicts_the_answer(reason, answer, expected):
     assert rewards.contradicts(reason, answer, letter()) is expected
+
+
+def test_without_options_only_letters_can_contradict():
+    record = of("letter", "Q")
+    assert rewards.contradicts("it is round, so the answer is O", "Q", record) is True
+    assert rewards.contradicts("it is round, so the answer is Q", "Q", record) is False
+    assert rewards.contradicts("it is round", "Q", record) is False
 
 
 def test_numbers_and_grids_after_a_conclusion_word_are_compared():

@@ -13,9 +13,9 @@ import pytest
 
 import eval as evaluation
 import jigsaw
-import model
 import training
 from records import write_jsonl
+from toy.tiny_model import make_tiny
 
 EVAL = str(Path(evaluation.__file__).resolve())
 
@@ -249,7 +249,7 @@ def test_bad_files_are_refused_by_name(capsys, tmp_path):
 def tiny(tmp_path_factory):
     """A random tiny model, five puzzles in each of two reply formats, and five open questions on the same pictures."""
     folder = tmp_path_factory.mktemp("eval")
-    model.make_tiny(folder / "base", layers=2)
+    make_tiny(folder / "base", layers=2)
     for form in ("think", "boxed"):
         jigsaw.write_puzzles(folder / form, 5, scenes=5, swap=0.0, reply_format=form, seed=3)
     puzzles = [json.loads(line) for line in (folder / "think/records.jsonl").read_text().splitlines()]

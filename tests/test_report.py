@@ -11,7 +11,6 @@ import report
 import training
 from records import write_jsonl
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 

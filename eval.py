@@ -75,7 +75,7 @@ def pass_rates(rows: list[dict]) -> dict[str, float]:
     """{"pass@1", "pass@2", "pass@4", …} up to the smallest number of replies, means over records."""
     counts = []  # (n, c) of each record
     for row in rows:
-        # Accuracy 1: a grid that is partly right earns accuracy, but does not pass.
+        # Right means accuracy 1: a grid that is partly right earns accuracy, but does not pass.
         right = sum(value >= 1 for value in row["accuracy"])
         counts.append((len(row["accuracy"]), right))
     smallest = min(n for n, _ in counts)
@@ -92,6 +92,7 @@ def metrics(rows: list[dict]) -> dict[str, float]:
     values = {key: [value for row in rows for value in row[key]] for key in report.SCORES}
     replies = len(values["reward"])
     unparsed = values["parsed"].count(False)
+    # Format lost and answers wrong are two failures: accuracy_read leaves the first one out.
     scored = zip(values["accuracy"], values["parsed"], strict=True)
     read = [accuracy for accuracy, parsed in scored if parsed]
     return {
@@ -149,6 +150,7 @@ def format_gains(
 
     gain_id = fmean(gain for group in gains["id"].values() for gain in group)
     ood_gains = {source: fmean(group) for source, group in gains["ood"].items()}
+    # A source counts by its weight, not by its number of records: a long file must not decide.
     weights = weights or dict.fromkeys(ood_gains, 1.0)
     total = sum(weights[source] for source in ood_gains)
     gain_ood = sum(weights[source] * gain for source, gain in ood_gains.items()) / total
@@ -185,6 +187,7 @@ def read_files(files: dict[str, list[str]], limit: int | None) -> list[dict]:
 
 def read_baseline(path: Path, records: list[dict], folder: Path) -> dict[tuple, dict]:
     """{(file relative to `folder`, id): row} of a result. DataError if an ID or OOD record has no row there."""
+    # Keyed by path as well: think.jsonl and boxed.jsonl ask the same ids in two formats.
     before = {}
     for row in report.read_result(path)["rows"]:
         before[os.path.relpath(row["file"], folder), row["id"]] = row
@@ -281,11 +284,11 @@ def result_table(result: dict) -> str:
     width = max(len(name) for name in [*groups, "source"])
     titles = ("n", "accuracy", "format", "reward", "unparsed", "truncated", "length", *passes)
     lines = [f"{'source':{width}}" + "".join(f"{title:>10}" for title in titles)]
-    for name, numbers in groups.items():
-        line = f"{name:{width}}{numbers['n']:10d}"
-        line += f"{100 * numbers['accuracy']:9.1f}%{100 * numbers['format']:9.1f}%{numbers['reward']:10.3f}"
-        line += f"{numbers['unparsed']:10d}{numbers['truncated']:10d}{numbers['length']:10.1f}"
-        line += "".join(f"{100 * numbers[key]:9.1f}%" for key in passes)
+    for name, values in groups.items():
+        line = f"{name:{width}}{values['n']:10d}"
+        line += f"{100 * values['accuracy']:9.1f}%{100 * values['format']:9.1f}%{values['reward']:10.3f}"
+        line += f"{values['unparsed']:10d}{values['truncated']:10d}{values['length']:10.1f}"
+        line += "".join(f"{100 * values[key]:9.1f}%" for key in passes)
         lines.append(line)
     return "\n".join(lines)
 
@@ -373,6 +376,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.report:
@@ -392,8 +399,9 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         raise DataError(f"--out {args.out}: its folder cannot be made ({error})") from error
 
+    # A whole copy of the model in every process: nothing is trained, so nothing is sharded.
     policy, encoder = model.load(args.model, world, dtype=args.dtype, attn=args.attn, max_pixels=args.max_pixels)
-    # Records are dealt like cards to the processes.
+    # Records are dealt like cards: neighbours in a file are often equally long, and no process waits for another.
     mine = range(world.rank, len(records), world.size)
     sample = sampler.sample
     if args.sampler == "vllm":
@@ -408,7 +416,7 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed,
         )
 
-    # 2 sample
+    # 2 sample: each process its own records, a batch at a time
     replies = {}  # index of a record -> its n replies
     for start in tqdm(range(0, len(mine), args.batch), desc="eval", disable=None if world.main else True):
         batch = mine[start : start + args.batch]
@@ -425,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         replies.update(zip(batch, groups, strict=True))
 
-    # 3 score
+    # 3 score: as in training, then every process gets every row
     stored = first_of_each_source(records, args.keep_replies)
     scored = {}  # index of a record -> its row
     for index, group in replies.items():
@@ -436,7 +444,7 @@ def main(argv: list[str] | None = None) -> None:
     everyone = {index: row for part in world.gather(scored) for index, row in part.items()}
     rows = [everyone[index] for index in range(len(records))]
 
-    # 4 record
+    # 4 record: one process prints and writes
     if not world.main:
         return
     result = {

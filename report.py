@@ -71,6 +71,7 @@ def read_result(path: str | Path) -> dict:
     if not all({"id", "source", "file", *SCORES} <= row.keys() for row in result["rows"]):
         raise DataError(f"{path}: is not a result of eval.py (some of its rows lack id, source, file or scores)")
 
+    # The result may have been moved together with its pictures: its paths count from where it lies now.
     folder = Path(path).absolute().parent
     for row in result["rows"]:
         row["file"] = os.path.abspath(folder / row["file"])
@@ -236,10 +237,11 @@ def stage_table(results: dict[str, dict]) -> list[list[str]]:
     for source in sources:
         cells = [source]
         for result in results.values():
-            numbers = result["sources"].get(source)
-            cells.append(percentages(numbers) if numbers else "–")
+            metrics = result["sources"].get(source)
+            cells.append(percentages(metrics) if metrics else "–")
         table.append(cells)
 
+    # A stage evaluated without --baseline has no GF.
     if any(result["gf"] for result in results.values()):
         for title, key in (("gain ID", "gain_id"), ("gain OOD", "gain_ood"), ("GF", "gf")):
             cells = [title]
@@ -249,10 +251,10 @@ def stage_table(results: dict[str, dict]) -> list[list[str]]:
     return table
 
 
-def percentages(numbers: dict) -> str:
-    """A cell of the table from a source's numbers."""
+def percentages(metrics: dict) -> str:
+    """A cell of the table from a source's metrics."""
     keys = ("accuracy", "accuracy_read", "format")
-    return " / ".join(f"{100 * numbers[key]:.1f}" for key in keys)
+    return " / ".join(f"{100 * metrics[key]:.1f}" for key in keys)
 
 
 def markdown_table(table: list[list[str]]) -> str:
@@ -315,6 +317,7 @@ def panels(log: list[dict]) -> list[Panel]:
         present = tuple(key for key in panel.keys if key in logged)
         if present:
             found.append(panel._replace(keys=present))
+    # A metric that a student adds to the log gets a figure without a line of code here.
     known = {key for panel in PANELS for key in panel.keys}
     return found + [Panel(key, key, (key,), "") for key in logged if key not in known]
 
@@ -369,6 +372,7 @@ Save = Callable[[str, bytes], None]
 
 def curves_html(runs: dict[str, RunLog], save: Save) -> str:
     """All curves: what several runs have in common side by side, then run by run."""
+    # One run beside itself says nothing: from two runs on.
     shared = ""
     for key, title in (("accuracy", "Accuracy, all runs"), ("format", "Format, all runs")):
         curves = [curve(run.log, key, label=name) for name, run in runs.items()]
@@ -416,6 +420,7 @@ def pick_puzzles(results: dict[str, dict]) -> list[list[tuple[str, dict]]]:
     for pairs in sorted(records.values(), key=len, reverse=True):
         _, row = pairs[0]
         sources.setdefault(row["source"], []).append(pairs)
+    # In turns, so that a source with many records leaves room for the others.
     picked = []
     for turn in range(MOST_PUZZLES):
         picked += [group[turn] for group in sources.values() if turn < len(group)]

@@ -187,7 +187,7 @@ def read_files(files: dict[str, list[str]], limit: int | None) -> list[dict]:
 
 def read_baseline(path: Path, records: list[dict], folder: Path) -> dict[tuple, dict]:
     """{(file relative to `folder`, id): row} of a result. DataError if an ID or OOD record has no row there."""
-    # Keyed by path as well: think.jsonl and boxed.jsonl ask the same ids in two formats.
+    # Keyed by path as well: two files may use the same ids.
     before = {}
     for row in report.read_result(path)["rows"]:
         before[os.path.relpath(row["file"], folder), row["id"]] = row
@@ -401,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # A whole copy of the model in every process: nothing is trained, so nothing is sharded.
     policy, encoder = model.load(args.model, world, dtype=args.dtype, attn=args.attn, max_pixels=args.max_pixels)
-    # Records are dealt like cards: neighbours in a file are often equally long, and no process waits for another.
+    # Records are dealt like cards, so that a file of long questions is shared by all processes.
     mine = range(world.rank, len(records), world.size)
     sample = sampler.sample
     if args.sampler == "vllm":
@@ -424,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
             policy,
             encoder.prompts([records[index] for index in batch]),
             args.samples,
-            # Of the record's place in the files alone: batches and processes change no reply.
+            # A function of the record's index alone: batches and processes change no reply.
             seeds=[args.seed * 1_000_003 + index for index in batch],
             temperature=args.temperature,
             top_k=args.top_k,

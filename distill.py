@@ -13,10 +13,9 @@ what to answer. Questions that give no pair are counted by reason.
 
 Choices where the paper is silent or cannot be followed here: the five corruptions are equally likely; the judge model
 is a rule that looks for a contradiction (rewards.contradicts); a base reply that is malformed already, and that no
-corruption changes, is rejected as it is. A reply that was cut at --max-new-tokens is not used.
+corruption changes, is rejected as it is. A reply truncated at --max-new-tokens is not used.
 """
 
-import argparse
 import gc
 import os
 import random
@@ -26,8 +25,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import model as m
+import model
 import rewards
+import sampler
+import training
+import vllm_sampler
+from records import DataError, read_records, write_jsonl
+from training import World, integer, real
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pairs: pure functions of text
@@ -142,21 +146,23 @@ def break_format(reply: str, record: dict, rng: random.Random) -> tuple[str | No
     return None, None
 
 
-def account(outcomes: list[tuple[dict | None, str | None]]) -> str:
+def summary(outcomes: list[tuple[dict | None, str | None]]) -> str:
     """How many questions gave a pair, why the others did not, and how the rejected replies were broken."""
     total = len(outcomes)
     pairs = [pair for pair, _ in outcomes if pair is not None]
     reasons = Counter(reason for _, reason in outcomes if reason is not None)
     kinds = Counter(pair["corruption"] or "malformed already" for pair in pairs)
-    lines = [f"{total} questions"]
-    for count, name in [(len(pairs), "gave a pair")] + [
-        (count, f"none: {name}") for name, count in reasons.most_common()
-    ]:
-        lines.append(f"{count:7d}  {100 * count / total:5.1f} %  {name}")
+
+    def line(count, whole, name):
+        return f"{count:7d}  {100 * count / whole:5.1f} %  {name}"
+
+    lines = [f"{total} questions", line(len(pairs), total, "gave a pair")]
+    lines += [line(count, total, f"none: {reason}") for reason, count in reasons.most_common()]
     if pairs:
         lines.append("rejected replies, broken by")
-    for kind in [kind for kind in (*CORRUPTIONS, "malformed already") if kinds[kind]]:
-        lines.append(f"{kinds[kind]:7d}  {100 * kinds[kind] / len(pairs):5.1f} %  {kind}")
+    for kind in (*CORRUPTIONS, "malformed already"):
+        if kinds[kind]:
+            lines.append(line(kinds[kind], len(pairs), kind))
     return "\n".join(lines)
 
 
@@ -165,54 +171,36 @@ def account(outcomes: list[tuple[dict | None, str | None]]) -> str:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = training.Parser(__doc__)
     add = parser.add_argument
     add("--policy", required=True, help="model of the chosen replies (directory or hub id): GRPO-zero, a teacher, …")
     add("--base", help="model of the rejected replies: the one the cold start trains; unused with --reject-from chosen")
     add("--data", required=True, nargs="+", help="records.jsonl files: prompts, images and gold answers")
     add("--out", required=True, help="pairs.jsonl to write: records with chosen and rejected")
-    add(
-        "--samples",
-        type=int,
-        default=4,
-        help="replies per question from each model; more samples, fewer lost questions",
-    )
-    add(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="sampling temperature of both models; 0: greedy, --samples 1 only",
-    )
-    add("--max-new-tokens", type=int, default=512, help="longest reply in tokens; a reply cut there is not used")
+    add("--limit", type=integer("[0, inf)"), default=0, help="use the first N records only; 0: all")
+    add("--seed", type=integer("[0, inf)"), default=0,
+        help="fixes every sample, whatever --batch and the number of processes")  # fmt: skip
+
+    add = parser.add_argument_group("pairs").add_argument
     add("--reject-from", default="base", choices=["base", "chosen"],
         help="what is corrupted: a reply of the base, or the chosen reply itself")  # fmt: skip
     add("--coupled", action="store_true", help="the rejected reply may be wrong: pairs also differ in correctness")
     add("--judge", default="rule", choices=["rule", "none"],
         help="refuse chosen replies whose reasoning contradicts their answer, by rule; none: take them")  # fmt: skip
-    add("--limit", type=int, default=0, help="use the first N records only; 0: all")
-    add(
-        "--batch", type=int, default=64, help="questions encoded at a time; the memory of sampling is bounded by itself"
-    )
-    add("--max-pixels", type=int, default=None, help="largest image area in pixels; default: the checkpoint's own")
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="type of weights and compute")
-    add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
-        help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip
-    add("--sampler", default="builtin", choices=["builtin", "vllm"],
-        help="who draws the replies: the model itself, or vLLM beside it")  # fmt: skip
-    add("--vllm-memory", type=float, default=0.4, help="share of the GPU that vLLM's weights and KV cache may take")
-    add("--seed", type=int, default=0, help="fixes every draw, whatever --batch and the number of processes")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--samples", type=integer("[1, inf)"), default=4,
+        help="replies per question from each model; more samples, fewer lost questions")  # fmt: skip
+    add("--temperature", type=real("[0, inf)"), default=1.0,
+        help="sampling temperature of both models; 0: greedy, --samples 1 only")  # fmt: skip
+    add("--max-new-tokens", type=integer("[1, inf)"), default=512,
+        help="longest reply in tokens; a reply truncated there is not used")  # fmt: skip
+    add("--batch", type=integer("[1, inf)"), default=64,
+        help="questions encoded at a time; the memory of sampling is bounded by itself")  # fmt: skip
+
+    vllm_sampler.add_sampler_flags(parser)
+    training.add_model_flags(parser)
     args = parser.parse_args(argv)
-    for name in ("samples", "max_new_tokens", "batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.seed < 0 or args.limit < 0 or args.temperature < 0:
-        parser.error("--seed, --limit and --temperature must not be below 0")
-    if not 0 < args.vllm_memory < 1:
-        parser.error("--vllm-memory must be between 0 and 1")
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0 gives the same reply each time: it needs --samples 1")
     if args.reject_from == "base" and args.base is None:
@@ -222,32 +210,50 @@ def parse_args(argv=None):
     return args
 
 
+def check_paths(out: Path, models: dict[str, str | None]) -> None:
+    """DataError if `out` cannot be written, or one of {flag: model path} names neither a model nor a hub id."""
+    if out.is_dir():
+        raise DataError(f"--out {out}: is a directory; name the file to write, such as {out / 'pairs.jsonl'}")
+    for flag, path in models.items():
+        if path is None or Path(path, "config.json").is_file():
+            continue
+        hub_id = path.count("/") == 1 and not Path(path).exists()
+        if not hub_id:
+            raise DataError(f"{flag} {path}: no model directory (nor a hub id, which reads owner/name)")
+
+
 def sample_texts(
-    name, path, world, records, seeds, *, samples, temperature, max_new_tokens, batch, sampler, vllm_memory, **loading
-) -> list[list[str]]:
-    """Finished replies of the model at `path` to each record, as text. The model is gone from memory afterwards."""
-    policy, encoder = m.load(path, world, **loading)
-    draw = m.sample
-    if sampler == "vllm":
-        draw = m.VLLM(
+    name: str, path: str, world: World, records: list[dict], seeds: list[int], *, samples: int, temperature: float,
+    max_new_tokens: int, batch: int, engine: str, vllm_memory: float, **loading,
+) -> list[list[str]]:  # fmt: skip
+    """Finished replies of the model at `path` to each record, as text. The model is gone from memory afterwards.
+
+    engine: "builtin" or "vllm". loading: keyword arguments of model.load.
+    """
+    policy, encoder = model.load(path, world, **loading)
+    sample = sampler.sample
+    if engine == "vllm":
+        sample = vllm_sampler.VLLM(
             path, policy.requires_grad_(False), encoder, world, records, max_new_tokens=max_new_tokens,
             memory=vllm_memory,
         )  # fmt: skip
     texts = []
     bar = tqdm(total=len(records), desc=name, disable=not world.main)
     for start in range(0, len(records), batch):
-        prompts = encoder.prompts(records[start : start + batch])
-        replies = draw(
-            policy, prompts, samples, seeds=seeds[start : start + batch],
-            temperature=temperature, max_new_tokens=max_new_tokens,
-        )  # fmt: skip
-        texts += [[encoder.decode(reply.ids) for reply in group if reply.finished] for group in replies]
+        part = slice(start, start + batch)
+        prompts = encoder.prompts(records[part])
+        replies = sample(
+            policy, prompts, samples, seeds=seeds[part], temperature=temperature, max_new_tokens=max_new_tokens
+        )
+        for group in replies:
+            texts.append([encoder.decode(reply.ids) for reply in group if reply.finished])
         bar.update(len(prompts))
     bar.close()
-    if sampler == "vllm":
-        draw.close()
-    del policy, encoder, draw
-    gc.collect()  # a module tree holds cycles: without this it would stay while the next model is loaded
+    if engine == "vllm":
+        sample.close()
+    # A module tree holds cycles: without a collection it would stay while the next model is loaded.
+    del policy, encoder, sample
+    gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     return texts
@@ -255,68 +261,48 @@ def sample_texts(
 
 def main(argv=None):
     args = parse_args(argv)
-    world = m.setup()
+    world = training.setup()
 
     # 1. Read: everything that can be wrong is found before a model is loaded
     out = Path(args.out)
-    if out.is_dir():
-        raise m.DataError(f"--out {out}: is a directory; name the file to write, such as {out / 'pairs.jsonl'}")
-    for flag, path in (("--policy", args.policy), ("--base", args.base)):
-        if (
-            path is not None
-            and not Path(path, "config.json").is_file()
-            and (Path(path).exists() or path.count("/") != 1)
-        ):
-            raise m.DataError(f"{flag} {path}: no model directory (nor a hub id, which reads owner/name)")
-    records = m.read_records(args.data, rewards.check_gold)[: args.limit or None]
+    check_paths(out, {"--policy": args.policy, "--base": args.base})
+    records = read_records(args.data, rewards.check_gold)[: args.limit or None]
     places = range(world.rank, len(records), world.size)
     mine = [records[place] for place in places]
 
-    # 2. Sample the policy
+    # 2. Sample the policy, then the base, unless nothing of it is needed
     options = {name: getattr(args, name) for name in ("samples", "temperature", "max_new_tokens", "batch")}
-    options |= {name: getattr(args, name) for name in ("dtype", "attn", "max_pixels", "sampler", "vllm_memory")}
-    # Even and odd seeds: the two models must not draw the same random numbers.
+    options |= {"engine": args.sampler, "vllm_memory": args.vllm_memory}
+    options |= {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
+    # Even and odd seeds: the two models must not use the same random numbers.
     seeds = [2 * (args.seed * 10**9 + place) for place in places]
     policy_texts = sample_texts("policy", args.policy, world, mine, seeds, **options)
-
-    # 3. Sample the base
     base_texts = [[] for _ in mine]
     if args.reject_from == "base":
         base_texts = sample_texts("base", args.base, world, mine, [seed + 1 for seed in seeds], **options)
 
-    # 4. Pair, write, account
+    # 3. Pair
+    choices = {"judge": args.judge, "coupled": args.coupled, "reject_from": args.reject_from}
+    found = []
+    for place, record, *texts in zip(places, mine, policy_texts, base_texts, strict=True):
+        found.append(make_pair(record, *texts, random.Random(f"{args.seed}/{place}"), **choices))
     outcomes = [None] * len(records)
-    found = [
-        make_pair(
-            record,
-            *texts,
-            random.Random(f"{args.seed}/{place}"),
-            judge=args.judge,
-            coupled=args.coupled,
-            reject_from=args.reject_from,
-        )  # fmt: skip
-        for place, record, *texts in zip(places, mine, policy_texts, base_texts, strict=True)
-    ]
     for rank, part in enumerate(world.gather(found)):
         outcomes[rank :: world.size] = part
-    pairs = [
-        {
-            **pair,
-            "images": [os.path.relpath(image, out.resolve().parent) for image in pair["images"]],
-            "chosen_from": args.policy,
-            "rejected_from": args.base if args.reject_from == "base" else args.policy,
-        }
-        for pair, _ in outcomes
-        if pair is not None
-    ]
+
+    # 4. Record
+    origin = {"chosen_from": args.policy, "rejected_from": args.base if args.reject_from == "base" else args.policy}
+    pairs = [pair | origin for pair, _ in outcomes if pair is not None]
+    for pair in pairs:
+        pair["images"] = [os.path.relpath(image, out.resolve().parent) for image in pair["images"]]
     if world.main:
-        print(account(outcomes), flush=True)
+        print(summary(outcomes), flush=True)
     if not pairs:
-        raise m.DataError(f"no pairs: none of the {len(records)} questions gave one, {out} is not written")
+        raise DataError(f"no pairs: none of the {len(records)} questions gave one, {out} is not written")
     if world.main:
-        m.write_jsonl(out, pairs)
+        write_jsonl(out, pairs)
         print(f"{out}: {len(pairs)} pairs written")
 
 
 if __name__ == "__main__":
-    m.run(main)
+    training.run(main)

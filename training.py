@@ -37,6 +37,10 @@ from records import DataError, write_jsonl, write_text
 # Flags
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every default, and keeps the line breaks of an epilog: examples stay examples."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse as every stage uses it: defaults in --help, no abbreviations, and an error is one line."""
 
@@ -45,7 +49,7 @@ class Parser(argparse.ArgumentParser):
             description=doc.split("\n")[0],
             epilog=epilog,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
         )
 
     def error(self, message):

@@ -112,7 +112,12 @@ EVAL = some(
     "pass_at_k_by_hand",
     "a_summary_is_the_mean_over_replies_per_source_and_over_all",
     "ood_weights_weigh_the_sources",
+)
+REPORT = some(
+    "test_report",
     "nothing_a_model_wrote_becomes_markup",
+    "a_step_that_was_logged_twice_counts_as_logged_last",
+    "the_table_has_a_column_a_stage_a_row_a_source_and_gf_where_there_is_one",
 )
 PAIRS = some(
     "test_distill",
@@ -483,11 +488,18 @@ BUGS = [Bug(*entry) for entry in (
     ("GF: ID and OOD are swapped", "eval.py",
      "denominator = beta**2 * gain_id + gain_ood", "denominator = beta**2 * gain_ood + gain_id", EVAL),
     ("pass@k is the biased estimate", "eval.py",
-     "return (draws - math.comb(n - c, k)) / draws", "return 1 - (1 - c / n) ** k", EVAL),
+     "return (choices - math.comb(n - c, k)) / choices", "return 1 - (1 - c / n) ** k", EVAL),
     ("a partly right grid passes", "eval.py", "value >= 1 for value in", "value > 0 for value in", EVAL),
-    ("the weights of the OOD sources are ignored", "eval.py", "share = weights or dict", "share = dict", EVAL),
-    ("text of the model reaches the page as markup", "eval.py",
-     'html.escape("".join(seen) + more, quote=True)', '"".join(seen) + more', EVAL),
+    ("the weights of the OOD sources are ignored", "eval.py", "weights = weights or dict", "weights = dict", EVAL),
+
+    # ---- report.py
+    ("text of the model reaches the page as markup", "report.py",
+     'html.escape("".join(visible) + more, quote=True)', '"".join(visible) + more', REPORT),
+    ("a step logged twice counts as logged first", "report.py",
+     "if is_number and math.isfinite(value):",
+     'if is_number and math.isfinite(value) and entry["step"] not in found:', REPORT),
+    ("the accuracy of readable answers is that of all", "report.py",
+     'keys = ("accuracy", "accuracy_read", "format")', 'keys = ("accuracy", "accuracy", "format")', REPORT),
 )]
 # fmt: on
 

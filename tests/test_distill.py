@@ -170,7 +170,7 @@ def test_a_grid_must_be_wholly_right_and_a_box_half():
 
 def test_the_account_counts_every_question_once():
     outcomes = [pair_of([GOOD], [LOOSE])] * 3 + [pair_of([WRONG], [LOOSE])] * 4 + [pair_of([GOOD], ["A"])]
-    assert distill.account(outcomes).split("\n") == [
+    assert distill.summary(outcomes).split("\n") == [
         "8 questions",
         "      3   37.5 %  gave a pair",
         "      4   50.0 %  none: policy never right",

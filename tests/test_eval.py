@@ -1,4 +1,4 @@
-"""eval.py: the generalization factor, pass@k and the summaries by hand; the report page; the real program, tiny."""
+"""eval.py: the generalization factor, pass@k and the summaries by hand; the real program on a tiny model."""
 
 import itertools
 import json
@@ -7,11 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 import eval as evaluation
 import jigsaw
@@ -29,7 +27,8 @@ def row(source="s", accuracy=(1.0,), form=(1.0,), length=(10,), **more):
     return base | {"length": list(length), "parsed": [f == 1 for f in form], "finished": [True] * len(form)} | more
 
 
-# ---- generalization factor
+# ---------------------------------------------------------------------------------------------------------------------
+# Generalization factor
 
 
 def test_gains_of_50_and_20_give_22_point_7():
@@ -82,26 +81,27 @@ def test_at_and_beyond_the_pole_the_smaller_gain_is_the_answer():
     assert evaluation.generalization_factor(-3, 0) == -3
 
 
-# ---- pass@k
+# ---------------------------------------------------------------------------------------------------------------------
+# pass@k
 
 
 def test_pass_at_k_by_hand():
-    # 5 replies, 2 right, draw 2: 1 - C(3,2)/C(5,2) = 1 - 3/10
+    # 5 replies, 2 right, choose 2: 1 - C(3,2)/C(5,2) = 1 - 3/10
     assert evaluation.pass_at_k(5, 2, 2) == pytest.approx(0.7, abs=1e-15)
     # 10 replies, 3 right, draw 4: 1 - C(7,4)/C(10,4) = 1 - 35/210
     assert evaluation.pass_at_k(10, 3, 4) == pytest.approx(5 / 6, abs=1e-15)
 
 
-def test_pass_at_k_equals_counting_every_draw():
+def test_pass_at_k_equals_counting_every_choice():
     for n, c, k in itertools.product(range(1, 8), range(8), range(1, 8)):
         if c <= n and k <= n:
-            draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
-            assert evaluation.pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-15)
+            choices = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            assert evaluation.pass_at_k(n, c, k) == pytest.approx(sum(map(any, choices)) / len(choices), abs=1e-15)
 
 
 def test_pass_at_1_is_the_share_and_too_few_wrong_ones_are_certain_success():
     assert evaluation.pass_at_k(64, 23, 1) == pytest.approx(23 / 64, abs=1e-15)
-    assert evaluation.pass_at_k(8, 5, 4) == 1.0  # 3 wrong ones cannot fill 4 draws
+    assert evaluation.pass_at_k(8, 5, 4) == 1.0  # 3 wrong ones cannot fill 4 places
     assert evaluation.pass_at_k(8, 0, 8) == 0.0
 
 
@@ -117,7 +117,8 @@ def test_impossible_counts_are_errors(n, c, k):
         evaluation.pass_at_k(n, c, k)
 
 
-# ---- summaries and gains
+# ---------------------------------------------------------------------------------------------------------------------
+# Summaries and gains
 
 
 def test_a_summary_is_the_mean_over_replies_per_source_and_over_all():
@@ -129,7 +130,7 @@ def test_a_summary_is_the_mean_over_replies_per_source_and_over_all():
     summary = evaluation.summarise(rows)
     a, b, every = summary["sources"]["a"], summary["sources"]["b"], summary["overall"]
     assert list(summary["sources"]) == ["a", "b"]
-    assert (a["n"], a["replies"], a["unparsed"], a["cut"]) == (2, 8, 2, 1)
+    assert (a["n"], a["replies"], a["unparsed"], a["truncated"]) == (2, 8, 2, 1)
     assert a["accuracy"] == pytest.approx(3.5 / 8) and a["format"] == pytest.approx(6 / 8)
     assert a["reward"] == pytest.approx((3.5 + 0.5 * 6) / 8) and a["length"] == pytest.approx(120 / 8)
     assert a["unparsed_share"] == pytest.approx(2 / 8)
@@ -179,150 +180,8 @@ def test_ood_weights_weigh_the_sources():
     assert gains["gain_ood"] == pytest.approx((3 * 50 + 75) / 4)
 
 
-# ---- the report page
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.text = [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-HOSTILE = (
-    "<script>alert(1)</script></pre><img src=http://evil.example/x onerror='a()'> \" ' & \ud83d \x1b[2J \u202e end"
-)
-
-
-def hostile_result(folder, name, reply=HOSTILE, missing=False):
-    Image.new("RGB", (300, 150), (200, 30, 30)).save(folder / "picture.png")
-    record = {"id": "<b>id</b>", "source": "s<i>", "_source": "s<i>", "_role": "data", "_file": str(folder / "d.jsonl"),
-              "images": [str(folder / ("gone.png" if missing else "picture.png"))], "prompt": "Which? <u>A</u> or B",
-              "answer": "B", "answer_type": "letter", "think": True}  # fmt: skip
-    rows = [evaluation.score_row(record, [reply], [9], [True], True, folder)]
-    result = {"model": "m", "files": {}, "args": {}, **evaluation.summarise(rows), "gf": None, "rows": rows}
-    evaluation.write_result(folder / name, result)
-    return folder / name
-
-
-def make_run(folder, rows):
-    folder.mkdir()
-    write_jsonl(folder / "log.jsonl", rows)
-    (folder / "args.json").write_text(json.dumps({"lr": 0.002, "note": "<script>"}))
-
-
-def test_nothing_a_model_wrote_becomes_markup(tmp_path):
-    hostile_result(tmp_path, "one.json")
-    evaluation.main(["--report", str(tmp_path / "r.html"), "--results", f"<em>x={tmp_path / 'one.json'}"])
-    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
-    names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "em", "u", "b", "i"}
-    sources = [attributes.get("src", "") for tag, attributes in page.tags if tag == "img"]
-    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
-    text = "".join(page.text)
-    shown = HOSTILE.replace("\ud83d", "⟨U+D83D⟩").replace("\x1b", "⟨U+001B⟩").replace("\u202e", "⟨U+202E⟩")
-    assert shown in text and "Which? <u>A</u> or B" in text and "<em>x" in text
-
-
-def test_the_page_loads_nothing_and_every_picture_has_words(tmp_path):
-    hostile_result(tmp_path, "one.json")
-    make_run(tmp_path / "run", [{"step": s, "reward": s / 9, "accuracy": 0.1, "format": 0.3} for s in range(1, 9)])
-    evaluation.main(["--report", str(tmp_path / "r.html"), "--runs", str(tmp_path / "run"),
-                     "--results", str(tmp_path / "one.json")])  # fmt: skip
-    text = (tmp_path / "r.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "video", "audio", "form"}
-    links = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("href", "src")]
-    assert links and all(link.startswith(("#", "data:image/png;base64,")) for link in links)
-    assert "url(" not in text and "@import" not in text and "default-src 'none'" in text
-
-
-def test_curves_are_drawn_for_the_keys_there_are_and_written_beside_the_page(tmp_path):
-    rows = [{"step": s, "reward": 0.5 + s / 50, "accuracy": s / 100, "format": 1.0, "kl": None, "lr": 1e-3, "extra": s,
-             "loss": float("nan")} for s in range(1, 81)]  # fmt: skip
-    make_run(tmp_path / "run", rows)
-    evaluation.main(["--report", str(tmp_path / "out" / "r.html"), "--runs", f"my run={tmp_path / 'run'}"])
-    drawn = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert drawn == {"r-my-run-reward.png", "r-my-run-lr.png", "r-my-run-extra.png"}  # one panel for the first three
-    assert all(Image.open(tmp_path / "out" / name).width > 400 for name in drawn)
-    page = Page((tmp_path / "out" / "r.html").read_text(encoding="utf-8"))
-    alts = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
-    assert len(alts) == 3
-    # 80 points are shown as means over 3, over 2 at the ends: (0.52 + 0.54) / 2 and (2.08 + 2.10) / 2
-    assert "to step 80: reward from 0.53 to 2.09; accuracy" in alts[0]
-    assert "lr = 0.002" in "".join(page.text)
-
-
-def test_a_step_that_was_logged_twice_counts_as_logged_last():
-    log = [{"step": 2, "x": 5}, {"step": 1, "x": 3}, {"step": 2, "x": 7}, {"step": 3, "x": True}, {"step": 4}]
-    assert evaluation.points(log, "x") == ([1, 2], [3.0, 7.0])
-
-
-def test_smoothing_is_a_centred_mean():
-    assert evaluation.smooth([1, 2, 6, 0, 4], 3) == pytest.approx([1.5, 3, 8 / 3, 10 / 3, 2])
-    assert evaluation.smooth([1, 2, 6], 1) == [1, 2, 6]
-
-
-def test_the_table_has_a_column_a_stage_a_row_a_source_and_gf_where_there_is_one():
-    first = {"sources": {"a": {"accuracy": 0.25, "accuracy_read": 0.5, "format": 0.75}}, "gf": None}
-    second = {
-        "sources": {"b": {"accuracy": 1.0, "accuracy_read": 1.0, "format": 0.125}},
-        "gf": {"gain_id": 50, "gain_ood": 20, "gf": 22.7272},
-    }
-    assert len(evaluation.stage_table({"one": first})) == 2  # no rows about a GF that nobody measured
-    table = evaluation.stage_table({"one": first, "two": second})
-    assert table == [
-        ["set of questions", "one", "two"],
-        ["a", "25.0 / 50.0 / 75.0", "–"],
-        ["b", "–", "100.0 / 100.0 / 12.5"],
-        ["gain ID", "–", "50.0"],
-        ["gain OOD", "–", "20.0"],
-        ["GF", "–", "22.7"],
-    ]
-    row = evaluation.markdown_table(table).splitlines()[3]
-    assert row == "| b                | –                  | 100.0 / 100.0 / 12.5 |"
-
-
-def test_the_same_question_is_shown_with_every_stages_reply(tmp_path):
-    paths = [hostile_result(tmp_path, f"{name}.json", f"<think>x</think><answer>{name}</answer>") for name in "ABC"]
-    evaluation.main(["--report", str(tmp_path / "r.html"), "--results", *map(str, paths)])
-    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
-    assert [attributes.get("class") for tag, attributes in page.tags].count("puzzle") == 1
-    text = "".join(page.text)
-    assert "answer read: “A”, not right" in text and "answer read: “B”, right" in text and "reward 1.50" in text
-    assert text.index("<answer>A</answer>") < text.index("<answer>B</answer>") < text.index("<answer>C</answer>")
-
-
-def test_a_long_reply_and_many_questions_keep_the_page_small(tmp_path):
-    hostile_result(tmp_path, "one.json")
-    result = json.loads((tmp_path / "one.json").read_text())
-    result["rows"] = [
-        result["rows"][0] | {"id": str(i), "source": str(i % 3), "replies": ["<" * 2_000_000]} for i in range(20)
-    ]
-    evaluation.write_result(tmp_path / "one.json", result)
-    evaluation.main(["--report", str(tmp_path / "r.html"), "--results", str(tmp_path / "one.json")])
-    text = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert len(text) < 300_000 and "1998500 more characters" in text
-    assert text.count('class="puzzle"') == evaluation.MOST_PUZZLES
-
-
-def test_a_picture_that_was_deleted_is_said_to_be_gone(tmp_path):
-    path = hostile_result(tmp_path, "one.json", missing=True)
-    evaluation.main(["--report", str(tmp_path / "r.html"), "--results", str(path)])
-    assert "The picture gone.png is no longer there." in (tmp_path / "r.html").read_text(encoding="utf-8")
-
-
-# ---- bad input
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
 
 
 def says(capsys, *arguments):
@@ -338,33 +197,52 @@ def says(capsys, *arguments):
 def test_flags_that_do_not_fit_together_are_refused(capsys):
     some = ["--model", "m", "--data", "d.jsonl", "--out", "o.json"]
     assert "temperature" in says(capsys, *some, "--samples", 4)
-    assert "samples" in says(capsys, *some, "--samples", 0)
-    assert "top-p" in says(capsys, *some, "--top-p", 0)
     assert "baseline" in says(capsys, *some, "--baseline", "b.json")
     assert "both" in says(capsys, *some, "--id", "x.jsonl", "--ood", "./x.jsonl")
     assert "--sample" in says(capsys, *some, "--sample", 1)  # no abbreviations
-    assert "ood-weights" in says(capsys, *some, "--ood-weights", "a=-1")
     assert "--model" in says(capsys, "--data", "d.jsonl", "--out", "o.json")
+    assert "--report" in says(capsys, *some, "--runs", "runs/grpo")
+    assert "--report" in says(capsys, "--report", "r.html", "--runs", "runs/grpo", "--model", "m")
     assert "--runs or --results" in says(capsys, "--report", "r.html")
-    assert "called the same" in says(capsys, "--report", "r.html", "--runs", "a/run", "b/run")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--samples", "0", "argument --samples: must lie in [1, inf), not 0"),
+        ("--top-p", "0", "argument --top-p: must lie in (0, 1], not 0"),
+        ("--top-p", "nan", "argument --top-p: must lie in (0, 1], not nan"),
+        ("--temperature", "inf", "argument --temperature: must lie in [0, inf), not inf"),
+        ("--limit", "2.5", "argument --limit: must be a whole number, not 2.5"),
+        ("--seed", "-1", "argument --seed: must lie in [0, inf), not -1"),
+        ("--ood-weights", "a=-1", "argument --ood-weights: must lie in (0, inf), not -1"),
+        ("--ood-weights", "a", "argument --ood-weights: must be SOURCE=WEIGHT, not a"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_flag_and_interval(capsys, flag, value, words):
+    assert says(capsys, "--model", "m", "--data", "d", "--out", "o", flag, value) == f"error: {words}"
+
+
+def test_help_shows_the_commands_and_the_defaults(capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluation.main(["--help"])
+    page = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "\n    python eval.py --model DIR --data test.jsonl --out test.json  " in page  # as written
+    assert "(default: 512)" in page and "largest image area" in page and "--results [NAME=]FILE.json" in page
 
 
 def test_bad_files_are_refused_by_name(capsys, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "bad.jsonl").write_text('{"id": "x"\n')
-    (tmp_path / "list.json").write_text("[]")
     out = ["--model", tmp_path, "--out", tmp_path / "o.json"]
     assert "missing.jsonl" in says(capsys, *out, "--data", tmp_path / "missing.jsonl")
     assert "empty.jsonl" in says(capsys, *out, "--data", tmp_path / "empty.jsonl")
     assert "bad.jsonl:1" in says(capsys, *out, "--data", tmp_path / "bad.jsonl")
-    report = ["--report", tmp_path / "r.html"]
-    assert "log.jsonl" in says(capsys, *report, "--runs", tmp_path)
-    assert "nothing.json" in says(capsys, *report, "--results", tmp_path / "nothing.json")
-    assert "not a result" in says(capsys, *report, "--results", tmp_path / "list.json")
-    assert not (tmp_path / "r.html").exists()
 
 
-# ---- the real program on a tiny model
+# ---------------------------------------------------------------------------------------------------------------------
+# The real program on a tiny model
 
 
 @pytest.fixture(scope="module")
@@ -390,8 +268,8 @@ def evaluate(tiny, *arguments):
 
 def test_the_numbers_count_what_the_model_really_said(tiny, capsys):
     # one of the replies to each of two questions becomes the gold answer: these two replies, and only these, are right
-    drawn = ["--samples", 8, "--temperature", 1, "--seed", 2, "--max-new-tokens", 2]
-    first = evaluate(tiny, "--data", tiny / "think/open.jsonl", "--out", tiny / "said.json", *drawn)
+    sampling = ["--samples", 8, "--temperature", 1, "--seed", 2, "--max-new-tokens", 2]
+    first = evaluate(tiny, "--data", tiny / "think/open.jsonl", "--out", tiny / "said.json", *sampling)
     assert first["overall"]["accuracy"] == 0 and first["overall"]["replies"] == 40
     said = [row["replies"] for row in first["rows"]]
     words = {n: [reply for reply in said[n][1:] if re.fullmatch("[a-z ]*[a-z]{2}[a-z ]*", reply)] for n in range(5)}
@@ -400,14 +278,14 @@ def test_the_numbers_count_what_the_model_really_said(tiny, capsys):
     lines[i]["answer"], lines[j]["answer"] = words[i][0], words[j][0]
     write_jsonl(tiny / "think/known.jsonl", lines)
     capsys.readouterr()
-    second = evaluate(tiny, "--data", tiny / "think/known.jsonl", "--out", tiny / "known.json", *drawn, "--batch", 2,
+    second = evaluate(tiny, "--data", tiny / "think/known.jsonl", "--out", tiny / "known.json", *sampling, "--batch", 2,
                       "--keep-replies", 3)  # fmt: skip
     expected = [[float(reply == lines[n]["answer"]) for reply in said[n]] for n in range(5)]
     assert sum(map(sum, expected)) == 2
     assert [row["accuracy"] for row in second["rows"]] == expected
     numbers = second["sources"]["open:bare"]
     assert numbers["accuracy"] == pytest.approx(2 / 40) and numbers["pass@1"] == pytest.approx(2 / 40)
-    # two of five records with 1 right reply in 8: a draw of 4 holds it half of the time
+    # two of five records with 1 right reply in 8: a choice of 4 holds it half of the time
     assert numbers["pass@4"] == pytest.approx(0.2) and numbers["pass@8"] == pytest.approx(0.4)
     assert numbers["length"] == pytest.approx(sum(sum(row["length"]) for row in second["rows"]) / 40)
     assert [row.get("replies") for row in second["rows"]] == [*said[:3], None, None]
@@ -479,6 +357,6 @@ def test_a_report_is_made_from_a_real_evaluation_after_its_folder_was_moved(tiny
     table = tmp_path / "table.md"
     evaluation.main(["--report", str(tmp_path / "r.html"), "--table", str(table),
                      "--results", str(tmp_path / "moved/real.json")])  # fmt: skip
-    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
-    assert sum(tag == "img" for tag, _ in page.tags) == 5 and "no longer there" not in "".join(page.text)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert page.count("<img ") == 5 and "no longer there" not in page
     assert table.read_text().startswith("| set of questions | real ")

@@ -1,0 +1,577 @@
+"""Report: one HTML page with tables, training curves, and the replies of models side by side. No model is run.
+
+    python report.py --out report.html --runs runs/grpo --results base=base.json grpo=tuned.json
+    python report.py --out report.html --runs first=runs/a second=runs/b --table table.md
+
+The page needs no network and no scripts: pictures travel inside it, and a content policy forbids the rest. The curves
+are also written beside it as PNG files. `python eval.py --report report.html …` does the same.
+
+Legend: run, a run directory, whose log.jsonl has one entry a step; result, a result file of eval.py, with one row a
+record; stage, the name a result is given, a column of the table; source, a set of questions, a line of the table; gold,
+the right answer. Accuracy and format are fractions of 1, lengths are tokens.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from PIL import Image, UnidentifiedImageError
+
+import training
+from records import DataError, read_jsonl, write_text
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+# What a row of a result holds for each of its replies.
+SCORES = ("accuracy", "format", "reward", "length", "parsed", "finished")
+
+
+class RunLog(NamedTuple):
+    """A run directory: the entries of its log.jsonl, and its args.json (None if there is none)."""
+
+    log: list[dict]
+    settings: dict | None
+
+
+def read_run(folder: Path) -> RunLog:
+    """Read a run directory. DataError if it is none, or if a step has no number."""
+    log_file, args_file = folder / "log.jsonl", folder / "args.json"
+    if not log_file.is_file():
+        raise DataError(f"{folder}: has no log.jsonl, so it is not a run directory")
+    log = [entry for _, entry in read_jsonl(log_file)]
+    if not log or not all("step" in entry for entry in log):
+        raise DataError(f'{log_file}: must hold at least one step, and every line its "step"')
+    if not args_file.is_file():
+        return RunLog(log, None)
+    try:
+        return RunLog(log, json.loads(args_file.read_text()))
+    except ValueError as error:
+        raise DataError(f"{args_file}: is not JSON: {error}") from error
+
+
+def read_result(path: str | Path) -> dict:
+    """A result of eval.py, with its rows' paths made absolute. DataError if it is missing or something else."""
+    try:
+        result = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as a result of eval.py: {error}") from error
+    if not isinstance(result, dict) or not {"model", "overall", "sources", "gf", "rows"} <= result.keys():
+        raise DataError(f"{path}: is not a result of eval.py (model, overall, sources, gf and rows are expected)")
+    if not all({"id", "source", "file", *SCORES} <= row.keys() for row in result["rows"]):
+        raise DataError(f"{path}: is not a result of eval.py (some of its rows lack id, source, file or scores)")
+
+    # The result may have been moved together with its pictures: its paths count from where it lies now.
+    folder = Path(path).absolute().parent
+    for row in result["rows"]:
+        row["file"] = os.path.abspath(folder / row["file"])
+        if "images" in row:
+            row["images"] = [os.path.abspath(folder / image) for image in row["images"]]
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the page says
+
+
+class Panel(NamedTuple):
+    """A figure of a run's curves."""
+
+    slug: str  # its part of the PNG's file name
+    title: str
+    keys: tuple[str, ...]  # of log.jsonl, one curve each
+    words: str  # what a reader should see in it
+
+
+# fmt: off
+PANELS = [Panel(*fields) for fields in (
+    ("reward", "Reward, accuracy, format", ("reward", "accuracy", "format"),
+     "What RL maximises, and its two parts. Format usually rises first; accuracy follows once a rule is found."),
+    ("loss", "Loss", ("loss", "loss_dpo", "loss_sft"),
+     "What is minimised. In RL the loss hovers near zero by design and says little: look at the reward."),
+    ("implicit", "Implicit rewards", ("chosen_reward", "rejected_reward", "margin"),
+     "β × how many nats likelier than under the reference each reply became; margin: chosen minus rejected."),
+    ("preference", "Preference accuracy", ("preference_accuracy",),
+     "Share of pairs in which the chosen reply has the larger implicit reward; 0.5 is a coin."),
+    ("length", "Reply length (tokens)", ("length",), "A jump to the limit means replies without an end."),
+    ("groups", "Useful groups, finished replies", ("useful_groups", "finished"),
+     "Share of groups whose replies differ in reward (others teach nothing), and of replies that ended by themselves."),
+    ("entropy", "Entropy (nats a token)", ("entropy",), "How undecided the policy is; near zero it explores no more."),
+    ("kl", "KL to the reference (nats a token)", ("kl",), "How far the policy has moved from where it started."),
+    ("clip", "Clipped fraction", ("clip_fraction",), "Share of tokens whose ratio left the trusted range."),
+    ("gap", "Sampler gap (nats)", ("sampler_gap",),
+     "Largest difference between a token's log-prob when sampled and in training: rounding, or something is broken."),
+    ("gradient", "Gradient norm (before clipping)", ("grad_norm",), "Spikes are unstable steps."),
+    ("lr", "Learning rate", ("lr",), "The schedule: how large a step may be."),
+    ("speed", "Throughput (a second)", ("rollouts_per_s", "samples_per_s"), "Of whole steps, scoring included."),
+    ("time", "Seconds a step", ("seconds", "seconds_sample", "seconds_score", "seconds_learn"), "Where the time goes."),
+)]
+# fmt: on
+# Curves of these keys get an axis up to 1.
+FRACTIONS = {"accuracy", "format", "preference_accuracy", "useful_groups"}
+# Told apart by colour-blind eyes too.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+
+WORDS = {  # what the page says about its sections
+    "top": "What was trained, how it went, and what the models say now. This one file holds everything it shows.",
+    "results": """Each column is the model at the end of a stage, each row a set of questions. A cell reads
+<strong>accuracy / accuracy of what could be read / format</strong> in percent: how often the answer was right, the same
+among the replies whose answer could be read at all, and how often the reply had the form the question asked for. An
+answer counts only when it stands where the form puts it, so accuracy can be low for want of form: a model that guesses
+between two options is at 50 in the second number, whatever its form.
+Sets whose name ends in a colon and a word ask for another reply format.""",
+    "gf": """The last rows are percentage points of format, gained over the model before training:
+<strong>gain ID</strong> in the trained reply format, <strong>gain OOD</strong> in reply formats never trained, and
+<strong>GF</strong>, the generalization factor 5·ID·OOD / (4·ID + OOD). It is high only when both gained, and leans
+towards the untrained formats: a cold start that learns one format by heart has a low GF.""",
+    "curves": """What each run logged, step by step. Where a curve has a pale copy behind it, the pale line is what was
+logged and the strong line its moving mean.""",
+    "puzzles": """The same question as each stage answered it, in the order of the table: the picture, then every reply
+word for word, with the answer that was read from it and its score. Read the reasoning too: a right answer after
+reasoning that does not lead to it is luck. These are the first questions of each set; nobody picked them.""",
+}
+STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 72rem; padding: 1rem 1rem 4rem; background: #fcfcfa; color: #1d2733;
+  font: 16px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 1rem 0 .5rem; }
+h2 { font-size: 1.3rem; margin: 2.5rem 0 .3rem; border-bottom: 2px solid #d9dee5; padding-bottom: .2rem; }
+h3 { font-size: 1.05rem; margin: 1.5rem 0 .4rem; overflow-wrap: anywhere; }
+p { max-width: 46rem; margin: .4rem 0; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
+a { color: #005a9c; }
+.wide { overflow-x: auto; margin: .8rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; background: #fff; }
+th, td { padding: .35rem .7rem; border: 1px solid #d9dee5; text-align: right; white-space: nowrap; }
+th { background: #eef2f6; font-weight: 600; }
+tr > :first-child { text-align: left; position: sticky; left: 0; }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: .8rem; }
+figure { margin: 0; padding: .5rem; background: #fff; border: 1px solid #d9dee5; border-radius: 6px; }
+figure img { display: block; width: 100%; height: auto; }
+figcaption { font-size: .85rem; color: #4a5664; }
+.puzzle { margin: 1rem 0; padding: .8rem; background: #fff; border: 1px solid #d9dee5; border-radius: 6px;
+  display: grid; grid-template-columns: minmax(0, 1fr); gap: .8rem; }
+.puzzle img { max-width: 100%; width: 224px; height: auto; image-rendering: auto; border: 1px solid #d9dee5; }
+@media (min-width: 48rem) { .puzzle { grid-template-columns: 240px minmax(0, 1fr); } }
+pre { margin: .2rem 0 .7rem; padding: .5rem .6rem; background: #f4f6f8; border-left: 4px solid #9aa7b5;
+  border-radius: 3px; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate;
+  font: .85rem/1.45 ui-monospace, Consolas, monospace; }
+pre.right { border-color: #009e73; } pre.wrong { border-color: #d55e00; }
+.stage { font-size: .9rem; overflow-wrap: anywhere; }
+.score { color: #4a5664; }
+.right-word { color: #00694d; font-weight: 600; }
+.wrong-word { color: #a34700; font-weight: 600; }
+summary { cursor: pointer; color: #005a9c; font-size: .9rem; }
+"""
+# These keep the page small whatever comes in: cards, pictures of a card, pixels of a picture's side, characters.
+MOST_PUZZLES = 12
+MOST_IMAGES = 4
+IMAGE_SIDE = 224
+REPLY_CHARACTERS = 1500
+SETTINGS_CHARACTERS = 6000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text and pictures as HTML
+
+
+def escape(value: object, most: int = REPLY_CHARACTERS) -> str:
+    """Text for the page: markup made harmless, invisible characters spelled out, truncated at `most` characters.
+
+    Replies are whatever a model produced: tags, scripts, half a surrogate pair, marks that turn the line's direction.
+    """
+    text = value if isinstance(value, str) else json.dumps(value)
+    more = f" … ({len(text) - most} more characters)" if len(text) > most else ""
+    visible = []
+    for character in text[:most]:
+        # Category C: control, format, surrogate and unassigned characters.
+        if unicodedata.category(character)[0] == "C" and character not in "\n\t":
+            character = f"⟨U+{ord(character):04X}⟩"
+        visible.append(character)
+    return html.escape("".join(visible) + more, quote=True)
+
+
+def png_bytes(image: Image.Image, colours: int = 0) -> bytes:
+    """PNG bytes; with `colours` > 0 reduced to that many: a line drawing loses nothing by it."""
+    if colours:
+        image = image.convert("RGB").quantize(colours)
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=True)
+    return stream.getvalue()
+
+
+def img_tag(png: bytes, alt: str) -> str:
+    """An <img> with the picture inside it, as a data URI. alt: plain text, escaped here."""
+    data = base64.b64encode(png).decode("ascii")
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
+
+
+def figure_html(png: bytes, alt: str, caption: str) -> str:
+    """A curve's figure. alt and caption: plain text, escaped here."""
+    return f"<figure>{img_tag(png, alt)}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Table
+
+
+def stage_table(results: dict[str, dict]) -> list[list[str]]:
+    """The table as lines of cells, titles first: a column a stage, a line a source.
+
+    Cells are "accuracy / accuracy of the replies that could be read / format" in percent; below, if any stage has
+    them, the gains and the GF in percentage points.
+    """
+    table = [["set of questions", *results]]
+    sources = dict.fromkeys(source for result in results.values() for source in result["sources"])
+    for source in sources:
+        cells = [source]
+        for result in results.values():
+            metrics = result["sources"].get(source)
+            cells.append(percentages(metrics) if metrics else "–")
+        table.append(cells)
+
+    # A stage evaluated without --baseline has no GF.
+    if any(result["gf"] for result in results.values()):
+        for title, key in (("gain ID", "gain_id"), ("gain OOD", "gain_ood"), ("GF", "gf")):
+            cells = [title]
+            for result in results.values():
+                cells.append(f"{result['gf'][key]:.1f}" if result["gf"] else "–")
+            table.append(cells)
+    return table
+
+
+def percentages(metrics: dict) -> str:
+    """A cell of the table from a source's metrics."""
+    keys = ("accuracy", "accuracy_read", "format")
+    return " / ".join(f"{100 * metrics[key]:.1f}" for key in keys)
+
+
+def markdown_table(table: list[list[str]]) -> str:
+    """The same cells as a Markdown table with its columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for cells in table:
+        padded = [cell.replace("|", "/").ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        lines.append(f"| {' | '.join(padded)} |")
+    rule = "|".join("-" * (width + 2) for width in widths)
+    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
+
+
+def table_html(table: list[list[str]]) -> str:
+    """The same cells as an HTML table."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table[0])
+    body = ""
+    for title, *cells in table[1:]:
+        values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        body += f'<tr><th scope="row">{escape(title)}</th>{values}</tr>'
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves
+
+
+class Curve(NamedTuple):
+    """A key of a log over its steps."""
+
+    label: str
+    steps: list[int]
+    values: list[float]
+
+
+def curve(log: list[dict], key: str, label: str | None = None) -> Curve:
+    """One key of a log: finite numbers only, and the last entry of a step that was logged twice (by --resume)."""
+    found = {}
+    for entry in log:
+        value = entry.get(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and math.isfinite(value):
+            found[entry["step"]] = float(value)
+    steps = sorted(found)
+    return Curve(label or key, steps, [found[step] for step in steps])
+
+
+def smooth(values: list[float], window: int) -> list[float]:
+    """Centred moving mean over `window` values (an odd number); shorter at both ends."""
+    half = window // 2
+    return [fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def panels(log: list[dict]) -> list[Panel]:
+    """The figures for the keys a log has: those of PANELS, then every other key by itself."""
+    keys = dict.fromkeys(key for entry in log for key in entry if key != "step")
+    logged = [key for key in keys if curve(log, key).steps]
+    found = []
+    for panel in PANELS:
+        present = tuple(key for key in panel.keys if key in logged)
+        if present:
+            found.append(panel._replace(keys=present))
+    # A metric that a student adds to the log gets a figure without a line of code here.
+    known = {key for panel in PANELS for key in panel.keys}
+    return found + [Panel(key, key, (key,), "") for key in logged if key not in known]
+
+
+def draw(curves: list[Curve], title: str, fractions: bool) -> tuple[bytes, str]:
+    """Draw one figure: -> (PNG bytes, alt text with first and last values). fractions: the axis goes up to 1."""
+    # Imported here, because only a report needs it. A Figure by itself draws with Agg: no window, no display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 2.9), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    told = []
+    for i, (label, steps, values) in enumerate(curves):
+        colour = COLOURS[i % len(COLOURS)]
+        # About 30 independent means: long noisy logs become readable, short ones stay as they are.
+        window = 2 * (len(values) // 60) + 1
+        mean = smooth(values, window)
+        if window > 1:
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(
+            steps,
+            mean,
+            color=colour,
+            linewidth=1.8,
+            label=label,
+            marker="o" if len(values) < 3 else None,
+            linestyle=("-", "--", "-.", ":")[i // len(COLOURS) % 4],
+        )
+        told.append(f"{label} from {mean[0]:.3g} to {mean[-1]:.3g}")
+
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel("step", fontsize=9)
+    axes.tick_params(labelsize=9)
+    axes.ticklabel_format(axis="y", scilimits=(-2, 4), useOffset=False)
+    axes.grid(color="#e3e7ec", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    # The axis begins at 0: a wiggle should look like a wiggle.
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(0, low), max(high, 1.02 if fractions else 0))
+    if len(curves) > 1:
+        figure.legend(loc="outside lower center", ncols=min(3, len(curves)), fontsize=9, frameon=False)
+
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    last = max(steps[-1] for _, steps, _ in curves)
+    return png_bytes(Image.open(stream), colours=64), f"{title}, to step {last}: {'; '.join(told)}."
+
+
+# `save` in what follows: save(part of a file name, PNG bytes) keeps a curve beside the page.
+Save = Callable[[str, bytes], None]
+
+
+def curves_html(runs: dict[str, RunLog], save: Save) -> str:
+    """All curves: what several runs have in common side by side, then run by run."""
+    # One run beside itself says nothing: from two runs on.
+    shared = ""
+    for key, title in (("accuracy", "Accuracy, all runs"), ("format", "Format, all runs")):
+        curves = [curve(run.log, key, label=name) for name, run in runs.items()]
+        curves = [each for each in curves if each.steps]
+        if len(curves) > 1:
+            png, alt = draw(curves, title, fractions=True)
+            save(f"all-{key}", png)
+            shared += figure_html(png, alt, "On the questions being trained on, while training.")
+    parts = [f'<h3>Side by side</h3><div class="curves">{shared}</div>'] if shared else []
+    parts += [run_html(name, run, save) for name, run in runs.items()]
+    return "".join(parts)
+
+
+def run_html(name: str, run: RunLog, save: Save) -> str:
+    """One run's curves and settings."""
+    figures = ""
+    for panel in panels(run.log):
+        curves = [curve(run.log, key) for key in panel.keys]
+        png, alt = draw(curves, panel.title, fractions=not FRACTIONS.isdisjoint(panel.keys))
+        save(f"{name}-{panel.slug}", png)
+        figures += figure_html(png, f"{name}: {alt}", panel.words)
+    settings = ""
+    if run.settings:
+        lines = "\n".join(f"{key} = {value}" for key, value in run.settings.items())
+        lines = escape(lines, SETTINGS_CHARACTERS)
+        settings = f"<details><summary>Settings of this run</summary><pre>{lines}</pre></details>"
+    return f'<h3>{escape(name)}</h3><div class="curves">{figures}</div>{settings}'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions and replies
+
+
+def pick_puzzles(results: dict[str, dict]) -> list[list[tuple[str, dict]]]:
+    """Which records to show: (stage, row) pairs for each, at most MOST_PUZZLES records, the sources in turn.
+
+    Within a source those that most stages answered come first, then the order of the files: nobody picks them by hand.
+    """
+    records = {}  # (file, id) -> (stage, row) pairs
+    for stage, result in results.items():
+        for row in result["rows"]:
+            if "replies" in row:
+                records.setdefault((row["file"], row["id"]), []).append((stage, row))
+    sources = {}  # source -> its records
+    for pairs in sorted(records.values(), key=len, reverse=True):
+        _, row = pairs[0]
+        sources.setdefault(row["source"], []).append(pairs)
+    # In turns, so that a source with many records leaves room for the others.
+    picked = []
+    for turn in range(MOST_PUZZLES):
+        picked += [group[turn] for group in sources.values() if turn < len(group)]
+    return picked[:MOST_PUZZLES]
+
+
+def puzzle_html(pairs: list[tuple[str, dict]]) -> str:
+    """One card from a record's (stage, row) pairs: the pictures, the question, the gold answer, every stage's reply."""
+    _, row = pairs[0]
+    pictures = "".join(picture_html(path, row["id"]) for path in row["images"][:MOST_IMAGES])
+    replies = "".join(reply_html(*pair) for pair in pairs)
+    return (
+        f'<article class="puzzle"><div>{pictures}</div><div><div class="stage">'
+        f"<strong>{escape(row['source'])}</strong> · {escape(row['id'])} · gold answer “{escape(row['gold'])}”</div>"
+        f"<details open><summary>The question</summary><pre>{escape(row['prompt'])}</pre></details>"
+        f"{replies}</div></article>"
+    )
+
+
+def picture_html(path: str, question_id: str) -> str:
+    """A question's picture made small, or a note that it is gone. DataError if the file is no picture."""
+    if not Path(path).is_file():
+        return f"<p>The picture {escape(Path(path).name)} is no longer there.</p>"
+    try:
+        image = Image.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"{path}: cannot be read as an image: {error}") from error
+    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+    alt = f"Picture of question {question_id}, {image.width} by {image.height} pixels as shown"
+    return img_tag(png_bytes(image), alt)
+
+
+def reply_html(stage: str, row: dict) -> str:
+    """What one stage replied: the first of its replies word for word, the answer read from it, and its scores."""
+    accuracy, form = row["accuracy"][0], row["format"][0]
+    colour, verdict = ("right", "right") if accuracy >= 1 else ("wrong", "not right")
+    read = row["answers"][0]
+    answer = "none could be read" if read is None else f"“{escape(read)}”"
+
+    scores = f"accuracy {accuracy:.2f}, format {'kept' if form >= 1 else 'not kept'}, "
+    scores += f"reward {row['reward'][0]:.2f}, {row['length'][0]} tokens"
+    if len(row["replies"]) > 1:
+        scores += f"; the first of {len(row['replies'])}, whose mean accuracy is {fmean(row['accuracy']):.2f}"
+    return (
+        f'<div class="stage"><strong>{escape(stage)}</strong>: answer read: {answer}, '
+        f'<span class="{colour}-word">{verdict}</span> <span class="score">({scores})</span></div>'
+        f'<pre class="{colour}">{escape(row["replies"][0])}</pre>'
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def page_html(runs: dict[str, RunLog], results: dict[str, dict], save: Save) -> str:
+    """The whole page. results: as read_result gives them."""
+    sections = []  # (anchor, title, HTML)
+    if results:
+        table = stage_table(results)
+        note = f"<p>{WORDS['gf']}</p>" if table[-1][0] == "GF" else ""
+        sections.append(("results", "Results", table_html(table) + note))
+    if runs:
+        sections.append(("curves", "Training curves", curves_html(runs, save)))
+    cards = "".join(puzzle_html(pairs) for pairs in pick_puzzles(results))
+    if cards:
+        sections.append(("puzzles", "Questions and replies", cards))
+
+    links, body = "", ""
+    for anchor, title, content in sections:
+        links += f'<a href="#{anchor}">{title}</a>'
+        body += f'<h2 id="{anchor}">{title}</h2><p>{WORDS[anchor]}</p>{content}'
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        # Even if some reply got past the escaping: the page may load nothing and run nothing.
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Training report</title>'
+        f"<style>{STYLE}</style></head><body><h1>Training report</h1>"
+        f"<p>{WORDS['top']}</p><nav>{links}</nav>{body}</body></html>\n"
+    )
+
+
+def write_report(path: Path, runs: dict[str, Path], results: dict[str, Path], table_file: Path | None = None) -> None:
+    """Write the page, its curves as PNG files beside it, and with `table_file` the table as Markdown. Prints the table.
+
+    runs and results: {name: path}. Raises DataError, before anything is written, for what cannot be read.
+    """
+    logs = {name: read_run(folder) for name, folder in runs.items()}
+    read = {name: read_result(file) for name, file in results.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def save(part: str, png: bytes) -> None:
+        path.with_name(f"{path.stem}-{file_part(part)}.png").write_bytes(png)
+
+    page = page_html(logs, read, save)
+    write_text(path, page)
+    print(f"{path}: {len(page.encode()) / 1e6:.2f} MB, {len(runs)} runs, {len(results)} result files")
+    table = markdown_table(stage_table(read)) if read else ""
+    print(table)
+    if table_file:
+        write_text(table_file, table + "\n")
+
+
+def file_part(name: str) -> str:
+    """A name with only characters that are plain in any file system."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def named_path(text: str) -> tuple[str, Path]:
+    """'NAME=PATH' or 'PATH' -> (name, path); without a name the last part of the path names it."""
+    name, _, path = text.partition("=")
+    if path and name and "/" not in name:
+        return name, Path(path)
+    return Path(os.path.abspath(text)).name.removesuffix(".json"), Path(text)
+
+
+def add_report_flags(add: Callable) -> None:
+    """What a report is made of, the same flags for report.py and for eval.py --report. add: a parser's add_argument."""
+    add("--runs", nargs="+", type=named_path, default=[], metavar="[NAME=]DIR", help="run directories, for the curves")
+    add("--results", nargs="+", type=named_path, default=[], metavar="[NAME=]FILE.json",
+        help="result files in the order of the stages, for the table and the replies")  # fmt: skip
+    add("--table", type=Path, metavar="FILE.md", help="also write the table as Markdown")
+
+
+def check_report_flags(parser: training.Parser, args: argparse.Namespace) -> None:
+    """End with an error unless there is something to show and every name is used once."""
+    if not args.runs and not args.results:
+        parser.error("a report needs --runs or --results")
+    for flag, pairs in (("--runs", args.runs), ("--results", args.results)):
+        names = {file_part(name) for name, _ in pairs}
+        if len(names) < len(pairs):
+            parser.error(f"{flag}: two are called the same; give them names, as in first=DIR second=DIR")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = training.Parser(__doc__, epilog=__doc__.partition("\n\n")[2])
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page to write")
+    add_report_flags(parser.add_argument)
+    args = parser.parse_args(argv)
+    check_report_flags(parser, args)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    write_report(args.out, dict(args.runs), dict(args.results), args.table)
+
+
+if __name__ == "__main__":
+    training.run(main)

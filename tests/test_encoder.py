@@ -1,3 +1,22 @@
+"""model.Encoder and the families' pictures: records become prompts, texts become replies, nothing is truncated."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, FAMILIES
+from groups import every_family
+from PIL import Image
+
+import model
+from records import DataError
+
+QWEN = [family for family in FAMILIES if family.startswith("qwen")]
+
+
 @pytest.fixture(scope="module")
 def gallery(tmp_path_factory):
     """{name: path} of noise pictures in the modes and shapes that people have."""
@@ -24,13 +43,15 @@ def gallery(tmp_path_factory):
 
 
 def question(prompt, *images, **more):
-    return {"id": "q", "prompt": prompt, "images": [str(image) for image in images], "_where": "exam.jsonl:7", **more}
+    images = [str(image) for image in images]
+    return {"id": "q", "prompt": prompt, "images": images, "_where": "exam.jsonl:7", **more}
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
 def limited(tiny_dirs, request):
     """An encoder with --max-pixels 40,000 and patches of 14 or 16."""
     return model.load(tiny_dirs[request.param], CPU, max_pixels=40_000)[1]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
@@ -51,16 +72,16 @@ def test_sides_become_multiples_of_patch_times_merge_within_max_pixels(limited):
         assert limited.family.resize(resized).size == resized.size, "an engine that resizes again finds nothing to do"
 
 
-def test_patches_are_those_that_the_processor_makes_when_it_resizes_itself(limited, gallery):
+def test_pixels_are_those_that_the_processor_makes_when_it_resizes_itself(limited, gallery):
     limits = {"shortest_edge": limited.family.min_pixels, "longest_edge": 40_000}
     assert len(gallery) == 10
     for name, path in gallery.items():
-        patches, grid = limited.picture(path)
+        pixels, grid = limited.picture(path)
         with Image.open(path) as image:
             expected = limited.family.processor(images=[image], do_resize=True, size=limits, return_tensors="pt")
         assert grid.tolist() == expected["image_grid_thw"][0].tolist(), name
-        assert patches.dtype == torch.float32 and len(patches) == int(grid.prod()), name
-        torch.testing.assert_close(patches, expected["pixel_values"], rtol=0, atol=1e-6, msg=name)
+        assert pixels.dtype == torch.float32 and len(pixels) == int(grid.prod()), name
+        torch.testing.assert_close(pixels, expected["pixel_values"], rtol=0, atol=1e-6, msg=name)
 
 
 def test_max_pixels_below_one_image_token_is_refused(tiny_dirs):
@@ -91,10 +112,10 @@ def test_a_picture_is_encoded_once_and_then_kept(models, gallery):
 
 def test_a_full_cache_forgets_the_oldest_picture_and_encodes_it_again(models, tiny_dirs, gallery):
     policy, _ = models["qwen2_5_vl"]
-    path, config = tiny_dirs["qwen2_5_vl"], policy.hf.config
+    parts = tiny_dirs["qwen2_5_vl"], policy.family, policy.hf
     names = [gallery[name] for name in ("rgb", "grey", "photo")]
-    sizes = [model.Encoder(path, config, None).picture(name)[0].nbytes for name in names]
-    encoder = model.Encoder(path, config, None, cache_bytes=sum(sizes) - 1)
+    sizes = [model.Encoder(*parts).picture(name)[0].nbytes for name in names]
+    encoder = model.Encoder(*parts, cache_bytes=sum(sizes) - 1)
     first, second, third = (encoder.picture(name) for name in names)
     assert list(encoder._pictures) == names[1:], "the third pushed the first out"
     assert encoder.picture(names[1])[0] is second[0]
@@ -108,7 +129,7 @@ def test_a_full_cache_forgets_the_oldest_picture_and_encodes_it_again(models, ti
 def test_pictures_asked_for_ahead_are_encoded_once_and_are_the_same(models, tiny_dirs, gallery, monkeypatch):
     policy, _ = models["qwen2_5_vl"]
     names = [gallery[name] for name in ("rgb", "grey", "photo")]
-    encoder, plain = (model.Encoder(tiny_dirs["qwen2_5_vl"], policy.hf.config, None) for _ in range(2))
+    encoder, plain = (model.Encoder(tiny_dirs["qwen2_5_vl"], policy.family, policy.hf) for _ in range(2))
     encoded, encode = [], encoder._encode
     monkeypatch.setattr(encoder, "_encode", lambda path: encoded.append(path) or encode(path))
     encoder.prefetch([{"images": names[:2]}, {"images": names}, {"images": []}])
@@ -117,22 +138,37 @@ def test_pictures_asked_for_ahead_are_encoded_once_and_are_the_same(models, tiny
             assert torch.equal(found, expected)
     assert sorted(encoded) == sorted(names)
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts
 
 
-@every_family
+@pytest.mark.parametrize("family", QWEN)
 def test_a_prompt_holds_one_token_for_every_merged_square_of_its_pictures(models, gallery, family):
     _, encoder = models[family]
     prompt = encoder.prompt(question("One <image> and <image>, two.", gallery["rgb"], gallery["exact"]))
     squares = [int(grid.prod()) // 4 for grid in prompt.grids]
     runs = "".join("#" if token == encoder.image_id else "." for token in prompt.ids.tolist()).strip(".")
     assert [len(run) for run in runs.split(".") if run] == squares
-    assert len(prompt.pixels) == 4 * sum(squares)
+    assert len(prompt.pixels) == prompt.patches == 4 * sum(squares)
     assert prompt.plain_ids.count(encoder.image_id) == 2, "an engine of its own expands them itself"
     assert len(prompt.ids) == len(prompt.plain_ids) - 2 + sum(squares)
-    first, _ = encoder.picture(gallery["rgb"])
-    assert torch.equal(prompt.pixels[: len(first)], first), "pictures in the order of the record"
+
+
+@every_family
+def test_pictures_lie_in_a_prompt_in_the_order_of_the_record(models, gallery, family):
+    _, encoder = models[family]
+    prompt = encoder.prompt(question("One <image> and <image>, two.", gallery["rgb"], gallery["exact"]))
+    (first, first_grid), (second, second_grid) = (encoder.picture(gallery[name]) for name in ("rgb", "exact"))
+    assert torch.equal(prompt.pixels, torch.cat([first, second]))
+    assert prompt.grids.tolist() == [first_grid.tolist(), second_grid.tolist()]
+
+
+@every_family
+def test_the_length_of_a_prompt_is_known_without_reading_pixels(models, records, family):
+    _, encoder = models[family]
+    for record in records:
+        assert encoder.length(record) == len(encoder.prompt(record).ids)
 
 
 def test_positions_worked_by_hand(models, tmp_path):
@@ -148,14 +184,13 @@ def test_positions_worked_by_hand(models, tmp_path):
     assert prompt.next == begin + 3 + rest
 
 
-@every_family
+@pytest.mark.parametrize("family", QWEN)
 def test_positions_are_those_of_get_rope_index(models, records, family):
     policy, encoder = models[family]
     for record in records:
         prompt = encoder.prompt(record)
-        kinds = (prompt.ids == encoder.image_id).long()[None]
         ids = torch.cat([prompt.ids, torch.tensor([encoder.end_id] * 3)])[None]  # a reply of three tokens behind it
-        kinds = torch.cat([kinds, torch.zeros(1, 3, dtype=torch.long)], 1)
+        kinds = (ids == encoder.image_id).long()
         expected, _ = policy.hf.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=prompt.grids)
         assert torch.equal(prompt.positions, expected[:, 0, :-3])
         assert expected[:, 0, -3:].tolist() == [[prompt.next, prompt.next + 1, prompt.next + 2]] * 3
@@ -204,6 +239,7 @@ def test_a_prompt_longer_than_the_model_is_refused_not_truncated(models, gallery
     with pytest.raises(DataError, match=r"^exam.jsonl:7: \d+ prompt tokens, the model takes 4096"):
         encoder.prompt(question("light " * 4096, gallery["rgb"]))
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Replies
 
@@ -225,7 +261,7 @@ def test_a_reply_survives_encoding_and_decoding_with_every_special_token_visible
     assert ids.dtype == torch.long and int(ids[-1]) == encoder.end_id == encoder.tokenizer.eos_token_id
     assert encoder.decode(ids) == text
     assert encoder.decode(ids.tolist()) == text
-    assert encoder.decode(ids[:-1]) == text, "a reply that was cut before its end"
+    assert encoder.decode(ids[:-1]) == text, "a truncated reply"
 
 
 def test_only_the_end_token_itself_is_dropped_from_a_decoded_reply(models):

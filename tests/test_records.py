@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import rewards
 from records import DataError, epoch_order, read_jsonl, read_records, write_jsonl
-
 
 GOOD = {
     "id": "one",
@@ -71,7 +71,7 @@ BAD_LINES = {
     "a number as think": (other(think=1), '"think" must be bool'),
     "text as think": (other(think="true"), '"think" must be bool'),
     "a list as source": (other(source=["a"]), '"source" must be str'),
-    "an answer_type nobody knows": (other(answer_type="essay"), 'answer_type "essay"'),
+    "an answer_type nobody knows": (other(answer_type="essay"), "answer_type 'essay' is unknown"),
     "an answer_type of another type": (other(answer_type=None), '"answer_type" must be str'),
     "the id of line 1": (other(id="one"), 'id "one" stands already at'),
     "too few markers": (other(images=["pictures/a.png"] * 2, prompt="<image>?"), "1 <image> markers in the"),
@@ -96,7 +96,7 @@ def test_a_bad_line_is_named_with_file_line_and_cause(folder, name):
     line, cause = BAD_LINES[name]
     path = write_lines(folder / "bad.jsonl", GOOD, "", line, other(id="three"))  # the empty line counts: it is line 3
     with pytest.raises(DataError) as caught:
-        read_records(path)
+        read_records(path, check=rewards.check_gold)  # as every stage that learns or evaluates reads them
     assert str(caught.value).startswith(f"{path}:3: ")
     assert cause in str(caught.value)
 

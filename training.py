@@ -78,8 +78,7 @@ def number_in(interval, kind):
             raise argparse.ArgumentTypeError(f"must be {what}, not {text}") from None
         above = value > low or (interval[0] == "[" and value == low)
         below = value < high or (interval[-1] == "]" and value == high)
-        finite = kind is int or math.isfinite(value)  # isfinite fails on whole numbers too large for a float
-        if not (above and below and finite):
+        if not (above and below):  # NaN is neither, and inf not below "inf)"
             raise argparse.ArgumentTypeError(f"must lie in {interval}, not {text}")
         return value
 

@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-from matplotlib.colors import ListedColormap  # noqa: E402
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle  # noqa: E402
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure  # without pyplot: no window, no state
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -77,7 +76,8 @@ def draw_attention(path: Path) -> None:
     kind[prompt_tokens:, :prompt_tokens] *= 2
     kind[prompt_tokens:, prompt_tokens:] *= 3
 
-    figure, axes = plt.subplots(figsize=(11.5, 9.2))
+    figure = Figure(figsize=(11.5, 9.2))
+    axes = figure.subplots()
     axes.imshow(kind, cmap=ListedColormap([GREY, BLUE, SKY, ORANGE]), vmin=0, vmax=3)
     for edge in range(length + 1):
         axes.axhline(edge - 0.5, color="white", linewidth=1.5)
@@ -109,16 +109,18 @@ def draw_attention(path: Path) -> None:
 # Boxes and arrows
 
 
-def canvas(width: float, height: float):
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     """An empty picture, a unit an inch, y upwards."""
-    figure, axes = plt.subplots(figsize=(width, height))
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots()
     axes.set(xlim=(0, width), ylim=(0, height))
     axes.axis("off")
     figure.subplots_adjust(0, 0, 1, 1)
     return figure, axes
 
 
-def box(axes, x, y, width, height, text, colour=GREY, size=16) -> None:
+def box(axes: Axes, x, y, width, height, text: str, colour: str = GREY, size: float = 16) -> None:
+    """A rounded box of width and height, its lower left corner at (x, y) inches, with text in the middle."""
     dark = colour == BLUE
     axes.add_patch(FancyBboxPatch(
         (x, y), width, height, boxstyle="round,pad=0,rounding_size=0.12", facecolor=colour, edgecolor=INK, linewidth=1.2
@@ -128,7 +130,8 @@ def box(axes, x, y, width, height, text, colour=GREY, size=16) -> None:
     )
 
 
-def titled_box(axes, x, y, width, height, title, text, colour=GREY) -> None:
+def titled_box(axes: Axes, x, y, width, height, title: str, text: str, colour: str = GREY) -> None:
+    """A box with a title in bold and some lines of text below it."""
     box(axes, x, y, width, height, "", colour)
     middle = x + width / 2, y + height / 2
     lines = text.count("\n") + 1
@@ -137,13 +140,12 @@ def titled_box(axes, x, y, width, height, title, text, colour=GREY) -> None:
     axes.text(middle[0], middle[1] - 0.2, text, ha="center", va="center", fontsize=16)
 
 
-def arrow(axes, start, end) -> None:
+def arrow(axes: Axes, start: tuple, end: tuple) -> None:
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=18, color=INK, linewidth=1.6))
 
 
-def save(figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight", pad_inches=0.15, facecolor="white")
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,8 +200,8 @@ def draw_pair(path: Path) -> None:
             color="white" if colour == BLUE else INK,
         )  # fmt: skip
 
-    columns = [(6.1, "chosen", "$y_w$", ORANGE), (10.1, "rejected", "$y_l$", SKY)]
-    for x, name, symbol, colour in columns:
+    columns = [(6.1, "$y_w$", ORANGE), (10.1, "$y_l$", SKY)]
+    for x, symbol, colour in columns:
         middle = x + 1.7
         box(axes, x, 3.1, 3.4, 0.95, rf"$\log\,\pi$({symbol}$\,|\,x$)", colour, 19)
         box(axes, x, 1.85, 3.4, 0.95, rf"$-\,\log\,\pi_{{\rm ref}}$({symbol}$\,|\,x$)", GREY, 19)
@@ -217,7 +219,7 @@ PICTURES = {"attention.svg": draw_attention, "step.svg": draw_step, "pair.svg": 
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, draw in PICTURES.items():
             draw(folder / name)
 

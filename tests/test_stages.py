@@ -292,6 +292,19 @@ def with_useless_records(material):
     return write(material.folder / "with_useless.jsonl", material.records[1:5] + useless)
 
 
+@pytest.mark.parametrize("kl", [0.0, 0.04])
+def test_useful_groups_are_those_whose_rewards_differ_with_a_kl_and_without(material, tmp_path, monkeypatch, kl):
+    watch = Watch(monkeypatch)
+    data = with_useless_records(material)
+    call("grpo", **material.grpo(out=tmp_path, data=data, prompts=6, group=5, steps=1, kl=kl))
+    encoder = policy_of(material.speaker)[1]
+    differing = 0
+    for record, group in zip(seen_at(0, read_records(data), 6), watch.replies[0], strict=True):
+        differing += len({rewards.score(encoder.decode(reply.ids), record)["reward"] for reply in group}) > 1
+    assert 2 <= differing <= 4
+    assert rows(tmp_path)[0]["useful_groups"] == pytest.approx(differing / 6)
+
+
 @pytest.mark.parametrize("normalizer, scale", [("sequence", "group"), ("token", "none"), ("constant", "batch")])
 def test_skipping_groups_without_signal_does_not_change_the_gradient(
     material, tmp_path, monkeypatch, normalizer, scale

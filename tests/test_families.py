@@ -296,9 +296,6 @@ def test_dynamic_rope_is_transformers_own_up_to_the_models_length_and_stays_in_t
             hf(input_ids=prompt.ids[None], pixel_values=prompt.pixels).logits for hf in (policy.hf, plain)
         )
     torch.testing.assert_close(found, expected, **EXACT)
-    # vLLM scales from the first token on unless it is told otherwise.
-    overridden = encoder.family.vllm_settings()["hf_overrides"]["text_config"]["rope_parameters"]
-    assert overridden == {"rope_type": "default", "rope_theta": 100.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

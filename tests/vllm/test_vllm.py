@@ -98,7 +98,7 @@ def test_the_log_probs_are_the_trainers_for(family, models, tiny_dirs, records):
 
 
 def test_internvl_with_dynamic_rope_and_a_decoder_of_qwen3_is_computed_alike(records, tmp_path):
-    """vLLM would scale such a RoPE from the first token on, transformers only where a prompt is too long."""
+    """Within the model's length such a RoPE is the plain one."""
     make_tiny(tmp_path, "internvl", decoder="qwen3")
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["rope_parameters"] |= {"rope_type": "dynamic", "factor": 2.0}

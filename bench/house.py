@@ -130,7 +130,7 @@ def row_of(name: str, m: Measure) -> str:
 
 
 def summary(files: dict[str, Measure]) -> str:
-    """The last row: the sum of the lines, functions and flags, the longest function, the mean of the shares by lines."""
+    """The last row: sums of lines, functions and flags, the longest function, and means of the shares by lines."""
     measures = files.values()
     lines = sum(m.lines for m in measures)
 

@@ -1,8 +1,8 @@
-"""Rebuild the README's figure and result tables from committed logs, so that no number in it is typed by hand.
+"""Rebuild the figure and the result tables of README.md and docs/ from committed logs: no number is typed by hand.
 
-    python bench/readme.py                                   # logs in bench/results -> README.md and curves.png
+    python bench/readme.py                                   # logs in bench/results -> pages and curves.png
     python bench/readme.py --collect runs/demo runs/photos runs/embedded/grpo    # first take over finished runs
-    python bench/readme.py --check                           # exit 1 if README.md does not say what the logs say
+    python bench/readme.py --check                           # exit 1 if a page does not say what the logs say
 
 One demo run is kept as bench/results/demo-SEED.json: the summaries of its eval results, the log of every stage (the
 main keys) and the seconds it took. A run on photographs is kept as photos-SEED.json, the comparison with other
@@ -19,6 +19,7 @@ from statistics import fmean, median
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
+PAGES = [README, *sorted((HERE.parent / "docs").glob("*.md"))]
 STAGES = {
     "base": "base",
     "zero": "GRPO-zero",
@@ -106,6 +107,16 @@ def tables(runs):
     for stage in ("cold-dpo-sft", "cold-sft"):
         cells = [[run["stages"][stage]["gf"][key] for run in runs] for key in ("gain_id", "gain_ood", "gf")]
         lines.append(f"| {STAGES[stage].removeprefix('cold start ')} | " + " | ".join(map(spread, cells)) + " |")
+    return "\n".join(lines)
+
+
+def headline(runs):
+    """The front page's table, as Markdown: each seed's own numbers, before and after."""
+    lines = ["| after | format | accuracy, chance 50 |", "|---|---|---|"]
+    for stage in ("base", "zero", "rl-dpo-sft"):
+        sources = [run["stages"][stage]["sources"]["jigsaw-pair-2x1"] for run in runs]
+        cells = [", ".join(f"{100 * source[key]:.1f}" for source in sources) for key in ("format", "accuracy")]
+        lines.append(f"| {STAGES[stage]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -234,19 +245,21 @@ def draw(runs, path):
     figure.savefig(path, metadata={"Software": None})
 
 
-def rebuilt(blocks, text):
-    """README text with its blocks, {name: Markdown}, put between their markers."""
+def rebuilt(blocks, pages):
+    """Texts of the pages, with the blocks {name: Markdown} put between their markers, each on the page that has it."""
+    texts = [page.read_text() for page in pages]
     for name, part in blocks.items():
         block = f"<!-- {name}: rebuilt by bench/readme.py -->\n{part}\n<!-- end of {name} -->"
-        text, count = re.subn(rf"<!-- {name}: .*?<!-- end of {name} -->", lambda _, new=block: new, text, flags=re.S)
-        assert count == 1, f"README.md must hold the block {name} once"
-    return text
+        marked = re.compile(rf"<!-- {name}: .*?<!-- end of {name} -->", re.S)
+        assert sum(len(marked.findall(text)) for text in texts) == 1, f"one page must hold the block {name}, once"
+        texts = [marked.sub(lambda _, new=block: new, text) for text in texts]
+    return texts
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--collect", nargs="+", default=[], metavar="DIR", help="finished runs to take over first")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is not up to date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is not up to date")
     args = parser.parse_args(argv)
     for folder in map(Path, args.collect):
         if (folder / "log.jsonl").exists():
@@ -260,14 +273,16 @@ def main(argv=None):
         for kind in ("demo", "photos")
     )
     blocks = {"results": "\n\n".join([tables(runs), *map(photos_table, photos)])}
+    blocks["headline"] = headline(runs)
     blocks["speed"] = speed_table(json.loads((HERE / "results/versus.json").read_text()))
     blocks["embedded"] = embedded_text(json.loads((HERE / "results/embedded.json").read_text()))
     processes = json.loads((HERE / "results/worlds.json").read_text())
     blocks |= {"worlds": worlds_table(processes["worlds"]), "plans": plans_table(processes["plans"])}
-    new = rebuilt(blocks, README.read_text())
+    new = rebuilt(blocks, PAGES)
     if args.check:
-        return int(new != README.read_text())
-    README.write_text(new)
+        return int(new != [page.read_text() for page in PAGES])
+    for page, text in zip(PAGES, new, strict=True):
+        page.write_text(text)
     draw(runs, HERE / "results" / "curves.png")
     return 0
 

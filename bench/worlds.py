@@ -3,7 +3,7 @@
     python bench/worlds.py          # a few minutes; writes bench/results/worlds.json, then run bench/readme.py
 
 Same data, same seeds, fp32, six updates of dpo.py (DPO + SFT) and of grpo.py (KL, two updates a step) on the tests'
-tiny model. The difference is what sums in another order leave. The memory plans of docs/gpus.md are kept in the same file.
+tiny model. The difference is what sums in another order leave. The memory plans are kept in the same file.
 """
 
 import json

@@ -212,6 +212,7 @@ def test_a_flag_of_another_stage_a_bad_number_and_a_missing_file_are_noticed(tmp
 
 # What stands for a model whose name says no size.
 SIZES = {"BASE": "7B", "MODEL": "7B"}
+LONG_REPLY = 2048  # tokens of a pair's replies, which no flag of dpo.py tells
 
 
 def verdicts(found):
@@ -226,7 +227,7 @@ def verdicts(found):
         if name not in {*models, *plan.HUB}:  # a tiny model
             continue
         models[given["--out"]] = models.get(name, name)
-        fits, _, why = plan.judge(shlex.join(words), models=models)
+        fits, _, why = plan.judge(shlex.join(words), models=models, reply=LONG_REPLY)
         out.append((shlex.join(words), fits, why))
     return out
 

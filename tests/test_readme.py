@@ -105,7 +105,7 @@ def usages(recipe):
     header = recipe.read_text().split("\nset -")[0]
     lines = re.findall(r"^#\s+((?:[A-Z]+=\S+ )*bash recipes/\S+.*)$", header, re.M)
     lines = [re.split(r"\s{3,}", line)[0].strip() for line in lines]  # a remark may stand behind it
-    ready = [line for line in lines if not re.search(r"\[|\b(SIZE|MODEL|RECORDS|OUT|SEED)\b", line)]
+    ready = [line for line in lines if not re.search(r"\[|\b(SIZE|MODEL|RECORDS|OUT|SEED)\b|PLAN=1", line)]
     if ready:
         return ready
     words = {"SIZE": "7B", "SEED": "0"}
@@ -227,9 +227,33 @@ def verdicts(found):
         if name not in {*models, *plan.HUB}:  # a tiny model
             continue
         models[given["--out"]] = models.get(name, name)
-        fits, _, why = plan.judge(shlex.join(words), models=models, reply=LONG_REPLY)
-        out.append((shlex.join(words), fits, why))
+        plain = shlex.join(nameless(words))
+        out.append((shlex.join(words), *judge(plain, models.get(name, name))))
     return out
+
+
+NAMELESS = {"--model": "MODEL", "--policy": "MODEL", "--base": "MODEL", "--data": "d", "--out": "o", "--steps": "1"}
+
+
+def nameless(words):
+    """A command with its files and models renamed, so that commands that differ in nothing else are judged once."""
+    out, flag = [], ""
+    for word in words:
+        if word.startswith("--"):
+            flag = word
+            out.append(word)
+            if flag in NAMELESS:
+                out.append(NAMELESS[flag])
+        elif flag not in NAMELESS:
+            out.append(word)
+    return out
+
+
+@functools.cache
+def judge(command, size):
+    """(fits, why) of a command whose model is called MODEL."""
+    fits, _, why = plan.judge(command, models={"MODEL": size}, reply=LONG_REPLY)
+    return fits, why
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

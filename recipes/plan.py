@@ -5,6 +5,8 @@
     python recipes/plan.py --command "torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct …"
     python recipes/plan.py --recipe recipes/one_node.sh 7B Qwen/Qwen2.5-VL-7B-Instruct data.jsonl runs/x
 
+The last two end with status 1 if something does not fit.
+
 Nothing is loaded, no GPU and no second process is needed. The real classes are built on the meta device and sharded by
 the trainers' own `training.shard` in a fake process group of that size: weights, gradients and optimizer state are
 counted, not estimated. Activations are counted too: forward and backward of one micro-batch run on the meta device, and
@@ -385,10 +387,15 @@ def parse_command(command: str) -> tuple[str, argparse.Namespace, int]:
 
 
 def largest_picture(folder: str, max_pixels: int) -> int:
-    """Image tokens of a square picture of max_pixels."""
+    """The most image tokens that a picture of max_pixels takes, of shapes between 1:1 and 2:1."""
     _, encoder = model.build(folder, torch.float32, max_pixels)
-    side = math.isqrt(max_pixels)
-    return encoder.family.tokens_per_picture(encoder.family.grid(side, side))
+    family, most = encoder.family, 0
+    for number in range(41):
+        root = 2 ** (number / 80)  # of the ratio of its sides
+        side = math.sqrt(max_pixels)
+        grid = family.grid(round(side * root), round(side / root))
+        most = max(most, family.tokens_per_picture(grid))
+    return most
 
 
 def judge(
@@ -544,15 +551,17 @@ def print_plan(args: argparse.Namespace) -> None:
     print(f"  {verdict} {args.gpu_gib:g} GiB less {CUDA_GIB} for CUDA itself")
 
 
-def judge_all(commands: list[str], args: argparse.Namespace, models: dict[str, str]) -> None:
-    """Print the verdict on each command. A model that one of them writes inherits the size of what it began from."""
-    models = dict(models)
+def judge_all(commands: list[str], args: argparse.Namespace, models: dict[str, str]) -> bool:
+    """Print the verdict on each command: -> whether all fit. What is trained is as large as what it began from."""
+    models, all_fit = dict(models), True
     for command in commands:
         fits, _, explanation = judge(command, args.gpu_gib, models=models, reply=args.reply)
+        all_fit &= fits
         print(f"{'fits' if fits else 'does NOT fit'}: {explanation}")
         stage, flags, _ = parse_command(command)
         if stage in ("grpo", "dpo"):
             models[flags.out] = models.get(flags.model, flags.model)
+    return all_fit
 
 
 def main(argv=None):
@@ -561,7 +570,8 @@ def main(argv=None):
         print_plan(args)
     else:
         commands = [args.command] if args.command else commands_of(args.recipe[0], args.recipe[1:])
-        judge_all(commands, args, dict(args.models))
+        if not judge_all(commands, args, dict(args.models)):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,7 @@ from statistics import fmean, median
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-README = HERE.parent / "README.md"
-DOCS = HERE.parent / "docs"
+PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
 STAGES = {
     "base": "base",
     "zero": "GRPO-zero",
@@ -169,6 +168,20 @@ def spread(values: list[float]) -> str:
     """Mean and range over the seeds, in percent: "97.5 (96.5–98.5)"."""
     text = f"{fmean(values):.1f}"
     return f"{text} ({min(values):.1f}–{max(values):.1f})" if len(values) > 1 else text
+
+
+def headline() -> str:
+    """The front page's table: each seed's own numbers on the trained size, before and after."""
+    logs = read_results("demo-*.json")
+    commit = source(commits_of(logs))
+    if commit is None:
+        return unmeasured("make demo", "runs/demo")
+    lines = [f"| after (commit `{commit}`) | format | accuracy, chance 50 |", "|---|---|---|"]
+    for stage in ("base", "zero", "rl-dpo-sft"):
+        found = [run["stages"][stage]["sources"]["jigsaw-pair-2x1"] for run in logs.values()]
+        cells = [", ".join(f"{100 * numbers[key]:.1f}" for numbers in found) for key in ("format", "accuracy")]
+        lines.append(f"| {STAGES[stage]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def demo_tables() -> str:
@@ -444,10 +457,6 @@ def rebuilt(text: str, where: str) -> str:
     return text
 
 
-def pages() -> list[Path]:
-    return [README, *sorted(DOCS.glob("*.md"))]
-
-
 def parse_args(argv=None):
     sys.path.insert(0, str(HERE.parent))
     from training import Parser
@@ -463,7 +472,7 @@ def main(argv=None) -> int:
     try:
         for folder in map(Path, args.collect):
             collect(folder)
-        texts = {page: rebuilt(page.read_text(), page.name) for page in pages()}
+        texts = {page: rebuilt(page.read_text(), page.name) for page in PAGES}
         stale = [page for page, text in texts.items() if text != page.read_text()]
         if args.check:
             for page in stale:

@@ -165,5 +165,36 @@ def test_the_command_says_whether_a_run_fits(folder):
     assert verdict(*large, "--accumulate", "shards", "--sampler", "vllm", "--vllm-tp", "8").startswith("  fits")
 
 
+RECIPES = {
+    "one_node.sh": ["7B", "-", "-", "-"],
+    "specs_7b.sh": ["train.jsonl", "test.jsonl", "out"],
+    "jigsaw_r1_3b.sh": ["coco", "out"],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_command_of_a_recipe_fits_80_gib(name, capsys):
+    recipe = str(ROOT / "recipes" / name)
+    # the longest replies that a pair of specs_7b.sh can hold
+    plan.main(["--reply", "10240", "--as", "-", "7B", "--recipe", recipe, *RECIPES[name]])
+    verdicts = capsys.readouterr().out.splitlines()
+    stages = [line.split()[1].rstrip(",") for line in verdicts]
+    assert all(line.startswith("fits: ") for line in verdicts)
+    trainings = {"one_node.sh": 1, "specs_7b.sh": 3, "jigsaw_r1_3b.sh": 2}[name]
+    assert sum(stage in ("grpo.py", "dpo.py") for stage in stages) == trainings
+
+
+def test_a_recipe_that_does_not_fit_ends_with_status_1(tmp_path):
+    recipe = tmp_path / "large.sh"
+    recipe.write_text('for out in a b; do\n  python grpo.py --model "$1" --data x.jsonl --out $out\ndone\n')
+    with pytest.raises(SystemExit) as end_of_program:
+        plan.main(["--recipe", str(recipe), "72B"])
+    assert end_of_program.value.code == 1
+    assert len(plan.commands_of(str(recipe), ["72B"])) == 2
+    recipe.write_text("echo no disk >&2; exit 3")
+    with pytest.raises(DataError, match=r"ends with status 3 \(no disk\)"):
+        plan.commands_of(str(recipe), [])
+
+
 if __name__ == "__main__":
     training.run(lambda: measured(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4] == "frozen"))

@@ -225,26 +225,6 @@ def demo_tables() -> str:
     return "\n".join(lines)
 
 
-def headline() -> str:
-    """The front page's table: each seed's own numbers, before and after."""
-    logs = read_results("demo-*.json")
-    commit = source(commits_of(logs))
-    if commit is None:
-        return unmeasured("make demo", "runs/demo")
-    seeds = ", ".join(str(run["seed"]) for run in logs.values())
-    lines = [
-        f"Seeds {seeds}; commit `{commit}`.",
-        "",
-        "| after | format | accuracy, chance 50 |",
-        "|---|---|---|",
-    ]
-    for stage in ("base", "zero", "rl-dpo-sft"):
-        sources = [run["stages"][stage]["sources"]["jigsaw-pair-2x1"] for run in logs.values()]
-        cells = [", ".join(f"{100 * each[key]:.1f}" for each in sources) for key in ("format", "accuracy")]
-        lines.append(f"| {STAGES[stage]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def photos_tables() -> str:
     """One table for each run on photographs."""
     tables = []

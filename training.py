@@ -38,22 +38,30 @@ from records import DataError, write_jsonl, write_text
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every default, and keeps the line breaks of an epilog: examples stay examples."""
+    """Shows defaults that say something, and keeps the line breaks of an epilog: examples stay examples."""
+
+    def _get_help_string(self, action):
+        if action.required or action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse as every stage uses it: defaults in --help, no abbreviations, and an error is one line."""
+    """argparse as every stage uses it: --help shows the file's docstring and all defaults, there are no abbreviations,
+    and an error is one line."""
 
     def __init__(self, doc: str, epilog: str | None = None):
         super().__init__(
-            description=doc.split("\n")[0],
+            usage="python %(prog)s [flags]",
+            description=doc.strip(),
             epilog=epilog,
             allow_abbrev=False,
             formatter_class=HelpFormatter,
         )
 
     def error(self, message):
-        self.exit(2, f"error: {message}\n")
+        one_line = " ".join(message.split())  # it may quote a flag's value
+        self.exit(2, f"error: {one_line}\n")
 
 
 def integer(interval: str) -> Callable[[str], int]:
@@ -75,9 +83,10 @@ def number_in(interval, kind):
         except ValueError:
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {what}, not {text}") from None
+        # NaN is neither above nor below anything, and inf not below "inf)".
         above = value > low or (interval[0] == "[" and value == low)
         below = value < high or (interval[-1] == "]" and value == high)
-        if not (above and below and math.isfinite(value)):
+        if not (above and below):
             raise argparse.ArgumentTypeError(f"must lie in {interval}, not {text}")
         return value
 
@@ -88,7 +97,7 @@ def add_model_flags(parser: Parser):
     """The flags of every stage that runs a model, in a group of their own. Returns the group."""
     group = parser.add_argument_group("model and machine")
     add = group.add_argument
-    add("--max-pixels", type=integer("[1, inf)"), help="largest image area in pixels; None: the checkpoint's own")
+    add("--max-pixels", type=integer("[1, inf)"), help="largest image area in pixels (default: the checkpoint's own)")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
         help="compute type; auto: bf16 on a GPU, fp32 on a CPU. Weights that learn stay fp32")  # fmt: skip
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
@@ -195,8 +204,8 @@ def setup() -> World:
 def child_environment() -> dict:
     """The environment for a child process that must not join this process group."""
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in ours}
-    return {key: value for key, value in kept.items() if not key.startswith("TORCHELASTIC")}
+    others = {key: value for key, value in os.environ.items() if key not in ours}
+    return {key: value for key, value in others.items() if not key.startswith("TORCHELASTIC")}
 
 
 def run(main: Callable[[], None]) -> None:
@@ -218,8 +227,8 @@ def run(main: Callable[[], None]) -> None:
     except SystemExit:
         raise
     except Exception:
-        status = 1
-        traceback.print_exc()
+        # In one piece: print_exc writes line by line, and the processes of a run write to one screen.
+        status, message = 1, traceback.format_exc().rstrip()
 
     # Not above: there main's frame still lives, and with it a progress bar that has not ended its line.
     if message:
@@ -591,8 +600,8 @@ class Run:
         extra = {name: value for part in self.world.gather(extra or {}) for name, value in part.items()}
         folder = self.out / "checkpoints" / f"step_{step:06d}"
         if self.world.main:
-            for stale in (folder, partial_of(folder)):
-                shutil.rmtree(stale, ignore_errors=True)
+            for leftover in (folder, partial_of(folder)):
+                shutil.rmtree(leftover, ignore_errors=True)
         self.world.barrier()
         state = checkpoint_state(policy, optimizer)
         copied = {name: value.to("cpu", copy=True) for name, value in state.items()}

@@ -48,6 +48,7 @@ from training import DEFAULT_SHARDING, Sharding, integer, real
 
 GIB = 2**30
 CUDA_GIB = 2  # CUDA itself and NCCL
+STAGES = ("grpo", "dpo", "distill", "eval")  # those that run a model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
@@ -376,7 +377,7 @@ def parse_command(command: str) -> tuple[str, argparse.Namespace, int]:
         raise DataError(f"no stage is named in: {command}")
     before, script, flags = words[: scripts[0]], words[scripts[0]], words[scripts[0] + 1 :]
     stage = Path(script).stem
-    if stage not in ("grpo", "dpo", "distill", "eval"):
+    if stage not in STAGES:
         raise DataError(f"{script}: no stage that runs a model")
     args = importlib.import_module(stage).parse_args(flags)
     launcher = training.Parser("torchrun")
@@ -489,8 +490,13 @@ def commands_of(recipe: str, arguments: list[str]) -> list[str]:
             last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
             raise DataError(f"{recipe}: ends with status {done.returncode} ({last})")
         lines = noted.read_text().splitlines() if noted.exists() else []
-    stages = ("grpo.py", "dpo.py", "distill.py", "eval.py")
-    return [line for line in lines if any(f"/{stage} " in f"/{line}" for stage in stages) and "--report" not in line]
+    found = []
+    for line in lines:
+        words = shlex.split(line)
+        script = next((Path(word).stem for word in words if word.endswith(".py")), "")
+        if script in STAGES and "--report" not in words:  # a report runs no model
+            found.append(line)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -353,9 +353,9 @@ BUGS = [Bug(*entry) for entry in (
      "policy.hf._init_weights(module)  # rotary", "pass  # rotary", STANDS_ALONE),
     ("one process writes every file", "model.py", "i % world.size == world.rank", "world.rank == 0", EXPORT),
     ("--shard none shares out the weights", "model.py", "replicas = world.size", "pass", PLAN),
-    ("a plan forgets one of AdamW's moments", "recipes/plan.py", '2 * weights["trained"]', 'weights["trained"]', PLAN),
+    ("a plan forgets one of AdamW's moments", "recipes/plan.py", '2 * weights.trained', 'weights.trained', PLAN),
     ("a plan forgets the whole gradient", "recipes/plan.py",
-     'weights["whole gradient"]\n', '0\n', PLAN),
+     '= weights.whole_gradient\n', '= 0\n', PLAN),
     ("a plan counts no activations", "recipes/plan.py", "return live.most", "return 0", PLAN),
     ("gradients are not clipped", "model.py", "max_norm or math.inf", "math.inf", UPDATES),
 

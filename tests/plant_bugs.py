@@ -544,6 +544,10 @@ def problem_with(bug: Bug) -> str | None:
 
 def source_files() -> list[str]:
     """The repository's files, relative to its root: tracked ones and new ones, nothing that .gitignore names."""
+    if not (ROOT / ".git").exists():  # an archive, or a copy: without git, leave out what running makes
+        found = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+        made = {"runs", "exercises", "__pycache__"}
+        return sorted(str(path) for path in found if not any(p in made or p.startswith(".venv") for p in path.parts))
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
     return sorted(name for name in listed if name and (ROOT / name).is_file())

@@ -218,8 +218,8 @@ def run(main: Callable[[], None]) -> None:
     except SystemExit:
         raise
     except Exception:
-        status = 1
-        traceback.print_exc()
+        # In one piece: print_exc writes line by line, and the processes of a run write to one screen.
+        status, message = 1, traceback.format_exc().rstrip()
 
     # Not above: there main's frame still lives, and with it a progress bar that has not ended its line.
     if message:

@@ -258,7 +258,8 @@ class OneStepOffPolicy:
         self.step, self.steps, self.off_policy = step, steps, False
         self.future, self.seeds = None, []
         if pending:
-            groups = [pending[str(seed)] for seed in questions(step)[1]]
+            self.seeds = questions(step)[1]
+            groups = [pending[str(seed)] for seed in self.seeds]
             self.future = Future()
             self.future.set_result([[Reply.from_json(fields) for fields in group] for group in groups])
 

@@ -2,8 +2,8 @@
 
 What is checked is what a user relies on: what a run leaves behind, that its numbers are what they claim to be, that
 what must not matter does not, that it learns, and that bad input is refused before anything is trained. Expected values
-are worked out here a second time, one reply at a time, from the replies the run really drew (`Watch` looks on while the
-real functions run).
+are worked out here a second time, one reply at a time, from the replies the run really sampled (`Watch` looks on while
+the real functions run).
 """
 
 import argparse
@@ -15,7 +15,21 @@ import statistics
 
 import pytest
 import torch
-from commands import ROOT, Material, call, checkpoint, distance, end, flags, rows, start, timeless, weights, write
+from commands import (
+    ROOT,
+    Material,
+    call,
+    checkpoint,
+    distance,
+    end,
+    finish,
+    flags,
+    rows,
+    start,
+    timeless,
+    weights,
+    write,
+)
 
 import grpo
 import model
@@ -121,8 +135,7 @@ def test_the_commands_end_with_0_and_leave_a_model_directory_that_the_next_stage
         start(ROOT / "grpo.py", **material.grpo(out=rl, top_k=50, clip_high=0.28)),
     ]
     for process, out, words in zip(started, (cold, rl), ("3 steps of dpo+sft", "3 steps of GRPO"), strict=True):
-        status, stdout, stderr = end(process)
-        assert status == 0, stderr
+        stdout, stderr = finish(process)
         assert stdout == f"{out}: {words} done; the model is in the directory\n"
         assert "Traceback" not in stderr and "3/3" in stderr  # the progress bar at its end
         check_model_directory(out, 3)
@@ -174,7 +187,7 @@ def test_grpo_trains_with_the_settings_of(material, tmp_path, name):
     check_model_directory(tmp_path, 3)
     for row in log:
         assert row["clip_fraction"] == 0  # one update per batch: the ratio is 1
-        assert row["sampler_gap"] < 1e-5  # the trainer finds the log-probs the tokens were drawn with
+        assert row["sampler_gap"] < 1e-5  # the trainer finds the log-probs the tokens were sampled with
         assert row["sampler_gap_mean"] <= row["sampler_gap"] and row["importance_capped"] == 0
         assert row["reward"] == pytest.approx(row["accuracy"] + settings.get("format_weight", 0.5) * row["format"])
         assert row["finished"] <= 1 and 1 <= row["length"] <= 8 and row["entropy"] > 0
@@ -234,7 +247,7 @@ def test_the_reward_and_its_parts_are_means_over_all_replies(material, tmp_path,
     call("grpo", **material.grpo(out=tmp_path, steps=2, group=6, format_weight=0.25, save_every=1, kl=0.04))
     encoder = policy_of(material.speaker)[1]
     records = read_records(material.data)
-    assert len(set(watch.seeds)) == 8  # 2 steps, 4 prompts: no two draw alike
+    assert len(set(watch.seeds)) == 8  # 2 steps, 4 prompts: no two sample alike
     for step, row in enumerate(rows(tmp_path)):
         groups = list(zip(seen_at(step, records, 4), watch.replies[step], strict=True))
         pairs = [(record, reply) for record, group in groups for reply in group]
@@ -363,7 +376,7 @@ def test_updates_above_1_take_that_many_optimizer_steps_on_the_same_replies(mate
     for out, taken in ((one, 2), (three, 6)):
         counts = {float(value) for name, value in checkpoint(out, 2).items() if name.endswith("/step")}
         assert counts == {taken}
-    assert rows(one)[0]["reward"] == rows(three)[0]["reward"]  # the first batch is drawn before any update
+    assert rows(one)[0]["reward"] == rows(three)[0]["reward"]  # the first batch is sampled before any update
     assert rows(one)[0]["clip_fraction"] == 0 < rows(three)[0]["clip_fraction"] < 1
     assert rows(three)[0]["sampler_gap"] < 1e-5  # measured at the first update only
     assert distance(weights(one), weights(three)) > 1e-3
@@ -466,10 +479,10 @@ def test_data_or_models_that_cannot_be_read_are_refused(material, tmp_path, caps
     check("no/such/model", model=tmp_path / "no/such/model")
     (tmp_path / "hollow").mkdir()
     check("hollow", model=tmp_path / "hollow")
-    cut = tmp_path / "cut"
-    shutil.copytree(material.tiny, cut)
-    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
-    check("cut", model=cut)
+    torn = tmp_path / "torn"
+    shutil.copytree(material.tiny, torn)
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:5000])
+    check("torn", model=torn)
     check("--max-pixels 100", max_pixels=100)
     (tmp_path / "file").write_text("")
     check_one_line(refuse(capsys, stage, **settings(out=tmp_path / "file")), "file")

@@ -45,64 +45,64 @@ def some(file, *names):
 
 
 LOSSES = "tests/test_losses.py"
-CANARIES = "tests/test_canaries.py"
+PARITY = "tests/test_parity.py"
 REWARDS = "tests/test_rewards.py"
 JIGSAW = "tests/test_jigsaw.py"
 TOY = "tests/test_toy.py"
+PLAN = "tests/test_plan.py"
 # The other files take longer: from them only the tests that must notice.
 GROUPS = some(
-    "test_model",
+    "test_groups",
     "a_group_has_the_log_probs_and_gradients_of_the_plain_layout",
     "so_it_has_at_temperature_0_7",
     "image_and_video_pads_have_no_probability_and_the_rest_sums_to_1",
 )
+HEAD = some("test_groups", "log_probs_of_tokens_and_their_gradients_are_those_of_log_softmax")
 SAMPLER = some(
-    "test_model",
+    "test_sampler",
     "greedy_replies_equal_generate",
-    "drawn_log_probs_are_those_of_the_trainer",
+    "sampled_log_probs_are_those_of_the_trainer",
     "the_same_seeds_give_the_same_replies_and_others_do_not",
     "replies_stop_one_by_one_and_those_that_are_left_go_on_as_if_nothing_had_ended",
     "image_and_video_pads_are_never_sampled_however_likely",
-    "cuts_do_not_change_the_log_probs_that_are_returned",
+    "filters_do_not_change_the_log_probs_that_are_returned",
 )
-DRAW = some(
-    "test_model",
-    "frequencies_of_draws_match_the_softmax",
-    "a_draw_inverts_the_cumulated_distribution",
+TOKENS = some(
+    "test_sampler",
+    "frequencies_of_samples_match_the_softmax",
+    "sampling_inverts_the_cumulated_distribution",
     "top_k_keeps_the_k_likeliest_and_rescales_them",
     "top_p_keeps_the_smallest_set_that_reaches_p",
     "top_p_counts_after_top_k",
 )
 ATTENTION = some(
-    "test_model",
+    "test_attention",
     "attention_in_parts_is_attention_over_the_whole",
     "windows_of_one_length_at_a_time_are_windows_one_by_one",
 )
-FLASH = some(
-    "test_model",
-    "the_calls_of_the_flash_kernels_mean_the_same_attention",
-    "sampling_with_flash_kernels_draws_the_same_replies",
+FLASH = " ".join([
+    some("test_attention", "the_calls_of_the_flash_kernels_mean_the_same_attention"),
+    some("test_sampler", "sampling_with_flash_kernels_samples_the_same_replies"),
+])  # fmt: skip
+STANDS_ALONE = some("test_attention", "the_hugging_face_model_inside_still_stands_on_its_own")
+ENCODER = some("test_encoder", "a_reply_survives_encoding_and_decoding_with_every_special_token_visible")
+OWN_HEAD = some("test_loading", "a_head_of_its_own_is_used_even_if_the_config_ties_it")
+ORDER = some("test_records", "every_epoch_is_a_permutation_of_its_own", "another_seed_gives_another_order")
+FLAGS = some("test_training", "a_number_in_its_interval_is_read", "a_number_out_of_its_interval_is_refused")
+UPDATES = some(
+    "test_training", "learning_rates_by_hand", "an_update_clips_the_norm_sets_the_rate_and_clears_the_gradient"
 )
-HEAD = some("test_model", "log_probs_of_tokens_and_their_gradients_are_those_of_log_softmax")
-ACCOUNT = some(
-    "test_model",
+NUMBERS = some("test_training", "a_gradient_that_is_no_number_changes_nothing_and_ends_the_run")
+COST = some(
+    "test_training",
     "the_flops_of_the_formula_are_those_that_torch_counts",
     "flops_of_windows_by_hand",
     "a_frozen_tower_has_no_backward_pass_to_count",
 )
-ENCODER = some("test_model", "a_reply_survives_encoding_and_decoding_with_every_special_token_visible")
-ORDER = some("test_model", "every_epoch_is_a_permutation_of_its_own", "another_seed_gives_another_order")
-UPDATES = some("test_model", "learning_rates_by_hand", "an_update_clips_the_norm_sets_the_rate_and_clears_the_gradient")
-STANDS_ALONE = some("test_model", "the_hugging_face_model_inside_still_stands_on_its_own")
-NUMBERS = some("test_model", "a_gradient_that_is_no_number_changes_nothing_and_ends_the_run")
-OWN_HEAD = some("test_own_head", "a_checkpoint_with_a_head_of_its_own_keeps_it_though_its_config_says_tied")
-FLAGS = "tests/test_flags.py"
-OFF_POLICY = "tests/test_off_policy.py"
+CHECKPOINT = some("test_training", "a_resumed_run_ends_with_the_weights_of_an_unbroken_one")
 SETTINGS = some("test_resume", "a_resumed_run_keeps_its_settings")
 BACKGROUND = some("test_resume", "a_checkpoint_holds_the_moment_it_was_asked_for_though_it_is_written_later")
 EXPORT = some("test_parallel", "a_model_is_exported_in_files_that_the_processes_write_in_turns")
-PLAN = "tests/test_plan.py"
-CHECKPOINT = some("test_model", "a_resumed_run_ends_with_the_weights_of_an_unbroken_one")
 EVAL = some(
     "test_eval",
     "gains_of_50_and_20_give_22_point_7",
@@ -328,7 +328,7 @@ BUGS = [Bug(*entry) for entry in (
     ("the gradient forgets the temperature", "model.py",
      "grad = grad / (ctx.temperature or 1.0)", "grad = grad * 1.0", HEAD),
     ("a frozen tower's backward pass is counted", "model.py",
-     "(1 if self.frozen else 3) * vision", "3 * vision", ACCOUNT),
+     "(1 if self.frozen else 3) * vision", "3 * vision", COST),
     ("the end token is dropped from the mask", "model.py",
      "    mask = unpack(torch.ones_like(values, dtype=torch.bool), batch.cell, False)",
      "    mask = unpack(~torch.isin(batch.targets, torch.tensor(policy.end_ids)), batch.cell, False)", GROUPS),
@@ -349,7 +349,7 @@ BUGS = [Bug(*entry) for entry in (
 
     # ---- families.py
     ("windows are counted as if they saw the whole picture", "families.py",
-     "t * window_pairs(h, side) * window_pairs(w, side)", "t * (h * w) ** 2", ACCOUNT),
+     "t * window_pairs(h, side) * window_pairs(w, side)", "t * (h * w) ** 2", COST),
 
     # ---- records.py
     ("every epoch has the same order", "records.py",
@@ -406,36 +406,36 @@ BUGS = [Bug(*entry) for entry in (
      "torch.where(ended, step + 1, length[active])", "torch.where(ended, step, length[active])", SAMPLER),
     ("a sampled reply goes on after its end", "sampler.py",
      "ended = torch.isin(token, end_ids) & ~finished[active]", "ended = torch.isin(token, end_ids)", SAMPLER),
-    ("top-k keeps one token too many", "sampler.py", "logits.topk(top_k, -1)", "logits.topk(top_k + 1, -1)", DRAW),
+    ("top-k keeps one token too many", "sampler.py", "logits.topk(top_k, -1)", "logits.topk(top_k + 1, -1)", TOKENS),
     ("top-p drops the token that reaches the mass", "sampler.py", "ordered.cumsum(-1) - ordered >= top_p",
-     "ordered.cumsum(-1) >= top_p", DRAW),
+     "ordered.cumsum(-1) >= top_p", TOKENS),
     ("log-probs are those after top-k and top-p", "sampler.py",
      "    return token, logits.gather(-1, token) - lse\n\n\ndef filter_logits",
      "    return token, filtered.log_softmax(-1).gather(-1, token)\n\n\ndef filter_logits", SAMPLER),
     ("the block that is hit is summed up from its neighbour", "sampler.py",
      "share = (height - (block_end - block_mass).gather(-1, hit))", "share = (height - block_end.gather(-1, hit))",
-     DRAW),
+     TOKENS),
 
     # ---- vllm_sampler.py
     ("a parity check takes NaN for a small difference", "vllm_sampler.py",
-     "if not (gap.max() <= largest and gap.mean() <= mean):", "if gap.max() > largest or gap.mean() > mean:", CANARIES),
+     "if not (gap.max() <= largest and gap.mean() <= mean):", "if gap.max() > largest or gap.mean() > mean:", PARITY),
     ("a parity check has no bound of the mean", "vllm_sampler.py",
-     "if not (gap.max() <= largest and gap.mean() <= mean):", "if not gap.max() <= largest:", CANARIES),
+     "if not (gap.max() <= largest and gap.mean() <= mean):", "if not gap.max() <= largest:", PARITY),
     ("a parity check forgets the temperature", "vllm_sampler.py",
      "_, mask = trainer_log_probs(policy, groups, temperature)", "_, mask = trainer_log_probs(policy, groups)",
-     CANARIES),
+     PARITY),
     ("any greedy token will do", "vllm_sampler.py", "gap, allowed = (best - logp).max()", "gap, allowed = 0.0",
-     CANARIES),
+     PARITY),
     ("weights that vLLM has and nobody sends are not missed", "vllm_sampler.py",
-     "missing = sorted(wanted - set().union(*loaded.values()))", "missing = []", CANARIES),
+     "missing = sorted(wanted - set().union(*loaded.values()))", "missing = []", PARITY),
     ("wrong weights may go unnoticed", "vllm_sampler.py",
-     'raise ParityError("parity check sync', 'ParityError("parity check sync', CANARIES),
-    ("any later version of vLLM will do", "vllm_sampler.py", " < parse_version(VERSIONS[1]):", ":", CANARIES),
+     'raise ParityError("parity check sync', 'ParityError("parity check sync', PARITY),
+    ("any later version of vLLM will do", "vllm_sampler.py", " < parse_version(VERSIONS[1]):", ":", PARITY),
     ("replies that were sampled ahead are given to the wrong seeds", "vllm_sampler.py",
-     "groups = [pending[str(seed)] for seed in questions(step)[1]]", "groups = list(pending.values())", OFF_POLICY),
+     "groups = [pending[str(seed)] for seed in self.seeds]", "groups = list(pending.values())", PARITY),
     ("replies that are sampled ahead have the seeds of the step before", "vllm_sampler.py",
      "self.engine.begin(policy, prompts, n, seeds=self.seeds, **options)",
-     "self.engine.begin(policy, prompts, n, seeds=seeds, **options)", OFF_POLICY),
+     "self.engine.begin(policy, prompts, n, seeds=seeds, **options)", PARITY),
 
     # ---- rewards.py
     ("the format weight is ignored", "rewards.py", "format_weight * well_formed", "0.5 * well_formed", REWARDS),

@@ -316,13 +316,13 @@ def named_weight(text: str) -> tuple[str, float]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = training.Parser(__doc__, epilog=__doc__.partition("\n\n")[2])
+    parser = training.Parser(__doc__)
     # fmt: off
     add = parser.add_argument_group("what to evaluate").add_argument
     add("--model", metavar="DIR", help="model or run directory, or a hub id")
     add("--data", nargs="+", default=[], metavar="FILE", help="records.jsonl files")
     add("--out", type=Path, metavar="FILE.json", help="the result file to write")
-    add("--limit", type=integer("[1, inf)"), metavar="N", help="only the first N records of each file; None: all")
+    add("--limit", type=integer("[1, inf)"), metavar="N", help="only the first N records of each file (default: all)")
     add("--batch", type=integer("[1, inf)"), default=64, metavar="N",
         help="records a call and process: a matter of memory and speed, not of results")
     add("--keep-replies", type=integer("[0, inf)"), default=20, metavar="N",
@@ -334,7 +334,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--baseline", type=Path, metavar="FILE.json",
         help="result of the step-0 model on the same --id and --ood files: prints and stores the GF")
     add("--ood-weights", nargs="+", type=named_weight, metavar="SOURCE=W",
-        help="weight of each OOD source in the OOD gain; None: all alike")
+        help="weight of each OOD source in the OOD gain (default: all alike)")
 
     add = parser.add_argument_group("replies").add_argument
     add("--samples", type=integer("[1, inf)"), default=1, metavar="N", help="replies a record; above 1: pass@k")

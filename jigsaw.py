@@ -516,10 +516,15 @@ def write_puzzles(
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags are not abbreviated, and an error is one line without the usage text."""
+    """--help shows the file's docstring, flags are not abbreviated, and an error is one line."""
 
-    def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
+    def __init__(self, doc: str = ""):
+        super().__init__(
+            usage="python %(prog)s [flags]",
+            description=doc.strip(),
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message}\n")
@@ -597,7 +602,7 @@ def check_common_flags(parser: Parser, args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of `write_puzzles`, under the same names."""
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--count", metavar="N", type=integer("[1, inf)"), required=True, help="how many puzzles to write")
     add("--out", metavar="DIR", required=True, help="gets records.jsonl and images/")

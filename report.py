@@ -560,7 +560,7 @@ def check_report_flags(parser: training.Parser, args: argparse.Namespace) -> Non
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = training.Parser(__doc__, epilog=__doc__.partition("\n\n")[2])
+    parser = training.Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page to write")
     add_report_flags(parser.add_argument)
     args = parser.parse_args(argv)

@@ -38,15 +38,22 @@ from records import DataError, write_jsonl, write_text
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every default, and keeps the line breaks of an epilog: examples stay examples."""
+    """Shows defaults that say something, and keeps the line breaks of an epilog: examples stay examples."""
+
+    def _get_help_string(self, action):
+        if action.required or action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse as every stage uses it: defaults in --help, no abbreviations, and an error is one line."""
+    """argparse as every stage uses it: --help shows the file's docstring and all defaults, there are no abbreviations,
+    and an error is one line."""
 
     def __init__(self, doc: str, epilog: str | None = None):
         super().__init__(
-            description=doc.split("\n")[0],
+            usage="python %(prog)s [flags]",
+            description=doc.strip(),
             epilog=epilog,
             allow_abbrev=False,
             formatter_class=HelpFormatter,
@@ -88,7 +95,7 @@ def add_model_flags(parser: Parser):
     """The flags of every stage that runs a model, in a group of their own. Returns the group."""
     group = parser.add_argument_group("model and machine")
     add = group.add_argument
-    add("--max-pixels", type=integer("[1, inf)"), help="largest image area in pixels; None: the checkpoint's own")
+    add("--max-pixels", type=integer("[1, inf)"), help="largest image area in pixels (default: the checkpoint's own)")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
         help="compute type; auto: bf16 on a GPU, fp32 on a CPU. Weights that learn stay fp32")  # fmt: skip
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
@@ -195,8 +202,8 @@ def setup() -> World:
 def child_environment() -> dict:
     """The environment for a child process that must not join this process group."""
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in ours}
-    return {key: value for key, value in kept.items() if not key.startswith("TORCHELASTIC")}
+    others = {key: value for key, value in os.environ.items() if key not in ours}
+    return {key: value for key, value in others.items() if not key.startswith("TORCHELASTIC")}
 
 
 def run(main: Callable[[], None]) -> None:
@@ -591,8 +598,8 @@ class Run:
         extra = {name: value for part in self.world.gather(extra or {}) for name, value in part.items()}
         folder = self.out / "checkpoints" / f"step_{step:06d}"
         if self.world.main:
-            for stale in (folder, partial_of(folder)):
-                shutil.rmtree(stale, ignore_errors=True)
+            for leftover in (folder, partial_of(folder)):
+                shutil.rmtree(leftover, ignore_errors=True)
         self.world.barrier()
         state = checkpoint_state(policy, optimizer)
         copied = {name: value.to("cpu", copy=True) for name, value in state.items()}

@@ -231,7 +231,7 @@ def write_primer(
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The arguments of `write_primer`, under the same names."""
-    parser = jigsaw.Parser(description=__doc__.splitlines()[0])
+    parser = jigsaw.Parser(__doc__)
     add = parser.add_argument
     add("--count", metavar="N", type=jigsaw.integer("[1, inf)"), required=True, help="how many questions to write")
     add("--out", metavar="DIR", required=True, help="gets primer.jsonl and images/")

@@ -325,7 +325,7 @@ def make_tiny(
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The arguments of `make_tiny`, under the same names."""
-    parser = jigsaw.Parser(description=__doc__.splitlines()[0])
+    parser = jigsaw.Parser(__doc__)
     positive, natural = jigsaw.integer("[1, inf)"), jigsaw.integer("[0, inf)")
     add = parser.add_argument
     add("folder", metavar="DIR", help="gets the model directory")

@@ -60,7 +60,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
-        self.exit(2, f"error: {message}\n")
+        one_line = " ".join(message.split())  # it may quote a flag's value
+        self.exit(2, f"error: {one_line}\n")
 
 
 def integer(interval: str) -> Callable[[str], int]:
@@ -84,7 +85,7 @@ def number_in(interval, kind):
             raise argparse.ArgumentTypeError(f"must be {what}, not {text}") from None
         above = value > low or (interval[0] == "[" and value == low)
         below = value < high or (interval[-1] == "]" and value == high)
-        if not (above and below and math.isfinite(value)):
+        if not (above and below):  # NaN is neither, and inf not below "inf)"
             raise argparse.ArgumentTypeError(f"must lie in {interval}, not {text}")
         return value
 

@@ -9,7 +9,6 @@ from PIL import Image
 import rewards
 from records import DataError, epoch_order, read_jsonl, read_records, write_jsonl
 
-
 GOOD = {
     "id": "one",
     "images": ["pictures/a.png"],

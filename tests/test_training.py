@@ -17,7 +17,6 @@ import model
 import training
 from records import DataError, read_jsonl
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
 
@@ -26,6 +25,7 @@ ACCEPTED = [
     (training.integer("[1, inf)"), "1", 1),
     (training.integer("[0, inf)"), "0", 0),
     (training.integer("[-3, 4)"), "-3", -3),
+    (training.integer("[1, inf)"), "9" * 400, 10**400 - 1),  # too large for a float
     (training.real("(0, 1]"), "1", 1.0),
     (training.real("(0, 1]"), "1e-9", 1e-9),
     (training.real("[0, 1)"), "0", 0.0),
@@ -82,6 +82,7 @@ def parser():
         (["--top-p", "nan"], "argument --top-p: must lie in (0, 1], not nan"),
         (["--steps", "0"], "argument --steps: must lie in [1, inf), not 0"),
         (["--steps", "ten"], "argument --steps: must be a whole number, not ten"),
+        (["--steps", "a\nb"], "argument --steps: must be a whole number, not a b"),
         (["--step", "3"], "unrecognized arguments: --step 3"),  # no abbreviations
         (["--steps"], "argument --steps: expected one argument"),
         (["more"], "unrecognized arguments: more"),

@@ -222,7 +222,7 @@ class Material:
             record |= {"id": f"p{number}", "images": [f"puzzles/{name}" for name in record["images"]]}
         records += [self.question(f"t{number}", f"Give one letter, {'again ' * number}please.") for number in range(4)]
         write(self.data, records)
-        primer = [
+        warm_up = [
             record | {"id": f"{record['id']}/{number}", "chosen": text or "1 looks dark"}
             for record in records
             for number, text in enumerate(SAYINGS)
@@ -232,7 +232,7 @@ class Material:
         replies[2]["chosen"] = "B, because 2 looks light"
         write(self.pair_data, [record | reply for record, reply in zip(records, replies, strict=True)])
         call(
-            "dpo", model=self.tiny, data=write(self.folder / "primer.jsonl", primer), out=self.speaker, loss="sft",
+            "dpo", model=self.tiny, data=write(self.folder / "warm_up.jsonl", warm_up), out=self.speaker, loss="sft",
             batch=28, steps=40, lr=3e-3, save_every=0,
         )  # fmt: skip
         (self.folder / "done").touch()

@@ -4,6 +4,7 @@ All of it is made once and must not be changed; a test that needs other weights 
 """
 
 import random
+import re
 
 import flash
 import pytest
@@ -18,6 +19,14 @@ from toy.tiny_model import make_tiny
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 CPU = training.World(rank=0, size=1, device=torch.device("cpu"))  # fp32, also on a machine with a GPU
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What a failed test shows of a progress bar is its last state, not all of them."""
+    report = yield
+    report.sections = [(title, re.sub(r"[^\n]*\r", "", text)) for title, text in report.sections]
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)

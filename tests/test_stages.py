@@ -10,7 +10,9 @@ import argparse
 import importlib
 import json
 import math
+import re
 import shutil
+import signal
 import statistics
 
 import pytest
@@ -36,7 +38,8 @@ import model
 import rewards
 import sampler
 import training
-from records import epoch_order, read_records
+import vllm_sampler
+from records import DataError, epoch_order, read_records
 
 LN2 = 0.6931471805599453
 DPO_KEYS = {"step", "loss", "loss_dpo", "loss_sft", "chosen_reward", "rejected_reward", "margin", "preference_accuracy",
@@ -125,7 +128,6 @@ def check_log(out, keys, steps):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands and what they leave behind
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_commands_end_with_0_and_leave_a_model_directory_that_the_next_stage_takes(material, tmp_path):
@@ -204,7 +206,6 @@ def test_grpo_trains_with_the_settings_of(material, tmp_path, name):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The numbers are what they claim to be
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_dpo_measures_implicit_rewards_against_the_starting_model_and_not_against_itself(material, tmp_path):
@@ -338,7 +339,6 @@ def test_a_step_in_which_no_group_carries_a_signal_changes_nothing_and_is_logged
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What matters and what must not
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_command_gives_the_same_bits_and_another_seed_does_not(material, tmp_path):
@@ -411,7 +411,6 @@ def test_grpo_learns_to_give_the_answer_that_is_rewarded(material, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: status 2, one line, nothing trained
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def refuse(capsys, stage, **settings):
@@ -549,26 +548,117 @@ def test_the_commands_print_one_line_on_stderr_and_end_with_2(material, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Command lines
+
+
 def stages():
     return sorted(path.stem for path in ROOT.glob("*.py") if "def parse_args" in path.read_text())
 
 
+# The groups of each stage's --help, in their order. What is said of the machine is said in one place.
+GROUPS = {
+    "dpo": ["loss", "optimiser", "model and machine", "run directory"],
+    "grpo": ["sampling", "reward and advantage", "loss", "optimiser", "sampler", "model and machine", "run directory"],
+    "distill": ["pairs", "sampling", "sampler", "model and machine"],
+    "eval": ["what to evaluate", "generalization factor (GF)", "replies", "sampler", "model and machine", "report"],
+    "jigsaw": [],
+    "report": [],
+}
+
+
 def test_all_stages_are_known():
-    assert {"jigsaw", "model", "dpo", "grpo", "eval", "distill"} <= set(stages())
+    assert stages() == sorted(GROUPS)
 
 
-@pytest.mark.parametrize("stage", stages())
-def test_help_ends_with_0_and_explains_every_flag_of(stage, monkeypatch):
-    shown = []
-    monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda parser, file=None: shown.append(parser))
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module(stage).main(["--help"])
-    assert stop.value.code == 0
-    assert shown[0].allow_abbrev is False
-    page = " ".join(shown[0].format_help().split())  # the text is filled in here: a bad % would raise
-    for action in shown[0]._actions:
+@pytest.fixture
+def parser_of(monkeypatch):
+    """A function: stage -> its parser, caught as it prints its --help."""
+
+    def caught(stage):
+        shown = []
+        monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda parser, file=None: shown.append(parser))
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(stage).main(["--help"])
+        assert stop.value.code == 0
+        return shown[0]
+
+    return caught
+
+
+@pytest.mark.parametrize("stage", [*stages(), "toy.primer", "toy.tiny_model"])
+def test_help_ends_with_0_and_explains_every_flag_of(stage, parser_of):
+    parser = parser_of(stage)
+    assert parser.allow_abbrev is False
+    page = " ".join(parser.format_help().split())  # the text is filled in here: a bad % would raise
+    for action in parser._actions:
         assert action.help and action.help != argparse.SUPPRESS, f"{action.option_strings} has no help text"
-        assert action.option_strings[-1] in page
+        assert action.option_strings == [] or action.option_strings[-1] in page
+
+
+@pytest.mark.parametrize("stage", GROUPS)
+def test_help_shows_each_group_and_each_flag_once_of(stage, parser_of):
+    parser = parser_of(stage)
+    titles = [group.title for group in parser._action_groups if group._group_actions]
+    assert titles == ["options", *GROUPS[stage]]
+    lines = parser.format_help().splitlines()
+    for title in titles:
+        assert lines.count(f"{title}:") == 1, title
+    names = [name for action in parser._actions for name in action.option_strings]
+    assert len(names) == len(set(names))
+
+
+# What add_training_flags gives both trainers: of args.json these are the machine's and the run directory's part.
+MACHINE = {"max_pixels", "dtype", "attn", "freeze_vision", "micro_tokens", "gradient_checkpointing", "shard",
+           "replicas", "offload", "accumulate", "measure_peak", "save_every", "keep"}  # fmt: skip
+COMMON = {"model", "data", "out", "seed", "steps", "lr", "schedule", "warmup", "grad_clip"}
+SETTINGS = {
+    "dpo": COMMON | MACHINE | {"loss", "beta", "sft_weight", "batch"},
+    "grpo": COMMON | MACHINE | {
+        "prompts", "group", "temperature", "top_k", "top_p", "max_new_tokens", "format_weight", "advantage_scale",
+        "clip_low", "clip_high", "ratio", "kl", "normalizer", "importance", "importance_cap", "updates", "sampler",
+        "vllm_memory", "vllm_tp", "parity_every", "one_step_off_policy",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", SETTINGS)
+def test_args_json_holds_every_setting_of(stage, tmp_path):
+    args = importlib.import_module(stage).parse_args(["--model", "m", "--data", "d", "--out", str(tmp_path)])
+    open_run(args)
+    recorded = json.loads((tmp_path / "args.json").read_text())
+    assert recorded.keys() == SETTINGS[stage]
+    assert recorded.keys() == vars(args).keys() - {"resume", "overwrite"}
+    assert recorded["data"] == ["d"] and recorded["gradient_checkpointing"] == "auto"
+
+
+def open_run(args, **changes):
+    """Open args.out as grpo.py does, and put back what it does to signals."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return training.Run.open(vars(args) | changes, training.setup(), vllm_sampler.MAY_CHANGE)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# Flags that a resumed run may be given anew: they change neither data nor weights, but how far, how safe and how fast.
+MAY_CHANGE = {"steps", "save_every", "keep", "measure_peak", "shard", "replicas", "offload", "accumulate", "vllm_tp",
+              "vllm_memory", "parity_every"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS["grpo"] - {"out"}))
+def test_a_resumed_run_may_be_given_anew_only_what_changes_no_result(tmp_path, name):
+    args = grpo.parse_args(["--model", "m", "--data", "d", "--out", str(tmp_path)])
+    open_run(args)
+    (tmp_path / "LATEST").write_text("step_000002")
+    changes = {"resume": True, name: "another"}
+    if name in MAY_CHANGE:
+        assert open_run(args, **changes).step == 2
+        assert json.loads((tmp_path / "args.json").read_text())[name] == "another"
+    else:
+        with pytest.raises(DataError, match=f"--{name.replace('_', '-')} was .*, now another; a resumed run keeps its"):
+            open_run(args, **changes)
 
 
 def test_grpo_without_model_and_data_takes_the_embedded_default():
@@ -576,3 +666,70 @@ def test_grpo_without_model_and_data_takes_the_embedded_default():
     assert (args.model, args.out, args.steps) == ("runs/embedded/base", "runs/embedded/grpo", 7)
     with pytest.raises(SystemExit):
         grpo.parse_args(["--model", "somewhere"])  # but not a part of it: --data and --out are missing
+
+
+def test_help_loads_nothing_that_takes_long():
+    """--help of all stages in one process: about 1.5 s, most of it torch. CPU time: a busy machine takes no more."""
+    lines = ["import importlib, sys, time", f"for stage in {stages()}:", "    try:"]
+    lines += ["        importlib.import_module(stage).main(['--help'])", "    except SystemExit:", "        pass"]
+    lines += ["heavy = {'transformers', 'vllm', 'matplotlib', 'datasets'} & set(sys.modules)"]
+    lines += ["print(heavy or 'nothing heavy', time.process_time() < 10)"]
+    stdout, _ = finish(start("-c", "\n".join(lines)))
+    assert stdout.splitlines()[-1] == "nothing heavy True"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tests themselves
+
+
+FAILING = """
+from pathlib import Path
+import training
+from commands import Material, call, finish, start, torchrun
+
+material = Material(Path("{folder}"))
+
+
+def fail(*args):
+    raise ValueError("cause 1")
+
+
+def test_1(monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "update", fail)
+    call("grpo", **material.grpo(out=tmp_path / "out"))
+
+
+def test_2():
+    finish(start("-c", "import training; training.run(lambda: [] + 'cause' + 2)"))
+
+
+def test_3(tmp_path):
+    torchrun([("checks", dict(check="fail"))], tmp_path)
+
+
+def test_4(tmp_path):
+    torchrun([("grpo", material.grpo(out=tmp_path / "out", data="nowhere"))], tmp_path)
+"""
+
+
+def test_a_stage_that_fails_says_why_in_under_40_lines_wherever_it_runs(material, tmp_path):
+    (tmp_path / "test_failing.py").write_text(FAILING.format(folder=material.folder.resolve()))
+    options = [
+        "-c",
+        ROOT / "pyproject.toml",
+        "-o",
+        f"pythonpath={ROOT} {ROOT / 'tests'}",
+        "-p",
+        "tests.conftest",
+        "-p",
+        "no:cacheprovider",
+    ]
+    status, stdout, _ = end(start("-m", "pytest", *options, tmp_path / "test_failing.py"))
+    assert status == 1, stdout
+    _, *parts = re.split(r"^_+ test_\d _+$", stdout.partition("= short test summary")[0], flags=re.M)
+    causes = ["ValueError: cause 1", "TypeError: ", "ValueError: this is the cause", "error: nowhere: "]
+    for part, words in zip(parts, causes, strict=True):
+        assert words in part, part
+        assert part.count("\n") < 40, part
+        for noise in ("torch/distributed", "by peer", "c10d"):
+            assert noise not in part, part

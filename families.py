@@ -135,7 +135,8 @@ class Family(ABC):
         return {}
 
     def prepare_vllm(self) -> None:
-        """Before the engine starts: what its arguments cannot say. vLLM is installed, but not imported yet."""
+        """Called before the engine starts: what its arguments cannot say."""
+        return
 
 
 def matrix_weights(*modules: nn.Module) -> int:

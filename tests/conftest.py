@@ -17,7 +17,7 @@ from records import read_records, write_jsonl
 from toy.scenes import scene
 from toy.tiny_model import make_tiny
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 CPU = training.World(rank=0, size=1, device=torch.device("cpu"))  # fp32, also on a machine with a GPU
 
 

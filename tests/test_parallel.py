@@ -66,6 +66,7 @@ CASES = {
     "dpo in small micro-batches": ("dpo", {"batch": 3, "micro_tokens": 120, "freeze_vision": True}),
     "sft one reply at a time": ("dpo", {"batch": 1, "steps": 6, "loss": "sft"}),
     "dpo on Qwen3-VL": ("dpo", {"model": "qwen3_vl", "data": "p0-t0", "batch": 2}),
+    "dpo on InternVL": ("dpo", {"model": "internvl", "data": "p0-t0", "batch": 2}),
     "grpo": ("grpo", {}),
     "grpo with KL and two updates": ("grpo", {"kl": 0.04, "updates": 2, "normalizer": "token"}),
     "pictures on one rank": ("grpo", {"data": ("p0", "t0"), "prompts": 2}),
@@ -90,6 +91,7 @@ WAYS += [
     ("dpo with one pair left at the end", 4, {}),
     ("dpo in small micro-batches", 4, {"shard": "none"}),
     ("dpo on Qwen3-VL", 4, {}),
+    ("dpo on InternVL", 2, {"shard": "grad"}),
     ("dpo", 4, {"replicas": 2}),
     ("grpo with KL and two updates", 4, {}),
     ("grpo with KL and two updates", 4, {"replicas": 2, "accumulate": "shards"}),
@@ -101,9 +103,9 @@ WAYS += [
 def settings_of(material, name):
     stage, changes = CASES[name]
     changes = dict(changes)
-    if changes.get("model") == "qwen3_vl":
+    if "model" in changes:
         pairs = {pair["id"]: pair for pair in material.pairs}
-        changes |= {"model": material.folder / "qwen3_vl"}
+        changes |= {"model": material.folder / changes["model"]}
         changes |= {"data": write(material.folder / "two_pairs.jsonl", [pairs["p0"], pairs["t0"]])}
     elif "data" in changes:
         changes["data"] = select(material, *changes["data"])
@@ -114,7 +116,8 @@ def settings_of(material, name):
 def both(material, tmp_path_factory):
     """A folder with the runs of one process in one/…, those of two in two/…, the ways in ways/0, ways/1, …"""
     folder = tmp_path_factory.mktemp("both")
-    make_tiny(material.folder / "qwen3_vl", "qwen3_vl", layers=2)
+    for family in ("qwen3_vl", "internvl"):
+        make_tiny(material.folder / family, family, layers=2)
     jobs = {2: [], 4: []}
     for name in CASES:
         stage, settings = settings_of(material, name)

@@ -86,6 +86,10 @@ FLASH = " ".join([
 ])  # fmt: skip
 STANDS_ALONE = some("test_attention", "the_hugging_face_model_inside_still_stands_on_its_own")
 ENCODER = some("test_encoder", "a_reply_survives_encoding_and_decoding_with_every_special_token_visible")
+PROMPTS = some("test_families", "ids_and_pixels_are_those_of_transformers_own_processor")
+TOWER_COST = some("test_families", "the_flops_of_the_vision_tower_are_those_that_torch_counts")
+TILES = some("test_families", "tiles_are_made_even_if_the_files_image_settings_say_otherwise")
+DECODERS = some("test_families", "a_decoder_that_decoding_does_not_know_is_refused")
 OWN_HEAD = some("test_loading", "a_head_of_its_own_is_used_even_if_the_config_ties_it")
 ORDER = some("test_records", "every_epoch_is_a_permutation_of_its_own", "another_seed_gives_another_order")
 FLAGS = some("test_training", "a_number_in_its_interval_is_read", "a_number_out_of_its_interval_is_refused")
@@ -350,6 +354,14 @@ BUGS = [Bug(*entry) for entry in (
     # ---- families.py
     ("windows are counted as if they saw the whole picture", "families.py",
      "t * window_pairs(h, side) * window_pairs(w, side)", "t * (h * w) ** 2", COST),
+    ("a picture of InternVL stands without its frame", "families.py",
+     "return [begin, *super().expand(count), end]", "return super().expand(count)", PROMPTS),
+    ("InternVL's class token costs nothing", "families.py",
+     "tokens = h * w + 1  # every tile has a class token", "tokens = h * w", TOWER_COST),
+    ("no tiles are made where the files' image settings forget them", "families.py",
+     '"crop_to_patches": True,', '"crop_to_patches": self.processor.crop_to_patches,', TILES),
+    ("any decoder is taken inside InternVL", "families.py",
+     "if text.model_type not in self.decoders:", "if False:", DECODERS),
 
     # ---- records.py
     ("every epoch has the same order", "records.py",
@@ -359,10 +371,10 @@ BUGS = [Bug(*entry) for entry in (
     ("a flag's number may be nan", "training.py",
      '        above = value > low or (interval[0] == "[" and value == low)\n'
      '        below = value < high or (interval[-1] == "]" and value == high)\n'
-     "        if not (above and below and math.isfinite(value)):\n",
+     "        if not (above and below):",
      '        below = value < low or (interval[0] == "(" and value == low)\n'
      '        above = value > high or (interval[-1] == ")" and value == high)\n'
-     "        if above or below:\n", FLAGS),
+     "        if above or below:", FLAGS),
     ("a resumed run may be given another learning rate", "training.py",
      'MAY_CHANGE = ("resume",', 'MAY_CHANGE = ("lr", "resume",', SETTINGS),
     ("the learning rate warms up from zero", "training.py",

@@ -43,7 +43,7 @@ EXERCISES = [Exercise(*entry) for entry in (
      "GF is an F-score. Look up what F-beta looks like.",
      "A summary that is wrong in the same way for every run ranks them wrongly, and no curve shows it."),
     ("all replies of a group are sampled alike",
-     "useful_groups and loss are 0 from the first step on, and both replies of a step in samples.jsonl are equal.",
+     "useful_groups is 0 from the first step on, and both replies of a step in samples.jsonl are equal.",
      "Where do the random numbers of a reply come from, and what tells the replies of a prompt apart?",
      "GRPO learns from differences inside a group. Equal replies have equal rewards, and so no advantage."),
     ("every step has the same prompts",

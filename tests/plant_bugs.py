@@ -266,7 +266,7 @@ BUGS = [Bug(*entry) for entry in (
     ("the end of thinking is not moved", "distill.py",
      'remove(reply, "<answer>", "</answer>", "</think>") + "</think>"',
      'remove(reply, "<answer>", "</answer>")', PAIRS),
-    ("the same corruption is drawn every time", "distill.py",
+    ("the same corruption is taken every time", "distill.py",
      "kind = rng.choice(list(broken))", "kind = list(broken)[0]", PAIRS),
     ("a wrong reply can be rejected", "distill.py", "if coupled or is_right(", "if True or is_right(", PAIRS),
     ("a wrong reply can be chosen", "distill.py",
@@ -443,9 +443,9 @@ BUGS = [Bug(*entry) for entry in (
     ("wrong weights may go unnoticed", "vllm_sampler.py",
      'raise ParityError("parity check sync', 'ParityError("parity check sync', PARITY),
     ("any later version of vLLM will do", "vllm_sampler.py", " < parse_version(VERSIONS[1]):", ":", PARITY),
-    ("replies that were sampled ahead are given to the wrong seeds", "vllm_sampler.py",
+    ("one-step off-policy replies of a checkpoint are given to the wrong seeds", "vllm_sampler.py",
      "groups = [pending[str(seed)] for seed in self.seeds]", "groups = list(pending.values())", PARITY),
-    ("replies that are sampled ahead have the seeds of the step before", "vllm_sampler.py",
+    ("one-step off-policy replies have the seeds of the step before", "vllm_sampler.py",
      "self.engine.begin(policy, prompts, n, seeds=self.seeds, **options)",
      "self.engine.begin(policy, prompts, n, seeds=seeds, **options)", PARITY),
 
@@ -504,11 +504,11 @@ BUGS = [Bug(*entry) for entry in (
 
     # ---- toy/
     ("test scenes are train scenes", "toy/scenes.py", '+ (part == "test")', "", TOY),
-    ("the primer knows the verdict", "toy/primer.py",
+    ("the warm-up data know the verdict", "toy/primer.py",
      'verdict = rng.choice(fields["options"])', 'verdict = fields["direction"]', TOY),
     ("a plain question names one piece twice", "toy/primer.py",
      "at position {pair[0]} look", "at position {pair[1]} look", TOY),
-    ("the primer's words are false", "toy/primer.py", "values[k] > values[j]", "values[k] < values[j]", TOY),
+    ("the words of the warm-up data are false", "toy/primer.py", "values[k] > values[j]", "values[k] < values[j]", TOY),
 
     # ---- eval.py
     ("GF: beta is not squared in the denominator", "eval.py",

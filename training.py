@@ -83,9 +83,10 @@ def number_in(interval, kind):
         except ValueError:
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {what}, not {text}") from None
+        # NaN is neither above nor below anything, and inf not below "inf)".
         above = value > low or (interval[0] == "[" and value == low)
         below = value < high or (interval[-1] == "]" and value == high)
-        if not (above and below):  # NaN is neither, and inf not below "inf)"
+        if not (above and below):
             raise argparse.ArgumentTypeError(f"must lie in {interval}, not {text}")
         return value
 

@@ -76,9 +76,10 @@ def end(process):
     """Wait for a started command: -> (exit status, stdout, stderr). A hang is a failure, and leaves nothing behind."""
     try:
         out, err = process.communicate(timeout=PATIENCE)
+        return process.returncode, out, err
     except subprocess.TimeoutExpired:
-        give_up(f"still running after {PATIENCE} s", process, *kill(process))
-    return process.returncode, out, err
+        printed = kill(process)
+    give_up(f"still running after {PATIENCE} s", process, *printed)
 
 
 def finish(process):
@@ -101,6 +102,7 @@ def give_up(problem, process, out, err):
 NOISE = re.compile(
     r"(\[rank\d+\]:)?(\[[A-Z]\d{3,4} |\[c10d\]|\[Gloo\]|[A-Z]\d{4} \d|frame #\d+:|Exception raised from )"
 )
+BAR = re.compile(r"\d%\|")
 # torchrun's last words: a traceback of its own and a table, after the processes have ended.
 SUMMARY = re.compile(r"^E\d{4} .*torch/distributed/elastic/.* failed \(exitcode.*", re.M | re.S)
 # The last line of a traceback that says only that another process has died.
@@ -109,8 +111,12 @@ LOST = re.compile(r"^\S.*(gloo|by peer|by remote|Broken pipe)", re.I | re.M)
 
 def cause(err, lines=30):
     """The end of a command's stderr, at most this many lines, that says what went wrong first of all."""
-    err = SUMMARY.sub("", err)
-    kept = [line.split("\r")[-1] for line in err.splitlines() if not NOISE.match(line)]  # of a progress bar its end
+    kept = []
+    for line in SUMMARY.sub("", err).splitlines():
+        if kept and BAR.search(kept[-1]) and BAR.search(line):
+            kept.pop()  # of a progress bar its last state is enough
+        if not NOISE.match(line):
+            kept.append(line)
     everything = "\n".join(kept)
     tracebacks = re.split(r"^(?=Traceback )", everything, flags=re.M)
     first_hand = "".join(text for text in tracebacks if not LOST.search(text))

@@ -21,6 +21,7 @@ from commands import (
     ROOT,
     Material,
     call,
+    cause,
     checkpoint,
     distance,
     end,
@@ -289,6 +290,19 @@ def test_the_reward_and_its_parts_are_means_over_all_replies(material, tmp_path,
 def with_useless_records(material):
     useless = [material.question(f"u{number}", "Give one letter as JSON.", reply_format="json") for number in range(2)]
     return write(material.folder / "with_useless.jsonl", material.records[1:5] + useless)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.04])
+def test_useful_groups_are_those_whose_rewards_differ_with_a_kl_and_without(material, tmp_path, monkeypatch, kl):
+    watch = Watch(monkeypatch)
+    data = with_useless_records(material)
+    call("grpo", **material.grpo(out=tmp_path, data=data, prompts=6, group=5, steps=1, kl=kl))
+    encoder = policy_of(material.speaker)[1]
+    differing = 0
+    for record, group in zip(seen_at(0, read_records(data), 6), watch.replies[0], strict=True):
+        differing += len({rewards.score(encoder.decode(reply.ids), record)["reward"] for reply in group}) > 1
+    assert 2 <= differing <= 4
+    assert rows(tmp_path)[0]["useful_groups"] == pytest.approx(differing / 6)
 
 
 @pytest.mark.parametrize("normalizer, scale", [("sequence", "group"), ("token", "none"), ("constant", "batch")])
@@ -710,6 +724,28 @@ def test_3(tmp_path):
 def test_4(tmp_path):
     torchrun([("grpo", material.grpo(out=tmp_path / "out", data="nowhere"))], tmp_path)
 """
+
+
+def test_the_cause_is_the_first_hand_error_without_bars_logs_and_torchruns_last_words():
+    bars = [f"grpo:  {step}%|#  | {step}/100" for step in range(60)]
+    lines = ["[W1121 12:00:00.1 socket.cpp:1] lost", "frame #0: c10::Error", "[rank0]:[E1121 12:00:00.2 x.cpp:3] more"]
+    lines += ["Traceback (most recent call last):", '  File "a.py", line 1, in update', "ValueError: this one"]
+    lines += ["Traceback (most recent call last):", "  dist.barrier()", "RuntimeError: [gloo/pair.cc] reset by peer"]
+    lines += [
+        "E1121 12:00:00 1 torch/distributed/elastic/api.py:1] failed (exitcode: 1) local_rank: 0",
+        "Traceback",
+        "=",
+    ]
+    shown = cause("\n".join(bars + lines)).splitlines()
+    assert shown == [
+        bars[-1],
+        "Traceback (most recent call last):",
+        '  File "a.py", line 1, in update',
+        "ValueError: this one",
+    ]
+    # where every process has lost another, that is all there is to say
+    assert cause("\n".join(lines[6:])).endswith("reset by peer")
+    assert cause("\n".join(map(str, range(100)))).splitlines() == [str(number) for number in range(70, 100)]
 
 
 def test_a_stage_that_fails_says_why_in_under_40_lines_wherever_it_runs(material, tmp_path):

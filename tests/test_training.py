@@ -177,7 +177,7 @@ def test_micro_batches_hold_every_group_once_within_the_budget(budget):
     for batch in batches:
         fed = sum(sizes[index] for index in batch)
         assert fed <= budget or len(batch) == 1, "only a group that is too large by itself may exceed it, alone"
-    # Any two neighbours together are too large: otherwise there would be fewer.
+    # The first group of a batch did not fit into the batch before it: otherwise there would be fewer.
     for one, other in zip(batches, batches[1:], strict=False):
         assert sum(sizes[index] for index in one) + sizes[other[0]] > budget
 

@@ -365,17 +365,12 @@ class InternVL(Family):
         return t * (2 * linear + 4 * vision.hidden_size * pairs)
 
     def vllm_settings(self):
-        settings = {"mm_processor_kwargs": self.tiling}
-        rope = self.config.get_text_config().rope_parameters
-        if rope["rope_type"] == "dynamic":
-            # vLLM scales from the first token on, transformers only beyond max_position_embeddings.
-            plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-            settings["hf_overrides"] = {"text_config": {"rope_parameters": plain}}
-        return settings
+        return {"mm_processor_kwargs": self.tiling}
 
     def prepare_vllm(self):
-        # Tiles cannot be cut beforehand, so vLLM resizes. Its usual processor rounds otherwise than ours, by one or two
-        # grey levels, and that moved log-probs by 0.006 nats: more than other weights may. It gets ours instead.
+        # Tiles and small copy are both made from the picture as it is, so vLLM has to resize by itself. Its processor
+        # rounds otherwise than ours, by one or two grey levels, and in fp32 the parity checks notice (0.006 nats).
+        # It gets ours instead.
         from vllm.model_executor.models.interns1 import InternS1ProcessingInfo as Info
 
         original = Info.get_hf_processor

@@ -44,6 +44,10 @@ def some(file, *names):
     return " ".join(f"tests/{file}.py::test_{name}" for name in names)
 
 
+def families(*names):
+    return some("test_families", *names)
+
+
 LOSSES = "tests/test_losses.py"
 PARITY = "tests/test_parity.py"
 REWARDS = "tests/test_rewards.py"
@@ -528,6 +532,42 @@ BUGS = [Bug(*entry) for entry in (
      'if is_number and math.isfinite(value) and entry["step"] not in found:', REPORT),
     ("the accuracy of readable answers is that of all", "report.py",
      'keys = ("accuracy", "accuracy_read", "format")', 'keys = ("accuracy", "accuracy", "format")', REPORT),
+    # ---- families.py
+    ("a base model sees a picture without its frame", "families.py",
+     'picture_text = "<|vision_start|>{}<|vision_end|>"', 'picture_text = "{}"',
+     families("a_base_model_is_shown_a_picture_as_the_chat_template_shows_it")),
+    ("the frame of a tiled picture is turned round", "families.py",
+     "begin, end = self.frame", "end, begin = self.frame",
+     families("ids_and_pixels_are_those_of_transformers_own_processor")),
+    ("width and height of a tiled picture are confused", "families.py",
+     "number_of_image_patches(height, width, self.tiling)", "number_of_image_patches(width, height, self.tiling)",
+     families("a_grid_that_is_known_before_pixels_are_read_says_how_many_tokens_there_will_be")),
+    ("tiles are made only where the file says so", "families.py",
+     '"crop_to_patches": True,', '"crop_to_patches": self.processor.crop_to_patches,',
+     families("tiles_are_made_even_if_the_files_image_settings_say_otherwise")),
+    ("--max-pixels does not bound the tiles", "families.py",
+     "most = min(most, max_pixels // side**2)", "most = most",
+     families("max_pixels_bounds_the_tiles_and_stays_out_of_the_exported_settings")),
+    ("an exported model forgets how many tokens a tile has", "families.py",
+     '{"processor_class": "InternVLProcessor", "image_seq_length": tokens}', '{"processor_class": "InternVLProcessor"}',
+     families("max_pixels_bounds_the_tiles_and_stays_out_of_the_exported_settings")),
+    ("the video token of InternVL may be sampled", "families.py",
+     "return super().forbidden(tokenizer) + ([video] if known else [])", "return super().forbidden(tokenizer)",
+     families("tokens_of_pictures_and_videos_are_never_sampled_however_likely")),
+    ("--freeze-vision leaves a projector free", "families.py",
+     "return [hf.model.vision_tower, hf.model.multi_modal_projector]", "return [hf.model.vision_tower]",
+     families("every_stage_takes_internvl_and_each_takes_what_the_one_before_has_made")),
+    ("FLOPs forget the class token of every tile", "families.py",
+     "tokens = h * w + 1  #", "tokens = h * w  #",
+     families("the_flops_of_the_vision_tower_are_those_that_torch_counts")),
+    ("FLOPs of one tile stand for all", "families.py",
+     "return t * (2 * linear + 4 * vision.hidden_size * pairs)", "return 2 * linear + 4 * vision.hidden_size * pairs",
+     families("the_flops_of_the_vision_tower_are_those_that_torch_counts")),
+    ("dropout in the tower is let through", "families.py",
+     "        if drops:\n", "        if drops and False:\n", families("dropout_in_the_tower_is_refused")),
+    ("a decoder that nobody has tried is let through", "families.py",
+     "if text.model_type not in self.decoders:", "if False:",
+     families("a_decoder_that_decoding_does_not_know_is_refused")),
 )]
 # fmt: on
 

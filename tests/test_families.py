@@ -45,7 +45,7 @@ PICTURE_TOKENS = {
     "qwen3_vl": QWEN_TOKENS,
     "internvl": ["<IMG_CONTEXT>", "<video>"],
 }
-SIZES = [(112, 112), (56, 56), (140, 56), (60, 100), (57, 301), (30, 30), (500, 40)]  # width, height
+SIZES = [(112, 112), (56, 56), (140, 56), (60, 100), (32, 72), (57, 301), (30, 30), (500, 40)]  # width, height
 
 
 def own_processor(folder, family):
@@ -94,6 +94,15 @@ def test_ids_and_pixels_are_those_of_transformers_own_processor(tiny_dirs, galle
         torch.testing.assert_close(prompt.pixels, expected["pixel_values"], **EXACT)
         if "image_grid_thw" in expected:
             assert torch.equal(prompt.grids, expected["image_grid_thw"])
+
+
+@every_family
+def test_a_base_model_is_shown_a_picture_as_the_chat_template_shows_it(tiny_dirs, gallery, family):
+    _, encoder = model.load(tiny_dirs[family], CPU)
+    with_template = encoder.chat(gallery[0])
+    encoder.tokenizer.chat_template = None
+    picture = encoder.chat(gallery[0]).removeprefix("User: ").removesuffix("What is this?\nAssistant:")
+    assert encoder.image_token in picture and f"{picture}What is this?" in with_template
 
 
 @every_family
@@ -287,9 +296,6 @@ def test_dynamic_rope_is_transformers_own_up_to_the_models_length_and_stays_in_t
             hf(input_ids=prompt.ids[None], pixel_values=prompt.pixels).logits for hf in (policy.hf, plain)
         )
     torch.testing.assert_close(found, expected, **EXACT)
-    # vLLM scales from the first token on unless it is told otherwise.
-    overridden = encoder.family.vllm_settings()["hf_overrides"]["text_config"]["rope_parameters"]
-    assert overridden == {"rope_type": "default", "rope_theta": 100.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,17 +11,18 @@ import shutil
 import pytest
 import torch
 from commands import Material, call, distance, rows, timeless, torchrun, weights, write
+from conftest import FAMILIES, load_rough
 
 import model
 import sampler
 import training
 import vllm_sampler
 from records import DataError, read_records
+from toy.tiny_model import make_tiny
 
 CPU = training.World(rank=0, size=1, device=torch.device("cpu"))
 TOKENS = 24
 LONG = Material.question("long", "Give one letter, " + "again " * 150)  # its keys fill a block that vLLM keeps
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +94,19 @@ def test_the_log_probs_are_the_trainers_for(family, models, tiny_dirs, records):
     greedy = ask(policy, vllm, prompts, n=1, temperature=0)
     ours = sampler.sample(policy, prompts, 1, seeds=[0] * 4, temperature=0, max_new_tokens=TOKENS)
     assert ids_of(greedy) == ids_of(ours)
+    vllm.close()
+
+
+def test_internvl_with_dynamic_rope_and_a_decoder_of_qwen3_is_computed_alike(records, tmp_path):
+    """Within the model's length such a RoPE is the plain one."""
+    make_tiny(tmp_path, "internvl", decoder="qwen3")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["rope_parameters"] |= {"rope_type": "dynamic", "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    policy, encoder = load_rough(tmp_path)
+    prompts = encoder.prompts(records)
+    vllm = vllm_sampler.VLLM(tmp_path, policy, encoder, CPU, records, max_new_tokens=TOKENS)
+    assert gap(policy, prompts, ask(policy, vllm, prompts)) < 1e-4
     vllm.close()
 
 

@@ -90,10 +90,6 @@ FLASH = " ".join([
 ])  # fmt: skip
 STANDS_ALONE = some("test_attention", "the_hugging_face_model_inside_still_stands_on_its_own")
 ENCODER = some("test_encoder", "a_reply_survives_encoding_and_decoding_with_every_special_token_visible")
-PROMPTS = some("test_families", "ids_and_pixels_are_those_of_transformers_own_processor")
-TOWER_COST = some("test_families", "the_flops_of_the_vision_tower_are_those_that_torch_counts")
-TILES = some("test_families", "tiles_are_made_even_if_the_files_image_settings_say_otherwise")
-DECODERS = some("test_families", "a_decoder_that_decoding_does_not_know_is_refused")
 OWN_HEAD = some("test_loading", "a_head_of_its_own_is_used_even_if_the_config_ties_it")
 ORDER = some("test_records", "every_epoch_is_a_permutation_of_its_own", "another_seed_gives_another_order")
 FLAGS = some("test_training", "a_number_in_its_interval_is_read", "a_number_out_of_its_interval_is_refused")
@@ -359,13 +355,43 @@ BUGS = [Bug(*entry) for entry in (
     ("windows are counted as if they saw the whole picture", "families.py",
      "t * window_pairs(h, side) * window_pairs(w, side)", "t * (h * w) ** 2", COST),
     ("a picture of InternVL stands without its frame", "families.py",
-     "return [begin, *super().expand(count), end]", "return super().expand(count)", PROMPTS),
-    ("InternVL's class token costs nothing", "families.py",
-     "tokens = h * w + 1  # every tile has a class token", "tokens = h * w", TOWER_COST),
-    ("no tiles are made where the files' image settings forget them", "families.py",
-     '"crop_to_patches": True,', '"crop_to_patches": self.processor.crop_to_patches,', TILES),
-    ("any decoder is taken inside InternVL", "families.py",
-     "if text.model_type not in self.decoders:", "if False:", DECODERS),
+     "return [begin, *super().expand(count), end]", "return super().expand(count)",
+     families("ids_and_pixels_are_those_of_transformers_own_processor")),
+    ("a base model sees a picture without its frame", "families.py",
+     'picture_text = "<|vision_start|>{}<|vision_end|>"', 'picture_text = "{}"',
+     families("a_base_model_is_shown_a_picture_as_the_chat_template_shows_it")),
+    ("the frame of a tiled picture is turned round", "families.py",
+     "begin, end = self.frame", "end, begin = self.frame",
+     families("ids_and_pixels_are_those_of_transformers_own_processor")),
+    ("width and height of a tiled picture are confused", "families.py",
+     "number_of_image_patches(height, width, self.tiling)", "number_of_image_patches(width, height, self.tiling)",
+     families("a_grid_that_is_known_before_pixels_are_read_says_how_many_tokens_there_will_be")),
+    ("tiles are made only where the file says so", "families.py",
+     '"crop_to_patches": True,', '"crop_to_patches": self.processor.crop_to_patches,',
+     families("tiles_are_made_even_if_the_files_image_settings_say_otherwise")),
+    ("--max-pixels does not bound the tiles", "families.py",
+     "most = min(most, max_pixels // side**2)", "most = most",
+     families("max_pixels_bounds_the_tiles_and_stays_out_of_the_exported_settings")),
+    ("an exported model forgets how many tokens a tile has", "families.py",
+     '{"processor_class": "InternVLProcessor", "image_seq_length": tokens}', '{"processor_class": "InternVLProcessor"}',
+     families("max_pixels_bounds_the_tiles_and_stays_out_of_the_exported_settings")),
+    ("the video token of InternVL may be sampled", "families.py",
+     "return super().forbidden(tokenizer) + ([video] if known else [])", "return super().forbidden(tokenizer)",
+     families("tokens_of_pictures_and_videos_are_never_sampled_however_likely")),
+    ("--freeze-vision leaves a projector free", "families.py",
+     "return [hf.model.vision_tower, hf.model.multi_modal_projector]", "return [hf.model.vision_tower]",
+     families("every_stage_takes_internvl_and_each_takes_what_the_one_before_has_made")),
+    ("FLOPs forget the class token of every tile", "families.py",
+     "tokens = h * w + 1  #", "tokens = h * w  #",
+     families("the_flops_of_the_vision_tower_are_those_that_torch_counts")),
+    ("FLOPs of one tile stand for all", "families.py",
+     "return t * (2 * linear + 4 * vision.hidden_size * pairs)", "return 2 * linear + 4 * vision.hidden_size * pairs",
+     families("the_flops_of_the_vision_tower_are_those_that_torch_counts")),
+    ("dropout in the tower is let through", "families.py",
+     "        if drops:\n", "        if drops and False:\n", families("dropout_in_the_tower_is_refused")),
+    ("a decoder that nobody has tried is let through", "families.py",
+     "if text.model_type not in self.decoders:", "if False:",
+     families("a_decoder_that_decoding_does_not_know_is_refused")),
 
     # ---- records.py
     ("every epoch has the same order", "records.py",
@@ -400,9 +426,9 @@ BUGS = [Bug(*entry) for entry in (
      "replicas = sharding.replicas", PLAN),
 
     # ---- recipes/plan.py
-    ("a plan forgets one of AdamW's moments", "recipes/plan.py", '2 * weights["trained"]', 'weights["trained"]', PLAN),
+    ("a plan forgets one of AdamW's moments", "recipes/plan.py", "2 * weights.trained}", "weights.trained}", PLAN),
     ("a plan forgets the whole gradient", "recipes/plan.py",
-     'weights["whole gradient"]\n', '0\n', PLAN),
+     "between micro-batches"] = weights.whole_gradient", "between micro-batches"] = 0", PLAN),
     ("a plan counts no activations", "recipes/plan.py", "return live.most", "return 0", PLAN),
 
     # ---- sampler.py
@@ -532,42 +558,6 @@ BUGS = [Bug(*entry) for entry in (
      'if is_number and math.isfinite(value) and entry["step"] not in found:', REPORT),
     ("the accuracy of readable answers is that of all", "report.py",
      'keys = ("accuracy", "accuracy_read", "format")', 'keys = ("accuracy", "accuracy", "format")', REPORT),
-    # ---- families.py
-    ("a base model sees a picture without its frame", "families.py",
-     'picture_text = "<|vision_start|>{}<|vision_end|>"', 'picture_text = "{}"',
-     families("a_base_model_is_shown_a_picture_as_the_chat_template_shows_it")),
-    ("the frame of a tiled picture is turned round", "families.py",
-     "begin, end = self.frame", "end, begin = self.frame",
-     families("ids_and_pixels_are_those_of_transformers_own_processor")),
-    ("width and height of a tiled picture are confused", "families.py",
-     "number_of_image_patches(height, width, self.tiling)", "number_of_image_patches(width, height, self.tiling)",
-     families("a_grid_that_is_known_before_pixels_are_read_says_how_many_tokens_there_will_be")),
-    ("tiles are made only where the file says so", "families.py",
-     '"crop_to_patches": True,', '"crop_to_patches": self.processor.crop_to_patches,',
-     families("tiles_are_made_even_if_the_files_image_settings_say_otherwise")),
-    ("--max-pixels does not bound the tiles", "families.py",
-     "most = min(most, max_pixels // side**2)", "most = most",
-     families("max_pixels_bounds_the_tiles_and_stays_out_of_the_exported_settings")),
-    ("an exported model forgets how many tokens a tile has", "families.py",
-     '{"processor_class": "InternVLProcessor", "image_seq_length": tokens}', '{"processor_class": "InternVLProcessor"}',
-     families("max_pixels_bounds_the_tiles_and_stays_out_of_the_exported_settings")),
-    ("the video token of InternVL may be sampled", "families.py",
-     "return super().forbidden(tokenizer) + ([video] if known else [])", "return super().forbidden(tokenizer)",
-     families("tokens_of_pictures_and_videos_are_never_sampled_however_likely")),
-    ("--freeze-vision leaves a projector free", "families.py",
-     "return [hf.model.vision_tower, hf.model.multi_modal_projector]", "return [hf.model.vision_tower]",
-     families("every_stage_takes_internvl_and_each_takes_what_the_one_before_has_made")),
-    ("FLOPs forget the class token of every tile", "families.py",
-     "tokens = h * w + 1  #", "tokens = h * w  #",
-     families("the_flops_of_the_vision_tower_are_those_that_torch_counts")),
-    ("FLOPs of one tile stand for all", "families.py",
-     "return t * (2 * linear + 4 * vision.hidden_size * pairs)", "return 2 * linear + 4 * vision.hidden_size * pairs",
-     families("the_flops_of_the_vision_tower_are_those_that_torch_counts")),
-    ("dropout in the tower is let through", "families.py",
-     "        if drops:\n", "        if drops and False:\n", families("dropout_in_the_tower_is_refused")),
-    ("a decoder that nobody has tried is let through", "families.py",
-     "if text.model_type not in self.decoders:", "if False:",
-     families("a_decoder_that_decoding_does_not_know_is_refused")),
 )]
 # fmt: on
 

@@ -428,7 +428,7 @@ BUGS = [Bug(*entry) for entry in (
     # ---- recipes/plan.py
     ("a plan forgets one of AdamW's moments", "recipes/plan.py", "2 * weights.trained}", "weights.trained}", PLAN),
     ("a plan forgets the whole gradient", "recipes/plan.py",
-     "between micro-batches"] = weights.whole_gradient", "between micro-batches"] = 0", PLAN),
+     'between micro-batches"] = weights.whole_gradient', 'between micro-batches"] = 0', PLAN),
     ("a plan counts no activations", "recipes/plan.py", "return live.most", "return 0", PLAN),
 
     # ---- sampler.py

@@ -95,10 +95,10 @@ def published(size: str) -> tempfile.TemporaryDirectory:
     """A directory with the config of a published size. Its tokenizer is the tiny model's: no weight depends on it."""
     from transformers import AutoConfig
 
-    from toy.tiny_model import make_tokenizer, qwen_image_processor
+    from toy.tiny_model import QWEN_MARKS, make_tokenizer, qwen_image_processor
 
     shape = SHAPES[size]
-    tokenizer = make_tokenizer(0)
+    tokenizer = make_tokenizer(QWEN_MARKS, 0)
     picture, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     text = {
         "hidden_size": shape.hidden,

@@ -53,7 +53,6 @@ PARITY = "tests/test_parity.py"
 REWARDS = "tests/test_rewards.py"
 JIGSAW = "tests/test_jigsaw.py"
 TOY = "tests/test_toy.py"
-PLAN = "tests/test_plan.py"
 # The other files take longer: from them only the tests that must notice.
 GROUPS = some(
     "test_groups",
@@ -107,6 +106,11 @@ CHECKPOINT = some("test_training", "a_resumed_run_ends_with_the_weights_of_an_un
 SETTINGS = some("test_resume", "a_resumed_run_keeps_its_settings")
 BACKGROUND = some("test_resume", "a_checkpoint_holds_the_moment_it_was_asked_for_though_it_is_written_later")
 EXPORT = some("test_parallel", "a_model_is_exported_in_files_that_the_processes_write_in_turns")
+PLAN = some(
+    "test_plan",
+    "a_plan_is_a_little_above_what_a_run_of_two_processes_holds",
+    "shards_halve_with_twice_the_processes_and_copies_hold_more",
+)
 EVAL = some(
     "test_eval",
     "gains_of_50_and_20_give_22_point_7",

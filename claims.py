@@ -145,6 +145,8 @@ def shorthand(text: str, question: Question) -> str:
         found = rf"(?<![\w:])(?:{any_option})(?!\w)"
         text = re.sub(found, lambda match: "text:" + question.letter_of[match.group()].lower(), text)
 
+    text = re.sub(r"\b(?:option|choice|letter) (?=letter:[a-z]\b)", "", text)
+
     # No clause ends behind these.
     text = re.sub(r"\b(is|are|be|answer|option|choice|conclusion|letter):(?![a-z])", r"\1", text)
     text = re.sub(r"\b(so|therefore|thus|hence|then|consequently),", r"\1", text)

@@ -77,7 +77,7 @@ def in_order(text: str) -> str:
     """Lower case, one space between words, and one word for each direction: "Beneath" -> "below"."""
     text = " ".join(text.casefold().split())
     for words, direction in SYNONYMS:
-        text = re.sub(rf"\b(?:{words})", direction, text)
+        text = re.sub(rf"\b(?:{words})\b", direction, text)
     return text
 
 
@@ -146,7 +146,6 @@ def shorthand(text: str, question: Question) -> str:
         text = re.sub(found, lambda match: "text:" + question.letter_of[match.group()].lower(), text)
 
     text = re.sub(r"\b(?:option|choice|letter) (?=letter:[a-z]\b)", "", text)
-
     # No clause ends behind these.
     text = re.sub(r"\b(is|are|be|answer|option|choice|conclusion|letter):(?![a-z])", r"\1", text)
     text = re.sub(r"\b(so|therefore|thus|hence|then|consequently),", r"\1", text)
@@ -183,9 +182,11 @@ LINKS = frozenset(
 )
 NEGATIONS = frozenset(["not", "never"])
 PRONOUNS = frozenset("it this that which".split())
-SUBJECTS = PRONOUNS | frozenset(
-    "i answer option choice letter solution conclusion result piece patch tile one color colour shape "
-    "leaves choose pick select get conclude say".split()
+PIECES = frozenset("piece patch tile part block segment one".split())
+DETERMINERS = frozenset("the this that".split())
+SUBJECTS = PRONOUNS | PIECES | frozenset(
+    "i answer option choice letter solution conclusion result color colour shape leaves choose pick select get "
+    "conclude say".split()
 )
 CONCLUSIONS = frozenset("so therefore thus hence consequently answer option choice conclude leaves".split())
 CONNECTORS = CONCLUSIONS | frozenset("and but then that think say see means suggests".split())
@@ -211,8 +212,8 @@ class Claim(NamedTuple):
     firm: bool
 
 
-def claims_of(words: list[str], question: Question) -> list[Claim]:
-    """The claims of one clause in shorthand."""
+def claims_of(words: list[str], question: Question, topic: str = "") -> list[Claim]:
+    """The claims of one clause in shorthand. topic: the piece that "it" means, "" if none was named, or "several"."""
     claims = []
     excluded = bool(EXCLUSIONS & set(words))
     for place, word in enumerate(words):
@@ -225,8 +226,9 @@ def claims_of(words: list[str], question: Question) -> list[Claim]:
         while start > 0 and words[start - 1] in LINKS:
             start -= 1
         subject = words[start - 1] if start > 0 else ""
-        if subject in PRONOUNS and start > 1 and words[start - 2] not in CONNECTORS:
-            subject = "something"  # "the house behind it is red"
+        before = words[start - 2] if start > 1 else "the"
+        if subject in PRONOUNS | PIECES and before not in CONNECTORS | DETERMINERS:
+            subject = "something"  # "the house behind it is red", "the dark piece is above"
         behind = words[place + 1 :]
         denied = excluded or bool(NEGATIONS & set(words[start:place]))
         firm = bool(CONCLUSIONS & set(words[:place]))
@@ -243,6 +245,8 @@ def claims_of(words: list[str], question: Question) -> list[Claim]:
             elif verdict == "good" and not one_of_several:
                 claims.append(Claim(kind, letter.upper(), False, firm))
         elif question.about_directions:
+            if subject in PRONOUNS | PIECES and topic:
+                subject = topic
             said = direction_said(letter.upper(), subject, behind, question)
             if said:
                 claims.append(Claim(kind, said, denied, firm))
@@ -290,7 +294,7 @@ def direction_said(letter: str, subject: str, behind: list[str], question: Quest
     """
     if {*behind} & (BAD | NEGATIONS):
         return None
-    unnamed = not subject or subject in CONCLUSIONS or subject in SUBJECTS or subject in question.words
+    unnamed = not subject or subject in CONCLUSIONS or subject in SUBJECTS
     if not unnamed and not subject.startswith("piece:"):
         return None
     rest = [word for word in behind if word not in JOINTS and not word.startswith("letter:")]
@@ -310,6 +314,15 @@ def direction_said(letter: str, subject: str, behind: list[str], question: Quest
         direction = next(text for text, name in question.letter_of.items() if name == letter)
         return question.letter_of.get(opposite(direction))
     return None
+
+
+def topic_after(words: list[str], topic: str) -> str:
+    """The piece that "it" means behind a clause: the one it begins with, or the only one it names."""
+    pieces = [word for word in words if word.startswith("piece:")]
+    if not pieces:
+        return topic
+    opens = set(words[: words.index(pieces[0])]) <= CONNECTORS
+    return pieces[0] if opens or len(set(pieces)) == 1 else "several"
 
 
 @dataclass
@@ -335,7 +348,7 @@ def conclusions(text: str, record: dict) -> tuple[list[set[str]], set[str]]:
     """
     question = question_of(record)
     sentences = sentences_of(shorthand(undress(text), question))
-    stances, denied = {"letter": Stance(), "text": Stance()}, set()
+    stances, denied, topic = {"letter": Stance(), "text": Stance()}, set(), ""
     for number, sentence in enumerate(sentences):
         if sentence.rstrip().endswith("?"):
             continue  # a question says nothing
@@ -348,7 +361,9 @@ def conclusions(text: str, record: dict) -> tuple[list[set[str]], set[str]]:
                 stances, denied = {"letter": Stance(), "text": Stance()}, set()
             if HYPOTHESES & set(words) or (supposes and {"would", "then"} & set(words)):
                 continue
-            for claim in claims_of(words, question):
+            claims = claims_of(words, question, topic)
+            topic = topic_after(words, topic)
+            for claim in claims:
                 if not (claim.firm or at_the_end):
                     continue
                 if claim.denied:

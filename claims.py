@@ -99,6 +99,9 @@ class Question:
     def about_directions(self) -> bool:
         return bool(self.letter_of) and all(opposite(text) != text for text in self.letter_of)
 
+    def text_of(self, letter: str) -> str:
+        return next((text for text, name in self.letter_of.items() if name == letter), "")
+
 
 def question_of(record: dict) -> Question:
     letter_of = {}
@@ -137,9 +140,17 @@ def shorthand(text: str, question: Question) -> str:
     where = r"(?: (?:now|shown|currently))?(?: (?:at|in|on))?(?: (?:the )?(?:position|place|slot|number))?"
     text = re.sub(rf"\b(?:the )?{PIECE}{where} #?([0-9]{{1,2}})\b", r"piece:\1", text)
     if question.pair:
+        for number, ordinal in enumerate(ORDINALS, start=1):
+            text = re.sub(
+                rf"\bthe {ordinal}\b(?= (?:is|was|lies|goes|belongs|must|should)\b|[.,]|$)", f"piece:{number}", text
+            )
         verb = r"(?= (?:is|was|looks|goes|lies|belongs|must|should)\b)"
         text = re.sub(rf"(?<![\w:.])([0-9]{{1,2}}){verb}", r"piece:\1", text)
         text = re.sub(rf"\b({VERTICAL}|of|than|to) ([0-9]{{1,2}})\b", r"\1 piece:\2", text)
+    if set(texts) == {"above", "below"}:
+        # Of two pieces, the one at the top is above the other.
+        text = re.sub(r"\b(?:on|at the) top\b(?! of)", "above", text)
+        text = re.sub(r"\bat the bottom\b(?! of)", "below", text)
     if texts:
         any_option = "|".join(re.escape(option) for option in texts)
         found = rf"(?<![\w:])(?:{any_option})(?!\w)"
@@ -176,17 +187,21 @@ def mention(match: re.Match, text: str, question: Question) -> str:
 # Words that may stand between a subject and what is said of it, "the piece | must have been just | above".
 LINKS = frozenset(
     "is was are be been being must should would will did does do can has have had to the on at in a an it's that's "
-    "just directly diagonally immediately located placed positioned situated found originally therefore then "
-    "clearly probably likely definitely certainly quite very further also indeed goes go went lies lay sits stands "
-    "belongs belonged comes came fits fit looks looked seems appears exactly really most with not never".split()
+    "best better just directly diagonally immediately located placed positioned situated found originally then "
+    "therefore clearly probably likely definitely certainly quite very further also indeed goes go went lies lay sits "
+    "stands belongs belonged comes came fits fit looks looked seems appears exactly really most with not never".split()
 )
 NEGATIONS = frozenset(["not", "never"])
 PRONOUNS = frozenset("it this that which".split())
 PIECES = frozenset("piece patch tile part block segment one".split())
 DETERMINERS = frozenset("the this that".split())
-SUBJECTS = PRONOUNS | PIECES | frozenset(
-    "i answer option choice letter solution conclusion result color colour shape leaves choose pick select get "
-    "conclude say".split()
+SUBJECTS = (
+    PRONOUNS
+    | PIECES
+    | frozenset(
+        "i answer option choice letter solution conclusion result color colour shape leaves choose pick select get "
+        "conclude say point points position relationship relation direction".split()
+    )
 )
 CONCLUSIONS = frozenset("so therefore thus hence consequently answer option choice conclude leaves".split())
 CONNECTORS = CONCLUSIONS | frozenset("and but then that think say see means suggests".split())
@@ -311,8 +326,7 @@ def direction_said(letter: str, subject: str, behind: list[str], question: Quest
     if named in ((asked, other), (asked, ""), ("", other)):
         return letter
     if named in ((other, asked), (other, ""), ("", asked)):
-        direction = next(text for text, name in question.letter_of.items() if name == letter)
-        return question.letter_of.get(opposite(direction))
+        return question.letter_of.get(opposite(question.text_of(letter)))
     return None
 
 
@@ -354,6 +368,9 @@ def conclusions(text: str, record: dict) -> tuple[list[set[str]], set[str]]:
             continue  # a question says nothing
         at_the_end = number >= len(sentences) - 2
         supposes = re.search(r"\bif\b", sentence)
+        # "It is left of 1 and below it": one option in two parts. Which one is left undecided.
+        mentioned = {question.text_of(letter.upper()) for letter in re.findall(r"text:([a-z])", sentence)}
+        in_parts = mentioned & {"above", "below"} and mentioned & {"left", "right"}
         heard = set()
         for clause in CLAUSE.split(sentence):
             words = WORD.findall(clause)
@@ -364,7 +381,8 @@ def conclusions(text: str, record: dict) -> tuple[list[set[str]], set[str]]:
             claims = claims_of(words, question, topic)
             topic = topic_after(words, topic)
             for claim in claims:
-                if not (claim.firm or at_the_end):
+                part = in_parts and claim.kind == "text" and question.text_of(claim.letter) in OPPOSITE
+                if part or not (claim.firm or at_the_end):
                     continue
                 if claim.denied:
                     denied.add(claim.letter)

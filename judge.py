@@ -67,7 +67,8 @@ EXCLUSIVE = [{"yes", "no"}, {"true", "false"}]
 
 
 def with_digits(text: str) -> str:
-    """ "three" -> "3"; "one" stays, it is a pronoun as often."""
+    """ "three" -> "3"; "one" only where it ends a sentence, elsewhere it is a pronoun as often."""
+    text = re.sub(r"(?<=\bis )one(?=[.!]?$)", "1", text)
     for number, word in enumerate(NUMERALS):
         if word != "one":
             text = re.sub(rf"\b{word}\b", str(number), text, flags=re.IGNORECASE)
@@ -261,6 +262,8 @@ def option_as_letter(text: str, record: dict) -> str:
 
 def number_alone(text: str, record: dict) -> str:
     """ "three" becomes "3", so does "one", since nothing stands beside it; "4 chairs" becomes "4"."""
+    if re.match(r"[0-9]+[.)] ", text):
+        return ""  # the first point of a list
     word = plain(text)
     counted = re.fullmatch(r"([0-9]+) [a-z]+", word)
     if counted:

@@ -426,7 +426,7 @@ BUGS = [Bug(*entry) for entry in (
 
     # ---- judge.py and claims.py
     ("a reason about the other piece is read the same way round", "claims.py",
-     "return question.letter_of.get(opposite(direction))", "return letter", JUDGE),
+     "return question.letter_of.get(opposite(question.text_of(letter)))", "return letter", JUDGE),
     ("what is taken back still counts", "claims.py", 'or words == ["no"]:', 'and words == ["no"]:', JUDGE),
     ("a denied option is a claimed one", "claims.py", "if claim.denied:", "if False:", JUDGE),
     ("any subject will do for an option", "claims.py",

@@ -99,14 +99,16 @@ def number_contradicts(tail: str, answer: int | str, record: dict) -> bool:
     concluded = list(CONCLUDED_NUMBER.finditer(text))
     if not concluded or UNSURE.search(text[concluded[-1].start() :]):
         return False
-    behind = text[concluded[-1].end() :]
-    announced = bool(ANSWER_IS.search(text[: concluded[-1].start(1)][-20:]))
-    held = NUMBER.findall(behind if announced else text[: concluded[-1].start(1)] + behind)
-    given = float(answer)
-    if NUMBER.search(behind) or any(float(number) == given for number in held):
+    said = concluded[-1].group(1)
+    before, behind = text[: concluded[-1].start(1)], text[concluded[-1].end() :]
+    if NUMBER.search(behind):
+        return False  # "the answer is 4 because of 3"
+    announced = ANSWER_IS.search(before[-20:])
+    if not announced and any(float(number) == float(answer) for number in NUMBER.findall(before)):
         return False
-    # 0.33 for 1/3: rounding is no contradiction
-    return abs(float(concluded[-1].group(1)) - given) > (0.01 * abs(given) if "." in f"{answer}{text}" else 0)
+    # 0.33 for 0.3333: rounding is no contradiction
+    allowed = 0.01 * abs(float(answer)) if "." in said or "." in str(answer) else 0
+    return abs(float(said) - float(answer)) > allowed
 
 
 def math_contradicts(tail: str, answer: str, record: dict) -> bool:

@@ -497,12 +497,11 @@ BUGS = [Bug(*entry) for entry in (
      "self.firm = self.firm or claim.firm", "self.firm = False", JUDGE),
     ("U+2212 is no minus", "claims.py", '"−": "-", ', "", JUDGE),
     ("a step of the sum is taken for its result", "judge.py",
-     "concluded[-1].group(1)) - given)", "concluded[0].group(1)) - given)", JUDGE),
+     "said = concluded[-1].group(1)", "said = concluded[0].group(1)", JUDGE),
     ("two answers at one kind of place are the first", "judge.py",
      "return answers[0] if len(answers) == 1 else None", "return answers[0]", JUDGE),
     ("an echo of the options is an answer", "judge.py", "if len(echoed) < 2:", "if True:", JUDGE),
-    ("the arrangement that was given up decides", "judge.py",
-     "sentence, last = said[-1]", "sentence, last = said[0]", JUDGE),
+    ("an arrangement that was given up decides", "judge.py", "if not PASSED_OVER.search(sentence):", "if True:", JUDGE),
 
     # ---- rewards.py
     ("the format weight is ignored", "rewards.py", "format_weight * well_formed", "0.5 * well_formed", REWARDS),

@@ -172,6 +172,8 @@ def test_numbers_and_grids_after_a_conclusion_word_are_compared():
     assert judge.contradicts("so the answer is 4", 5, digit) is True
     assert judge.contradicts("so it is 0.25", "0.5", of("math", "0.5")) is True
     assert judge.contradicts("so it is 0.50", "0.5", of("math", "0.5")) is False
+    assert judge.contradicts("so it is 101.", "100", of("math", "100")) is True
+    assert judge.contradicts("so it is 0.33.", "0.333", of("math", "0.333")) is False
     assert judge.contradicts("Therefore 1 2 4 3.", [2, 1, 4, 3], grid()) is True
     assert judge.contradicts("The answer is:\n2 1\n4 3", [2, 1, 4, 3], grid()) is False
     assert judge.contradicts("so the answer is 3 1", [2, 1, 4, 3], grid()) is False

@@ -44,19 +44,18 @@ from training import integer, real
 # Metrics
 
 
-def generalization_factor(gain_id: float, gain_ood: float, beta: float = 2.0) -> float:
+def generalization_factor(gain_id: float, gain_ood: float, beta: float = 2.0) -> float | None:
     """Weighted harmonic mean of two gains: (1 + β²)·G_ID·G_OOD / (β²·G_ID + G_OOD). SPECS, arXiv 2510.25801.
 
     High only when the trained (ID) format and the untrained (OOD) formats both gained; β = 2 makes OOD count more.
-    Unit: that of the gains. Beyond the paper: 0 when both gains are 0; and where one model lost what the other gained,
-    the formula has a pole (G_OOD = -β²·G_ID) with nonsense behind it, so there the smaller gain is returned instead.
+    Unit: that of the gains. 0 when a gain is 0. None, not defined, when a gain is negative: a harmonic mean is one of
+    positive numbers, and beyond them the formula has a pole (at G_OOD = -β²·G_ID) with nonsense on both sides.
     """
-    if gain_id == 0 and gain_ood == 0:
+    if gain_id < 0 or gain_ood < 0:
+        return None
+    if gain_id == 0 or gain_ood == 0:
         return 0.0
-    denominator = beta**2 * gain_id + gain_ood
-    if denominator > 0 or gain_id * gain_ood > 0:
-        return (1 + beta**2) * gain_id * gain_ood / denominator
-    return float(min(gain_id, gain_ood))
+    return (1 + beta**2) * gain_id * gain_ood / (beta**2 * gain_id + gain_ood)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -137,8 +136,8 @@ def format_gains(
 
     rows: scored rows with "role" ("id" and "ood" count, others do not), "source", "file", "id", "format": [n].
     before: {(file, id): row of the step-0 model}. weights: {OOD source: weight}; None weighs every OOD source alike.
-    Returns percentage points: "gain_id" (mean over ID replies), "gain_ood" (weighted mean over OOD sources), "gf",
-    "ood_gains" per source, and "beta".
+    Returns percentage points: "gain_id" (mean over ID replies), "gain_ood" (weighted mean over OOD sources), "gf" (None
+    where it is not defined), "ood_gains" per source, and "beta".
     """
     gains = {"id": {}, "ood": {}}  # role -> source -> one gain a record
     for row in rows:
@@ -295,7 +294,8 @@ def result_table(result: dict) -> str:
 
 def gains_line(gains: dict) -> str:
     """The terminal's line about what `format_gains` returned."""
-    text = f"gain ID {gains['gain_id']:+.1f}, gain OOD {gains['gain_ood']:+.1f}, GF {gains['gf']:.1f}"
+    factor = "not defined (a gain is negative)" if gains["gf"] is None else f"{gains['gf']:.1f}"
+    text = f"gain ID {gains['gain_id']:+.1f}, gain OOD {gains['gain_ood']:+.1f}, GF {factor}"
     return f"format against the baseline, in percentage points: {text} (beta {gains['beta']:g})"
 
 

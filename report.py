@@ -133,7 +133,8 @@ Sets whose name ends in a colon and a word ask for another reply format.""",
     "gf": """The last rows are percentage points of format, gained over the model before training:
 <strong>gain ID</strong> in the trained reply format, <strong>gain OOD</strong> in reply formats never trained, and
 <strong>GF</strong>, the generalization factor 5·ID·OOD / (4·ID + OOD). It is high only when both gained, and leans
-towards the untrained formats: a cold start that learns one format by heart has a low GF.""",
+towards the untrained formats: a cold start that learns one format by heart has a low GF. A dash: not defined, because a
+gain is negative.""",
     "curves": """What each run logged, step by step. Where a curve has a pale copy behind it, the pale line is what was
 logged and the strong line its moving mean.""",
     "puzzles": """The same question as each stage answered it, in the order of the table: the picture, then every reply
@@ -246,7 +247,8 @@ def stage_table(results: dict[str, dict]) -> list[list[str]]:
         for title, key in (("gain ID", "gain_id"), ("gain OOD", "gain_ood"), ("GF", "gf")):
             cells = [title]
             for result in results.values():
-                cells.append(f"{result['gf'][key]:.1f}" if result["gf"] else "–")
+                value = result["gf"][key] if result["gf"] else None
+                cells.append("–" if value is None else f"{value:.1f}")
             table.append(cells)
     return table
 

@@ -211,7 +211,8 @@ def demo_tables() -> str:
         cells += [number(stage, size, "accuracy") for size in SIZES[1:]]
         lines.append(f"| {name} | " + " | ".join(map(spread, cells)) + " |")
     lines += [
-        "| chance | – | 50 | 50 | 50 | 50 | 12.5 |",
+        # The best constant guess: of the 12 ordered pairs of a 2x2, 2 lie straight above each other.
+        "| best constant guess | – | 50 | 50 | 50 | 50 | 16.7 |",
         "",
         f"Format gained over the base, percentage points, and the generalization factor of the cold starts ({count}):",
         "",
@@ -219,7 +220,10 @@ def demo_tables() -> str:
         "|---|---|---|---|",
     ]
     for stage in ("cold-dpo-sft", "cold-sft"):
-        cells = [[run["stages"][stage]["gf"][key] for run in runs] for key in ("gain_id", "gain_ood", "gf")]
+        gains = [run["stages"][stage]["gf"] for run in runs]
+        cells = [[each["gain_id"] for each in gains], [each["gain_ood"] for each in gains]]
+        # Logs may be older than the rule that a negative gain leaves the factor undefined.
+        cells.append([None if min(each["gain_id"], each["gain_ood"]) < 0 else each["gf"] for each in gains])
         shown = [spread(values) if None not in values else "not defined" for values in cells]
         lines.append(f"| {STAGES[stage].removeprefix('cold start ')} | " + " | ".join(shown) + " |")
     return "\n".join(lines)

@@ -564,9 +564,12 @@ BUGS = [Bug(*entry) for entry in (
 
     # ---- eval.py
     ("GF: beta is not squared in the denominator", "eval.py",
-     "denominator = beta**2 * gain_id + gain_ood", "denominator = beta * gain_id + gain_ood", EVAL),
+     "/ (beta**2 * gain_id + gain_ood)", "/ (beta * gain_id + gain_ood)", EVAL),
+    ("GF: a negative gain gives a number", "eval.py",
+     "if gain_id < 0 or gain_ood < 0:", "if gain_id < 0 and gain_ood < 0:",
+     some("test_eval", "with_a_negative_gain_it_is_not_defined")),
     ("GF: ID and OOD are swapped", "eval.py",
-     "denominator = beta**2 * gain_id + gain_ood", "denominator = beta**2 * gain_ood + gain_id", EVAL),
+     "/ (beta**2 * gain_id + gain_ood)", "/ (beta**2 * gain_ood + gain_id)", EVAL),
     ("pass@k is the biased estimate", "eval.py",
      "return (choices - math.comb(n - c, k)) / choices", "return 1 - (1 - c / n) ** k", EVAL),
     ("a partly right grid passes", "eval.py", "value >= 1 for value in", "value > 0 for value in", EVAL),

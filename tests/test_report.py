@@ -155,6 +155,8 @@ def test_the_table_has_a_column_a_stage_a_row_a_source_and_gf_where_there_is_one
         ["gain OOD", "–", "20.0"],
         ["GF", "–", "22.7"],
     ]
+    second["gf"] = {"gain_id": 50, "gain_ood": -20, "gf": None}
+    assert report.stage_table({"one": first, "two": second})[-2:] == [["gain OOD", "–", "-20.0"], ["GF", "–", "–"]]
     row = report.markdown_table(table).splitlines()[3]
     assert row == "| b                | –                  | 100.0 / 100.0 / 12.5 |"
 

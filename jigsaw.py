@@ -10,8 +10,8 @@ pieces are mixed. Positions are numbered row by row from 1. QUESTIONS says what 
 
 A new question is one function `ask_…` and one entry of that table.
 
-Pictures come from a folder. For the laptop demo they come from toy/scenes.py (`--scenes`); nothing else of this project
-is imported.
+Pictures come from a folder, opened as the trainer opens them (records.open_picture). For the laptop demo they come from
+toy/scenes.py (`--scenes`). Both are imported where they are needed, nothing else of this project is.
 
 Legend: H, W height and width of a picture in pixels; n = rows*cols pieces, each h x w; k, j positions; `order[x]` is
 the original position of the piece that is now at position x+1. Positions count from 1. `split` is "train", "test" or
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 SPLITS = ("train", "test", "all")
@@ -363,10 +363,12 @@ def list_pictures(folder: Path, split: str, test_fraction: float) -> list[Path]:
 
 
 def load_picture(path: Path, max_side: int | None) -> Image.Image:
-    """RGB, turned as the camera says, shrunk so that neither side is longer than max_side pixels."""
+    """RGB as the trainer will see it, shrunk so that neither side is longer than max_side pixels."""
+    # Imported here, not above: puzzles from pictures somebody else opened need nothing of this project.
+    from records import open_picture
+
     try:
-        with Image.open(path) as image:
-            picture = ImageOps.exif_transpose(image).convert("RGB")
+        picture = open_picture(path)
     except Exception as cause:
         raise ValueError(f"not a readable image ({one_line(cause)})") from cause
     if max_side is not None and max(picture.size) > max_side:

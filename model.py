@@ -33,7 +33,7 @@ from torch import nn
 import training
 from attention import Layout, Segments
 from families import Family, family_of, matrix_weights
-from records import DataError
+from records import DataError, open_picture, picture_size
 from training import DEFAULT_SHARDING, World
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,8 +79,8 @@ class Encoder:
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
         self.max_length = family.config.get_text_config().max_position_embeddings
         self.end_id = self.tokenizer.eos_token_id
-        if self.tokenizer.chat_template is None:
-            self.tokenizer.chat_template = template_beside(Path(folder))
+        # A template in a file of its own wins over the tokenizer's, as in transformers' AutoProcessor.
+        self.tokenizer.chat_template = template_beside(Path(folder)) or self.tokenizer.chat_template
         if None in (self.image_token, self.end_id) or not self.tokenizer("a", add_special_tokens=False)["input_ids"]:
             raise DataError(f"{folder}: its tokenizer files are missing or incomplete")
         # Futures, so that two questions about one picture wait for the same encoding.
@@ -98,8 +98,7 @@ class Encoder:
 
     def image(self, path: str) -> Image.Image:
         """The picture of an image file, resized as every engine gets it."""
-        with Image.open(path) as image:
-            return self.family.resize(image)
+        return self.family.resize(open_picture(path))
 
     def images(self, paths: list[str]) -> list[Image.Image]:
         """The pictures of several image files, side by side in worker threads."""
@@ -124,9 +123,9 @@ class Encoder:
 
     def _encode(self, path):
         # numpy: a torch operation in this thread would start a team of threads of its own, against the main one's.
-        with Image.open(path) as image:
-            grid = self.family.grid(*image.size)
-            pixels = self.family.pixels(self.family.resize(image))
+        picture = open_picture(path)
+        grid = self.family.grid(*picture.size)
+        pixels = self.family.pixels(self.family.resize(picture))
         encoded = torch.from_numpy(pixels), torch.tensor(grid)
         with self._lock:
             self._bytes_left -= encoded[0].nbytes
@@ -181,8 +180,7 @@ class Encoder:
         counts = []
         try:
             for path in record["images"]:
-                with Image.open(path) as image:
-                    grid = self.family.grid(*image.size)
+                grid = self.family.grid(*picture_size(path))
                 counts.append(self.family.tokens_per_picture(grid))
         except (OSError, ValueError) as error:  # too thin a strip, or gone since the records were read
             raise DataError(f"{where}: an image cannot be encoded ({error})") from error
@@ -253,7 +251,7 @@ class Encoder:
 
 
 def template_beside(folder: Path) -> str | None:
-    """The chat template of older hub repositories, which keep it beside the tokenizer."""
+    """The chat template that a repository keeps in a file of its own, or None."""
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text()
     if (folder / "chat_template.json").exists():

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 
 class DataError(Exception):
@@ -145,6 +146,54 @@ def problem_with_picture(path: str, where: str) -> str | None:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return f'{where}: image "{path}" is broken ({error})'
     return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+#
+# Trainer, samplers and jigsaw.py open pictures here, so that all see what a person sees in a viewer.
+
+ORIENTATION = 0x0112  # the EXIF tag of a camera that was held sideways; from 5 on, width and height change places
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """An image file as RGB, turned as its camera says. OSError, SyntaxError or ValueError if it cannot be read."""
+    with Image.open(path) as image:
+        return as_seen(ImageOps.exif_transpose(image))
+
+
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of what open_picture will give, from the file's header alone."""
+    with Image.open(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(ORIENTATION, 1) >= 5
+    return (height, width) if turned else (width, height)
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """RGB of any mode: wide value ranges are scaled to 0 … 255, transparency lies on white.
+
+    Pillow's own convert clips 16-bit values at 255 (a white picture), rounds fractions to 0 (a black one) and drops
+    the alpha channel, so that whatever colour hides under full transparency appears.
+    """
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(eight_bits(np.asarray(image, dtype=np.float64))).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def eight_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values of some range -> uint8. The range is the smallest usual one that holds them: 1, 255, 65535, or the
+    largest value itself; what is negative or no number is black."""
+    values = np.clip(np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0), 0.0, None)
+    largest = float(values.max(initial=0.0))
+    whole = bool((values == np.round(values)).all())
+    # Fractions up to 1 are shares of white; whole numbers up to 1 are levels of a very dark picture.
+    limits = (255.0, 65535.0) if whole else (1.0, 255.0, 65535.0)
+    white = next((limit for limit in limits if largest <= limit), largest)
+    return np.round(values * (255.0 / white)).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

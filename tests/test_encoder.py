@@ -12,7 +12,7 @@ from groups import every_family
 from PIL import Image
 
 import model
-from records import DataError
+from records import DataError, open_picture
 
 QWEN = [family for family in FAMILIES if family.startswith("qwen")]
 
@@ -77,8 +77,9 @@ def test_pixels_are_those_that_the_processor_makes_when_it_resizes_itself(limite
     assert len(gallery) == 10
     for name, path in gallery.items():
         pixels, grid = limited.picture(path)
-        with Image.open(path) as image:
-            expected = limited.family.processor(images=[image], do_resize=True, size=limits, return_tensors="pt")
+        # Of what a person sees: under transparency the processor alone would show the colour that nobody sees.
+        images = [open_picture(path)]
+        expected = limited.family.processor(images=images, do_resize=True, size=limits, return_tensors="pt")
         assert grid.tolist() == expected["image_grid_thw"][0].tolist(), name
         assert pixels.dtype == torch.float32 and len(pixels) == int(grid.prod()), name
         torch.testing.assert_close(pixels, expected["pixel_values"], rtol=0, atol=1e-6, msg=name)

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 import jigsaw
+import records
 import rewards
 from toy.primer import render
 from toy.scenes import scene
@@ -407,10 +408,11 @@ def test_bad_input_ends_with_status_2_and_one_line_that_names_the_cause(tmp_path
     assert not (tmp_path / "out" / "records.jsonl").exists()
 
 
-def test_puzzles_from_a_folder_need_nothing_of_the_project(tmp_path):
+def test_puzzles_from_a_folder_need_nothing_of_the_project_but_how_it_opens_pictures(tmp_path):
     photographs(tmp_path / "in", [(1, 2, 3)])
     (tmp_path / "alone").mkdir()
-    shutil.copy(jigsaw.__file__, tmp_path / "alone")
+    for file in (jigsaw.__file__, records.__file__):
+        shutil.copy(file, tmp_path / "alone")
     command = [sys.executable, "alone/jigsaw.py", "--images", "in", "--count", "2", "--out", "out"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)

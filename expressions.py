@@ -21,6 +21,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 
 import mpmath
 
@@ -150,9 +151,14 @@ SPELLINGS = [
     (re.compile(r"\\frac\s*([0-9A-Za-z])\s*(?=[0-9A-Za-z{\\])"), r"\\frac{\1}"),
     (re.compile(r"(\\frac\{[^{}]*\})\s*([0-9A-Za-z])(?![0-9])"), r"\1{\2}"),
     (re.compile(r"\\%"), "%"),
+    # \log_23 is the logarithm of 3 to the base 2, as LaTeX sets it; \log_10 3 is meant as it is written
+    (re.compile(r"\\?log_([0-9])([0-9]+)(?=\s*(?:$|[-+=,)}]))"), r"\\log_{\1} \2"),
 ]
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{([^{}]*(?:\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}[^{}]*)*)\}|([0-9A-Za-z]))")
-TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname|rm)\s*\{([^{}]*)\}")
+TEXT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|boldsymbol|mbox|operatorname|underline|rm)\s*"
+    r"\{((?:[^{}]|\{[^{}]*\})*)\}"
+)
 REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\{([0-9]{1,9})\}")
 MIXED = re.compile(
     r"(?<![0-9.A-Za-z^_})/])([0-9]{1,9})(?:\s*\\frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}|[ ]+([0-9]{1,9})/([0-9]{1,9})(?![0-9]))"
@@ -180,6 +186,8 @@ def tidy(text: str) -> str:
     text = MIXED.sub(mixed_number, text)
     text = re.sub(r"^(?:\s*(?:=|\\therefore|\\Rightarrow))+", "", text)
     text = " ".join(text.split())
+    if text.endswith(".."):
+        raise Unreadable("it goes on")
     return text[:-1].rstrip() if text.endswith(".") else text
 
 
@@ -640,15 +648,18 @@ def letters_in(tree: Tree) -> set[str]:
     return set().union(*(letters_in(part) for part in tree[1:])) if isinstance(tree, tuple) else set()
 
 
+@lru_cache(maxsize=20_000)  # a gold meets many replies, and each of them is looked at in several ways
+def value_at(tree: Tree, point: int):
+    """As `evaluate`, but None where there is no finite value."""
+    try:
+        return evaluate(tree, point)
+    except Unreadable:
+        return None
+
+
 def values_of(tree: Tree) -> list:
     """The values at all points, None where there is none; one value if there are no letters."""
-    values = []
-    for point in range(POINTS if letters_in(tree) else 1):
-        try:
-            values.append(evaluate(tree, point))
-        except Unreadable:
-            values.append(None)
-    return values
+    return [value_at(tree, point) for point in range(POINTS if letters_in(tree) else 1)]
 
 
 def close(a, b) -> bool:
@@ -657,33 +668,29 @@ def close(a, b) -> bool:
 
 def same_value(a: Tree, b: Tree) -> bool:
     """Equal wherever there is a value, at MIN_FINITE points at least, and both without a value elsewhere."""
-    if not letters_in(a) and not letters_in(b):
-        return close(evaluate(a), evaluate(b))
+    points = POINTS if letters_in(a) | letters_in(b) else 1
     finite = 0
-    for point in range(POINTS):
-        pair = []
-        for tree in (a, b):
-            try:
-                pair.append(evaluate(tree, point))
-            except Unreadable:
-                pair.append(None)
-        if pair == [None, None]:
+    for point in range(points):
+        left, right = value_at(a, point), value_at(b, point)
+        if left is None and right is None:
             continue
-        if None in pair or not close(*pair):
+        if left is None or right is None or not close(left, right):
             return False
         finite += 1
-    return finite >= MIN_FINITE
+    return finite >= min(points, MIN_FINITE)
 
 
 def proportional(a: Tree, b: Tree) -> int:
     """The sign of the constant by which b is a multiple of a, or 0: x - 3 and 6 - 2x, -1."""
     ratios = []
-    for point in range(POINTS):
-        try:
-            ratios.append(divide(evaluate(b, point), evaluate(a, point)))
-        except Unreadable:
+    for left, right in zip(values_of(a), values_of(b), strict=False):
+        if left is None or right is None:
             continue
-    real = [ratio for ratio in ratios if isinstance(ratio, MP.mpf) and ratio != 0]
-    if len(real) < len(ratios) or len(real) < MIN_FINITE or not all(close(real[0], ratio) for ratio in real):
+        if left == 0 or right == 0:
+            return 0
+        ratios.append(clean(right / left))
+    if len(ratios) < MIN_FINITE or isinstance(ratios[0], MP.mpc):
         return 0
-    return 1 if real[0] > 0 else -1
+    if not all(close(ratios[0], ratio) for ratio in ratios):
+        return 0
+    return 1 if ratios[0] > 0 else -1

@@ -115,9 +115,13 @@ def known_unit(word: str) -> str | None:
 
 def noun_called(text: str) -> str | None:
     """One or two words that are things to count: "apples", "square units". The plural does not matter."""
-    words = text.split()
+    words = re.sub(r"^sq\.? ", "square ", text).split()
     plain = all(re.fullmatch(r"[A-Za-z]{3,}", word) and word.lower() not in NO_NOUNS for word in words)
     return " ".join(word.lower().removesuffix("s") for word in words) if plain and 1 <= len(words) <= 2 else None
+
+
+def unit_fraction(match: re.Match) -> str:
+    return f" {match[1]}/{match[2]}" if known_unit(match[1]) and known_unit(match[2]) else match.group()
 
 
 def split_unit(text: str, attached: bool) -> tuple[str, str]:
@@ -125,6 +129,7 @@ def split_unit(text: str, attached: bool) -> tuple[str, str]:
     money = re.match(r"([-+]?)\s*(\\(?:dollar|euro|pound|yen))\s+(?=[0-9.\\(])", text)
     if money:
         return money[1] + text[money.end() :], money[2]
+    text = re.sub(r"\\frac\{ *([A-Za-z]+) *\}\{ *([A-Za-z]+) *\}$", unit_fraction, text)
     text = re.sub(r"\b[Dd]egrees? (Celsius|Fahrenheit|C|F)$", lambda match: "deg" + match[1][0], text)
     for start in UNIT_STARTS.finditer(text):
         before, tail = text[: start.start()], text[start.start() :]
@@ -132,7 +137,7 @@ def split_unit(text: str, attached: bool) -> tuple[str, str]:
         if not NUMBER_ENDS.search(before) or not (apart or attached):
             continue
         unit = unit_called(tail)
-        if unit is None:
+        if unit is None and before.endswith((" ", ")", "}")):
             unit = noun_called(tail)
         if unit:
             return before.rstrip(), unit
@@ -269,9 +274,9 @@ def several(values: list[Value], has_or: bool) -> Value:
     # x = 3, y = 4 is one point; x = 1, x = 2 and x_1 = 1, x_2 = 2 are two values of one letter.
     names = [item.name for item in items if item.name]
     if len(set(name.partition("_")[0] for name in names)) > 1:
-        if len(set(names)) != len(items) or has_or or names != sorted(names):
+        if len(set(names)) != len(items) or has_or:
             raise Unreadable("several letters")
-        return Ordered("(", tuple(replace(item, name="") for item in items))
+        return Ordered("(", tuple(replace(item, name="") for item in sorted(items, key=lambda item: item.name)))
     return many([replace(item, name="") for item in items])
 
 
@@ -295,8 +300,9 @@ def read_statement(text: str, units: str) -> Value:
 
     parts = split_outside(text, r"=|<|>|\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z])")
     if len(parts) == 1:
-        label = re.fullmatch(r"[A-Za-z]{3,}: *(.+)", text)
-        return read_plain(label[1] if label else text, units)
+        # "Angle: 40°", the point P(3, 4)
+        label = re.fullmatch(r"[A-Za-z]{3,}: *(.+)|[A-Z] ?(\([^()]*,[^()]*\))", text)
+        return read_plain(label[1] or label[2] if label else text, units)
     if not all(parts):
         raise Unreadable("a side is missing")
     signs = re.findall(r"=|<|>|\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z])", outside_text(text))

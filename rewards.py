@@ -230,15 +230,15 @@ def fold(text: str) -> str:
     for character in unicodedata.normalize("NFC", INVISIBLE.sub("", text)):
         keeps = unicodedata.decomposition(character).startswith(MEANINGFUL)
         folded.append(character if keeps else unicodedata.normalize("NFKC", character))
-    return "".join(folded)
+    return "".join(folded).replace("、", ",")
 
 
 # (opening, closing) marks that may stand around a whole answer, if neither stands inside
 FRAMES = [
     ("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"), ('"', '"'), ("“", "”"), ("'", "'"),
-    ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"),
+    ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("「", "」"), ("【", "】"), ("_", "_"),
 ]  # fmt: skip
-COMMAND = re.compile(r"\\(?:boxed|fbox|text|textbf|textit|textrm|mathrm|mathbf|mathit)(?=\{)")
+COMMAND = re.compile(r"\\(?:boxed|fbox|text|textbf|textit|textrm|mathrm|mathbf|mathit|boldsymbol|underline)(?=\{)")
 FENCE = re.compile(r"```[A-Za-z]*[ ]*\n(.*?)\n?```", re.DOTALL)
 BOLD = re.compile(r"(?<![\w*])\*\*(?=\S)([^*\n]+?)(?<=\S)\*\*(?![\w*])")
 HEADING = re.compile(r"#{1,6}[ ]*(?=[A-Za-z])")
@@ -249,12 +249,15 @@ LEADS = [
     re.compile(
         r"(?:(?:so|thus|hence|therefore|finally|i think|i believe)(?:,[ ]?|[ ]))?(?:(?:the|my|our)[ ])?"
         r"(?:(?:final|correct|right|best)[ ])?"
-        r"(?:(?:answer|ans|option|choice)\.?(?:[ ](?:is|would be|must be))?|(?:solution|result|letter)(?:[ ]is|(?=[ ]?:)))"
+        r"(?:(?:answer|ans|option|choice)\.?(?:[ ](?:is|would be|must be))?|(?:solution|result|letter|total|count)(?:[ ]is|(?=[ ]?:)))"
         r"(?:[ ]?[:=]\s*|\s+)(?:(?:option|choice)[ ])?",
         re.IGNORECASE | re.ASCII,
     ),
-    re.compile(r"i (?:choose|pick|select) (?:(?:option|choice) )?", re.IGNORECASE | re.ASCII),
-    re.compile(r"(?:最终|正确)?答案\s*(?:是|为|选)?\s*:?\s*|故?应?选择?\s*:?\s*|(?:答え|正解|解答)\s*は?\s*:?\s*"),
+    re.compile(r"(?:i (?:would |will )?)?(?:choose|pick|select) (?:(?:option|choice) )?", re.IGNORECASE | re.ASCII),
+    re.compile(
+        r"(?:(?:所以|因此|故|综上)\s*,?\s*)?(?:(?:最终|正确)?(?:答案|结果|选项)\s*(?:是|为|选)?|应?选择?)\s*:?\s*"
+        r"|(?:答え|正解|解答)\s*は?\s*:?\s*"
+    ),
     re.compile(r"(?:최종 )?(?:정답|답)\s*(?:은|는)?\s*:?\s*"),
     re.compile(
         r"(?:la réponse(?: finale| correcte)? est|réponse|(?:die )?(?:richtige )?antwort(?: ist| lautet)?"
@@ -316,21 +319,22 @@ def answer_in_json(text: str) -> str:
             value = json.loads(text)
         except (ValueError, RecursionError):
             return text
-        if list(value) == ["answer"] and isinstance(value["answer"], str | int | float):
-            return str(value["answer"]).strip(SPACE)
+        if list(value) == ["answer"] and isinstance(value["answer"], str | int | float | list):
+            inner = value["answer"]
+            return json.dumps(inner) if isinstance(inner, list) else str(inner).strip(SPACE)
     return text
 
 
 # A plain statement: what stands before its verb must be words (or $x$), and none that doubts or denies.
 STATEMENT = re.compile(
     r"(?P<subject>(?:[A-Za-z']+|\$[A-Za-z]{1,2}\$)(?:[ ](?:[A-Za-z']+|\$[A-Za-z]{1,2}\$)){0,14}?)"
-    r"[ ](?:(?:is|are|was|equals|get|gets|takes?|has|have|came from|comes from)(?: equal to| at)?:?|at)\s+(?P<rest>.+)",
+    r"[ ](?:(?:is|are|was|equals|gets?|takes?|has|have|see|counts?|came from|comes from)(?: equal to| located at| at)?:?|at|on)\s+(?P<rest>.+)",
     re.DOTALL,
 )
-CONNECTIVE = re.compile(r"(?:so|thus|hence|therefore|then)\b,?[ ]+", re.IGNORECASE)
+CONNECTIVE = re.compile(r"(?:so|thus|hence|therefore|then|in total|a total of)\b,?[ ]+", re.IGNORECASE)
 LAST_SENTENCE = re.compile(r"(?P<before>.+?)[,.;][ ]+(?:so |thus |hence |therefore |and )?(?=(?:the|my) (?:final )?answer is )", re.I)
 DOUBT = re.compile(
-    r"n't\b|\b(?:not|no|nor|neither|never|if|unless|or|either|whether|that|which|who|when|false|wrong|incorrect|unlikely"
+    r"n't\b|\b(?:not|no|nor|neither|never|nothing|nobody|none|hardly|if|unless|or|either|whether|that|which|who|when|false|wrong|incorrect|unlikely"
     r"|impossible|doubt\w*|maybe|perhaps|possibly|might|may|could|least|most|than|between|about|except|without)\b",
     re.IGNORECASE,
 )
@@ -394,8 +398,8 @@ class AnswerType:
 # ---------------------------------------------------------------------------------------------------------------------
 # Letters: which option
 
-ONE_LETTER = re.compile(r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])\)?)[.:]?")
-LETTER_AND_TEXT = re.compile(r"(?:\(([A-Za-z])\)[.:]?|([A-Za-z])(?:[.):]|,|[ ]-|(?=\n)))\s+(.+)")
+ONE_LETTER = re.compile(r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|\{([A-Za-z])\}|([A-Za-z])\)?)[.:]?")
+LETTER_AND_TEXT = re.compile(r"(?:\(([A-Za-z])\)[.:]?|([A-Za-z])(?:[.):]|,|[ ]-|(?=\n)))(\s*)(\S.*)")
 TEXT_AND_LETTER = re.compile(r"(.+)[ ]\(([A-Z])\)\.?")
 
 
@@ -422,8 +426,8 @@ def read_letter(text: str, record: dict) -> str | None:
 
     both = LETTER_AND_TEXT.fullmatch(text)
     if both:
-        letter, written_out = (both[1] or both[2]).upper(), both[3]
-        marked = both[1] or text[1] in ".):"
+        letter, written_out = (both[1] or both[2]).upper(), both[4]
+        marked = both[3] and (both[1] or text[1] in ".):")
         if not record.get("options") and marked and letter in letters_of(record):
             # Nothing to compare with; a second letter would be a second answer.
             return None if re.search(r"(?<![A-Za-z])[A-Z](?![A-Za-z])", written_out) else letter
@@ -438,7 +442,10 @@ def read_letter(text: str, record: dict) -> str | None:
 def without_layout(text: str) -> str:
     r"""\textbf{(B)}\ \text{green} -> (B) green"""
     text = re.sub(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf)\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"\\[ ,;]", " ", text).strip(SPACE)
+    text = re.sub(r"\\[ ,;]", " ", text)
+    if text.count("$") % 2 == 0:
+        text = text.replace("$", "")
+    return text.strip(SPACE)
 
 
 def option_with_text(text: str, record: dict) -> str | None:
@@ -474,7 +481,8 @@ NUMBER_WORDS = (
 ).split()
 COUNT = re.compile(
     r"(?:position |number |no\. |#|= ?)?(?P<number>[0-9]{1,15}|[0-9]{1,3}(?:,[0-9]{3}){1,4}|[a-z]+)(?:\.0{0,9})?"
-    r"(?: \((?P<again>[a-z0-9]+)\))?(?: (?P<noun>[a-z]+(?: [a-z]+)?))?\.?",
+    r"(?: \((?P<again>[a-z0-9]+)\))?(?: (?P<noun>[a-z]+(?: [a-z]+)?)| ?[\u3040-\u30ff\u4e00-\u9fff]{1,2}(?<![十百千万億亿]))??"
+    r"(?: in total)?\.?",
     re.IGNORECASE | re.ASCII,
 )
 
@@ -539,7 +547,7 @@ def read_indices(text: str, size: int) -> list[int] | None:
 
 
 GRID_LAYOUT = re.compile(
-    r"\\(?:begin|end)\{[a-zA-Z]*(?:matrix|array)\}(?:\{[lcr|]*\})?|\\\\|\\left|\\right|&|\brow [0-9]+:|\|[ :|-]*-[ :|-]*\|",
+    r"\\(?:begin|end)\{[a-zA-Z]*(?:matrix|array)\}(?:\{[lcr|]*\})?|\\\\|\\left|\\right|&|\b(?:row [0-9]+|(?:first|second|third|fourth|fifth|sixth) row):|(?<= )/(?= )|\|[ :|-]*-[ :|-]*\|",
     re.IGNORECASE,
 )
 
@@ -584,16 +592,17 @@ NUMBER = re.compile(r"-?[0-9]{1,9}(?:\.[0-9]{1,9})?")
 
 COORDINATE = re.compile(r"-?(?:[0-9]{1,9}(?:\.[0-9]{1,9})?|\.[0-9]{1,9})")
 # What detectors write around their numbers, and the names of the numbers, which then must all be there
-BOX_TAGS = re.compile(r"<\|?/?(?:box|point|box_start|box_end|point_start|point_end)\|?>|\\left|\\right|\bclick(?=\()|(?<=[0-9])px")
+BOX_TAGS = re.compile(r"<\|?/?(?:box|point|box_start|box_end|point_start|point_end)\|?>|\\left|\\right|\b(?:pyautogui\.)?click(?=\()|(?<=[0-9])px")
 BOX_KEYS = ("bbox_2d", "bbox", "box", "box_2d", "point_2d", "point")
-COORDINATE_NAMES = {2: ["x", "y"], 4: ["x1", "y1", "x2", "y2"]}
+COORDINATE_NAMES = (["x", "y"], ["x1", "y1", "x2", "y2"], ["xmin", "ymin", "xmax", "ymax"])
+NAMES_BEFORE = re.compile(r"\((?:x, ?y|x1, ?y1, ?x2, ?y2)\) ?= ?")
 
 
 def read_numbers(text: str, count: int) -> list[float] | None:
     """`count` decimal numbers between commas or spaces, in brackets that nest, or none."""
     if not brackets_nest(text) or re.search(r",\s*,", text):
         return None
-    numbers = [number for number in re.split(r"[\s,()\[\]]+", text) if number]
+    numbers = [number for number in re.split(r"[\s,;()\[\]{}]+", text) if number]
     if len(numbers) != count or not all(COORDINATE.fullmatch(number) for number in numbers):
         return None
     return [float(number) for number in numbers]
@@ -602,11 +611,12 @@ def read_numbers(text: str, count: int) -> list[float] | None:
 def read_coordinates(text: str, count: int) -> list[float] | None:
     """As `read_numbers`, and out of JSON ({"bbox_2d": [...]}), detection tags, or names: "x=1, y=2"."""
     text = coordinates_in_json(BOX_TAGS.sub(" ", text).strip(SPACE).removesuffix("."))
-    names = re.findall(r"([a-z][0-9]?) ?[=:]", text)
+    text = NAMES_BEFORE.sub("", text, count=1)
+    names = re.findall(r"([a-z]+[0-9]?) ?[=:]", text)
     if names:
-        if names != COORDINATE_NAMES[count]:
+        if names not in COORDINATE_NAMES:
             return None
-        text = re.sub(r"[a-z][0-9]? ?[=:]", " ", text)
+        text = re.sub(r"[a-z]+[0-9]? ?[=:]", " ", text)
     return read_numbers(text, count)
 
 
@@ -694,7 +704,7 @@ def plain(text: object) -> str:
 
 def without_article(text: object) -> str:
     """As `plain`, without an article in front and an exclamation mark behind."""
-    return re.sub(r"^(?:the|an|a) (?=.)", "", plain(text).rstrip("!"))
+    return re.sub(r"^(?:- )?(?:(?:the|an|a) )?(?=.)", "", plain(text).rstrip("!"))
 
 
 def accepted_texts(gold: str | list[str]) -> list[str]:
@@ -713,7 +723,8 @@ def text_accuracy(answer: str, record: dict) -> float:
     for text in accepted_texts(record["answer"]):
         # Reading may have taken a lead off ("option a" -> "a"), so the gold text counts with and without its own.
         accepted |= {without_article(text), without_article(unwrap(fold(text)))}
-    return float(without_article(answer) in accepted)
+    said = {without_article(answer), without_article(stated(answer) or answer)}
+    return float(bool(said & accepted))
 
 
 def check_text(record: dict) -> None:

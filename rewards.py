@@ -494,8 +494,9 @@ def read_ascii_digits(text: str, record: dict) -> int | None:
 def read_digit(text: str, record: dict) -> int | None:
     """A whole number in digits or as a word, with what is counted: "12", "1,200", "3 cars", "three (3)", "2 + 1 = 3"."""
     if "=" in text[1:]:
-        # A true equation, or one with a name on the left; its right side is the number.
-        return read_ascii_digits(text.rpartition("=")[2].strip(SPACE + ".$"), record) if math_answers.read(text) else None
+        # A true equation, or one with a name on the left, has its right side as its value.
+        has_value = isinstance(math_answers.read(text), math_answers.Number)
+        return read_ascii_digits(text.rpartition("=")[2].strip(SPACE + ".$"), record) if has_value else None
     match = COUNT.fullmatch(re.sub(r"^\((.*)\)$|^\[(.*)\]$", r"\1\2", text))
     if not match or match["noun"] and not math_answers.noun_called(match["noun"]):
         return None

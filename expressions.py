@@ -3,10 +3,10 @@ r"""Expressions: reads a short LaTeX text into a tree, and compares two trees by
     tree = Reader(tidy("\\frac{1}{2}x")).whole()     ("*", ("/", 1, 2), "x")
     same_value(tree, Reader("x/2").whole())         True
 
-The whole text is read by one small grammar: nothing is searched for in it and nothing of it is ever executed. Nothing is
-proved either: two expressions are equal if they have the same finite value, to 60 of 100 digits, at every sample point of
-their letters. So an expression without a finite value is no answer, no comparison succeeds because both sides fail, and
-its time is bounded by the length of the text: there is no algebra that could explode. Infinity is no number here.
+The whole text is read by one small grammar: nothing is searched for in it and nothing of it is ever executed. Nothing
+is proved either: two expressions are equal if they have the same finite value, to 60 of 100 digits, at every sample
+point of their letters. So an expression without a finite value is no answer, no comparison succeeds because both sides
+fail, and its time is bounded by the length of the text: there is no algebra that could explode. Infinity is no number.
 
 Legend
 text      what is read, at most MAX_TEXT characters
@@ -86,8 +86,8 @@ SIGNS = {
     "、": ",",
 }
 GREEK = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho - sigma tau upsilon phi chi "
-    "psi omega"
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho - sigma tau upsilon phi "
+    "chi psi omega"
 ).split()
 for offset, name in enumerate(GREEK):
     SIGNS[chr(ord("α") + offset)] = f"\\{name} "
@@ -156,12 +156,13 @@ SPELLINGS = [
 ]
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{([^{}]*(?:\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}[^{}]*)*)\}|([0-9A-Za-z]))")
 TEXT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|boldsymbol|mbox|operatorname|underline|rm)\s*"
-    r"\{((?:[^{}]|\{[^{}]*\})*)\}"
+    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|boldsymbol|mbox|operatorname|underline|rm)"
+    r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\{([0-9]{1,9})\}")
 MIXED = re.compile(
-    r"(?<![0-9.A-Za-z^_})/])([0-9]{1,9})(?:\s*\\frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}|[ ]+([0-9]{1,9})/([0-9]{1,9})(?![0-9]))"
+    r"(?<![0-9.A-Za-z^_})/])([0-9]{1,9})"
+    r"(?:\s*\\frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}|[ ]+([0-9]{1,9})/([0-9]{1,9})(?![0-9]))"
 )
 
 
@@ -232,11 +233,12 @@ GREEK_LETTERS = set(GREEK) - {"pi"} | set("Omega Delta Sigma Phi Theta Gamma Lam
 THINGS = set("overline bar vec hat overrightarrow widehat triangle angle mathbb mathcal".split())
 # Runs of letters that are no products of letters: short units and short words
 SHORT_UNITS = set(
-    "cm mm dm km nm um mi in ft yd kg mg lb lbs oz sec ms min hr hrs wk yr ml mL cl cL dl dL gal ha kN kJ cal eV kW MW kWh "
-    "mV kV amp mA ohm Pa kPa atm bar Hz mol deg rad mph USD usd EUR GBP yen".split()
+    "cm mm dm km nm um mi in ft yd kg mg lb lbs oz sec ms min hr hrs wk yr ml mL cl cL dl dL gal ha kN kJ cal eV kW MW "
+    "kWh mV kV amp mA ohm Pa kPa atm bar Hz mol deg rad mph USD usd EUR GBP yen".split()
 )
 SHORT_WORDS = set(
-    "or and not the is to an as at by of on if it be so yes no odd all any nan inf one two six ten dne vs ou und".split()
+    "or and not the is to an as at by of on if it be so yes no odd all any nan inf one two six ten dne vs ou "
+    "und".split()
 )
 PARTNER = {"(": ")", "[": "]", "{": "}"}
 PRODUCT_SIGNS = {"*", "\\cdot", "\\times"}
@@ -491,7 +493,7 @@ def number(token: str) -> Fraction:
 
 
 def clean(value):
-    """The value without its rounding errors where they would decide: a part that is none, a number beside a whole one."""
+    """The value without rounding errors where they would decide: a part that is none, a number beside a whole one."""
     if isinstance(value, MP.mpc):
         if abs(value.imag) <= SNAP * abs(value.real):
             value = value.real

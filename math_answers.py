@@ -6,8 +6,8 @@ r"""Mathematical answers: what a short LaTeX text says, and whether it says the 
 
 The kind of the gold decides what a reply may be: only a gold of several values is answered by a list, only a word by a
 word. A unit that the gold has must agree; one that it lacks may stand there. Numbers and formulas are compared by their
-values (expressions.py), everything else by structure. What has no finite value is no answer; infinity is an answer of its
-own, or the end of an interval.
+values (expressions.py), everything else by structure. What has no finite value is no answer; infinity is an answer of
+its own, or the end of an interval.
 
 Legend
 text      what is read; `tidied` where it is in one spelling already
@@ -65,19 +65,21 @@ MAY_BE_LEFT_OUT = (*MONEY, "deg")
 NO_NOUNS = set(
     "million billion trillion thousand hundred dozen score lakh crore half halves third thirds quarter quarters fourth "
     "fourths fifth fifths sixth sixths seventh eighth eighths ninth tenth tenths hundredth hundredths thousandth tens "
-    "hundreds thousands millions billions squared cubed factorial times plus minus over divided per percent and not but "
-    "the for nor or more less fewer than least most about only other otherwise perhaps maybe possibly probably if when "
-    "modulo mod fold pair pairs double triple twice infinity pi root power degree degrees choose either neither of to "
-    "yes no none nan inf wrong correct incorrect".split()
+    "hundreds thousands millions billions squared cubed factorial times plus minus over divided per percent and not "
+    "but the for nor or more less fewer than least most about only other otherwise perhaps maybe possibly probably if "
+    "when modulo mod fold pair pairs double triple twice infinity pi root power degree degrees choose either neither "
+    "of to yes no none nan inf wrong correct incorrect".split()
 )
 ALWAYS_UNITS = re.compile(r"%|\\(?:permille|dollar|euro|pound|yen)|\bpercent\b")
 UNIT_PART = re.compile(r"(\\[A-Za-z]+ ?[A-Za-z]*|[A-Za-z]+|%)\s*(?:\^\s*\{?\s*(-?[1-4])\s*\}?)?")
 NUMBER_ENDS = re.compile(r"(?:[0-9)}|.!]|\\(?:pi|infty))\s*$")
-UNIT_STARTS = re.compile(r"(?<![A-Za-z\\])(?:\\(?:mu|Omega|permille|dollar|euro|pound|yen|cent|circ)(?![A-Za-z])|[A-Za-z]|%)")
+UNIT_STARTS = re.compile(
+    r"(?<![A-Za-z\\])(?:\\(?:mu|Omega|permille|dollar|euro|pound|yen|cent|circ)(?![A-Za-z])|[A-Za-z]|%)"
+)
 
 
 def unit_called(text: str) -> str | None:
-    """The unit in one spelling, "m s^-2", or None if this is none: "m/s^2", "meters per second squared", "square cm"."""
+    """The unit in one spelling, "m s^-2", or None if it is none: "m/s^2", "meters per second squared", "square cm"."""
     words = text.replace("\\cdot", " ").replace("\\text", "").replace("(", " ").replace(")", " ")
     words = re.sub(r"\bper\b", "/", words).strip()
     powers, sign, factor = {}, 1, 1
@@ -204,13 +206,15 @@ Value = Number | Many | Ordered | Region | Relation | Name
 OPENING, CLOSING = "([{", ")]}"
 INFINITE = {"\\infty": "inf", "+\\infty": "inf", "infinity": "inf", "-\\infty": "-inf"}
 EMPTY = {"\\emptyset", "\\{\\}", "\\{ \\}"}
+CONSTANTS = ("e", "i", "\\pi", "\\infty")
 NAMED = re.compile(
-    r"(?:\\[A-Za-z]+ ?)?\{?[A-Za-z]{0,3}\}?'*(?:_\{?[0-9A-Za-z]{1,5}\}?)?(?:\([^()]{1,20}\))?|[A-Za-z]{4,}|\([a-z](?:, ?[a-z])+\)"
+    r"(?:\\[A-Za-z]+ ?)?\{?[A-Za-z]{0,3}\}?'*(?:_\{?[0-9A-Za-z]{1,5}\}?)?(?:\([^()]{1,20}\))?"
+    r"|[A-Za-z]{4,}|\([a-z](?:, ?[a-z])+\)"
 )
 
 
 def split_outside(text: str, pattern: str) -> list[str]:
-    """The pieces between the matches of a pattern that stand outside all brackets. Unreadable if brackets do not nest."""
+    """The pieces between a pattern's matches outside all brackets. Unreadable if the brackets do not nest."""
     pieces, start, depth = [], 0, 0
     separator = re.compile(pattern)
     position = 0
@@ -230,7 +234,7 @@ def split_outside(text: str, pattern: str) -> list[str]:
 
 
 def read_value(text: str, units: str) -> Value:
-    r"""The value of a tidied text. units: "none", "loose", "attached": how readily letters behind a number are a unit."""
+    """The value of a tidied text."""
     if not text:
         raise Unreadable("nothing")
     conclusion = split_outside(text, r"\\Rightarrow")
@@ -322,7 +326,7 @@ def outside_text(text: str) -> str:
 
 def read_equation(parts: list[str], units: str) -> Value:
     """x = 5, f(2) = 5 and 1 + 4 = 5 have the value 5; y = x + 1 and x^2 = 4 are relations."""
-    names = [part for part in parts if NAMED.fullmatch(part) and part not in ("e", "i", "\\pi", "\\infty")]
+    names = [part for part in parts if NAMED.fullmatch(part) and part not in CONSTANTS]
     others = [part for part in parts if part not in names]
     if not others:
         names, others = parts[:1], parts[1:]
@@ -360,12 +364,11 @@ def read_inequality(parts: list[str], signs: list[str]) -> Value:
         parts, signs = parts[::-1], [{">": "<", "\\ge": "\\le"}[sign] for sign in signs[::-1]]
     if signs == ["\\ne"]:
         where = ends_of(parts[1])
-        infinite = MP.inf
-        return region([(-infinite, where, False, False), (where, infinite, False, False)], letter_of(parts[0]))
+        return region([(-MP.inf, where, False, False), (where, MP.inf, False, False)], letter_of(parts[0]))
     if any(sign not in ("<", "\\le") for sign in signs) or len(parts) > 3:
         raise Unreadable("signs of several directions")
 
-    letters = [re.fullmatch(r"\\?[A-Za-z]+", part) is not None and part not in ("e", "\\infty", "\\pi") for part in parts]
+    letters = [bool(re.fullmatch(r"\\?[A-Za-z]+", part)) and part not in CONSTANTS for part in parts]
     if len(parts) == 3 and letters[1]:
         return region([(ends_of(parts[0]), ends_of(parts[2]), signs[0] == "\\le", signs[1] == "\\le")], parts[1])
     if len(parts) == 2 and letters[0] and not letters_in(Reader(parts[1]).whole()):
@@ -487,7 +490,10 @@ def read_brackets(text: str, units: str) -> Value:
         return region([(ends_of(pieces[0]), ends_of(pieces[1]), opening == "[", closing == "]")])
     if PARTNER.get(opening, "\\rangle") != closing:
         raise Unreadable("another bracket closes")
-    return Ordered("(", tuple(read_plain(piece, units) for piece in pieces))
+    items = tuple(read_plain(piece, units) for piece in pieces)
+    if not all(isinstance(item, Number | Ordered) for item in items):
+        raise Unreadable("a point of other things than numbers")
+    return Ordered("(", items)
 
 
 def read_ratio(parts: list[str]) -> Ordered:
@@ -569,7 +575,7 @@ def equal(gold: Value, answer: Value) -> bool:
         gold = Relation("=", gold.name, gold.tree)
     if isinstance(answer, Number) and answer.name and isinstance(gold, Relation):
         answer = Relation("=", answer.name, answer.tree)
-    if isinstance(gold, Region) and isinstance(answer, Ordered) or isinstance(gold, Ordered) and isinstance(answer, Region):
+    if {type(gold), type(answer)} == {Region, Ordered}:
         try:
             gold, answer = as_region(gold), as_region(answer)
         except Unreadable:
@@ -618,12 +624,14 @@ def same_unit(gold: str, answer: str) -> bool:
 
 
 def same_interval(gold: tuple, answer: tuple) -> bool:
-    same_ends = all(a == b or (MP.isfinite(a) and MP.isfinite(b) and close(a, b)) for a, b in zip(gold[:2], answer[:2]))
-    return same_ends and gold[2:] == answer[2:]
+    for end, other in zip(gold[:2], answer[:2], strict=True):
+        if end != other and not (MP.isfinite(end) and MP.isfinite(other) and close(end, other)):
+            return False
+    return gold[2:] == answer[2:]
 
 
 def same_relation(gold: Relation, answer: Relation) -> bool:
-    """Rearranged: the differences of the two sides are multiples of each other, for inequalities by a positive number."""
+    """Rearranged: their left minus right are multiples of each other, for inequalities by a positive number."""
     if gold.sign != answer.sign:
         return False
     differences = [("+", relation.left, ("neg", relation.right)) for relation in (gold, answer)]

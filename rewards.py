@@ -17,12 +17,15 @@ Two tables hold what can be extended: REPLY_FORMATS and ANSWER_TYPES. A new answ
 with its functions above it; nothing else in this file knows any type by name.
 
 Reading is a full match against a small grammar, never a search: "A or B" is not an A with something behind it, it is no
-letter at all. Nothing here evaluates model output, and every reading takes time linear in the reply.
+letter at all. What may stand around an answer (frames, leads, a plain sentence) is a fixed list, and only formats that
+give the answer a place of its own allow it. Nothing here executes model output, and every reading takes bounded time.
 
 Sources: SPECS (arXiv 2510.25801) for the shape of a reply and the weights 1.0 and 0.5; Jigsaw-R1 (arXiv 2505.23590) for
 letters, digits, grids and boxes. Where the public code of Jigsaw-R1 is looser than its paper (the whole reply counts as
 the answer when a tag is missing, the last capital letter counts, repeated indices get partial credit) this file follows
 the paper.
+
+How mathematics is read and compared is in math_answers.py and, below it, expressions.py.
 
 `find_answer` and `contradicts` are the two lenient readers. They only help to build pairs and never earn a reward.
 """
@@ -249,32 +252,39 @@ LEADS = [
     re.compile(
         r"(?:(?:so|thus|hence|therefore|finally|i think|i believe)(?:,[ ]?|[ ]))?(?:(?:the|my|our)[ ])?"
         r"(?:(?:final|correct|right|best)[ ])?"
-        r"(?:(?:answer|ans|option|choice)\.?(?:[ ](?:is|would be|must be))?|(?:solution|result|letter|total|count)(?:[ ]is|(?=[ ]?:)))"
+        r"(?:(?:answer|ans|option|choice)\.?(?:[ ](?:is|would be|must be))?"
+        r"|(?:solution|result|letter|total|count)(?:[ ]is|(?=[ ]?:)))"
         r"(?:[ ]?[:=]\s*|\s+)(?:(?:option|choice)[ ])?",
         re.IGNORECASE | re.ASCII,
     ),
     re.compile(r"(?:i (?:would |will )?)?(?:choose|pick|select) (?:(?:option|choice) )?", re.IGNORECASE | re.ASCII),
     re.compile(
-        r"(?:(?:所以|因此|故|综上)\s*,?\s*)?(?:(?:最终|正确)?(?:答案|结果|选项)\s*(?:是|为|选)?|应?选择?)\s*:?\s*"
+        r"(?:(?:所以|因此|故|综上)\s*,?\s*)?"
+        r"(?:(?:最终|正确)?(?:答案|结果|选项)\s*(?:是|为|选)?|应?选择?)\s*:?\s*"
         r"|(?:答え|正解|解答)\s*は?\s*:?\s*"
     ),
     re.compile(r"(?:최종 )?(?:정답|답)\s*(?:은|는)?\s*:?\s*"),
     re.compile(
         r"(?:la réponse(?: finale| correcte)? est|réponse|(?:die )?(?:richtige )?antwort(?: ist| lautet)?"
         r"|la respuesta(?: final| correcta)? es|respuesta|a resposta(?: final| correta)? é|resposta"
-        r"|la risposta(?: finale| corretta)? è|risposta|правильный ответ|ответ|đáp án(?: đúng)?(?: là)?)(?:[ ]?:\s*|[ ])",
+        r"|la risposta(?: finale| corretta)? è|risposta|правильный ответ|ответ|đáp án(?: đúng)?(?: là)?)"
+        r"(?:[ ]?:\s*|[ ])",
         re.IGNORECASE,
     ),
 ]
 TAILS = re.compile(
-    r"[ ]is(?: the)? (?:correct|right|best)(?: (?:answer|option|choice|one))?\.?$|[ ]is the answer\.?$|です[.。]?$|입니다[.]?$",
+    r"[ ]is(?: the)? (?:correct|right|best)(?: (?:answer|option|choice|one))?\.?$|[ ]is the answer\.?$"
+    r"|です[.。]?$|입니다[.]?$",
     re.IGNORECASE | re.ASCII,
 )
 
 
 def unwrap(text: str) -> str:
-    r"""The answer without what may stand around it: leads ("The answer is"), tails ("is correct"), frames (\boxed{}, $$,
-    **, code fences, quotes) and the full stop behind a frame."""
+    r"""The answer without what may stand around it.
+
+    That is leads ("The answer is"), tails ("is correct"), frames (\boxed{}, $$, **, code fences, quotes) and the full
+    stop behind a frame.
+    """
     for _ in range(8):
         before = text
         text = CLOSING_WORDS.sub("", text.strip(SPACE))
@@ -328,14 +338,17 @@ def answer_in_json(text: str) -> str:
 # A plain statement: what stands before its verb must be words (or $x$), and none that doubts or denies.
 STATEMENT = re.compile(
     r"(?P<subject>(?:[A-Za-z']+|\$[A-Za-z]{1,2}\$)(?:[ ](?:[A-Za-z']+|\$[A-Za-z]{1,2}\$)){0,14}?)"
-    r"[ ](?:(?:is|are|was|equals|gets?|takes?|has|have|see|counts?|came from|comes from)(?: equal to| located at| at)?:?|at|on)\s+(?P<rest>.+)",
+    r"[ ](?:(?:is|are|was|equals|gets?|takes?|has|have|see|counts?|came from|comes from)"
+    r"(?: equal to| located at| at)?:?|at|on)\s+(?P<rest>.+)",
     re.DOTALL,
 )
 CONNECTIVE = re.compile(r"(?:so|thus|hence|therefore|then|in total|a total of)\b,?[ ]+", re.IGNORECASE)
-LAST_SENTENCE = re.compile(r"(?P<before>.+?)[,.;][ ]+(?:so |thus |hence |therefore |and )?(?=(?:the|my) (?:final )?answer is )", re.I)
+LAST_SENTENCE = re.compile(
+    r"(?P<before>.+?)[,.;][ ]+(?:so |thus |hence |therefore |and )?(?=(?:the|my) (?:final )?answer is )", re.IGNORECASE
+)
 DOUBT = re.compile(
-    r"n't\b|\b(?:not|no|nor|neither|never|nothing|nobody|none|hardly|if|unless|or|either|whether|that|which|who|when|false|wrong|incorrect|unlikely"
-    r"|impossible|doubt\w*|maybe|perhaps|possibly|might|may|could|least|most|than|between|about|except|without)\b",
+    r"n't\b|\b(?:not|no|nor|neither|never|nothing|nobody|none|hardly|if|unless|or|either|whether|that|which|who|when"
+    r"|false|wrong|incorrect|unlikely|impossible|doubt\w*|maybe|perhaps|possibly|might|may|could|least|most|than|between|about|except|without)\b",
     re.IGNORECASE,
 )
 
@@ -452,8 +465,9 @@ def option_with_text(text: str, record: dict) -> str | None:
     """The letter of the one option with this text, as `plain` compares; without the article if none has it with."""
     options = record.get("options") or []
     for comparable in (plain, without_article):
-        same = [letter for letter, option in zip(LETTERS, options, strict=False) if comparable(option) == comparable(text)]
-        if same and plain(text):
+        wanted, texts = comparable(text), [comparable(option) for option in options]
+        same = [letter for letter, option in zip(LETTERS, texts, strict=False) if option == wanted]
+        if same and wanted:
             return same[0] if len(same) == 1 else None
     return None
 
@@ -481,7 +495,8 @@ NUMBER_WORDS = (
 ).split()
 COUNT = re.compile(
     r"(?:position |number |no\. |#|= ?)?(?P<number>[0-9]{1,15}|[0-9]{1,3}(?:,[0-9]{3}){1,4}|[a-z]+)(?:\.0{0,9})?"
-    r"(?: \((?P<again>[a-z0-9]+)\))?(?: (?P<noun>[a-z]+(?: [a-z]+)?)| ?[\u3040-\u30ff\u4e00-\u9fff]{1,2}(?<![十百千万億亿]))??"
+    r"(?: \((?P<again>[a-z0-9]+)\))?"
+    r"(?: (?P<noun>[a-z]+(?: [a-z]+)?)| ?[\u3040-\u30ff\u4e00-\u9fff]{1,2}(?<![十百千万億亿]))??"
     r"(?: in total)?\.?",
     re.IGNORECASE | re.ASCII,
 )
@@ -492,7 +507,7 @@ def read_ascii_digits(text: str, record: dict) -> int | None:
 
 
 def read_digit(text: str, record: dict) -> int | None:
-    """A whole number in digits or as a word, with what is counted: "12", "1,200", "3 cars", "three (3)", "2 + 1 = 3"."""
+    """A whole number, perhaps as a word or with what is counted: "1,200", "3 cars", "three (3)", "2 + 1 = 3"."""
     if "=" in text[1:]:
         # A true equation, or one with a name on the left, has its right side as its value.
         has_value = isinstance(math_answers.read(text), math_answers.Number)
@@ -548,7 +563,10 @@ def read_indices(text: str, size: int) -> list[int] | None:
 
 
 GRID_LAYOUT = re.compile(
-    r"\\(?:begin|end)\{[a-zA-Z]*(?:matrix|array)\}(?:\{[lcr|]*\})?|\\\\|\\left|\\right|&|\b(?:row [0-9]+|(?:first|second|third|fourth|fifth|sixth) row):|(?<= )/(?= )|\|[ :|-]*-[ :|-]*\|",
+    r"\\(?:begin|end)\{[a-z]*(?:matrix|array)\}(?:\{[lcr|]*\})?|\\\\|\\left|\\right|&"  # LaTeX
+    r"|\|[ :|-]*-[ :|-]*\|"  # the line below a table's head
+    r"|\b(?:row [0-9]+|(?:first|second|third|fourth|fifth|sixth) row):"
+    r"|(?<= )/(?= )",
     re.IGNORECASE,
 )
 
@@ -593,7 +611,10 @@ NUMBER = re.compile(r"-?[0-9]{1,9}(?:\.[0-9]{1,9})?")
 
 COORDINATE = re.compile(r"-?(?:[0-9]{1,9}(?:\.[0-9]{1,9})?|\.[0-9]{1,9})")
 # What detectors write around their numbers, and the names of the numbers, which then must all be there
-BOX_TAGS = re.compile(r"<\|?/?(?:box|point|box_start|box_end|point_start|point_end)\|?>|\\left|\\right|\b(?:pyautogui\.)?click(?=\()|(?<=[0-9])px")
+BOX_TAGS = re.compile(
+    r"<\|?/?(?:box|point|box_start|box_end|point_start|point_end)\|?>"
+    r"|\\left|\\right|\b(?:pyautogui\.)?click(?=\()|(?<=[0-9])px"
+)
 BOX_KEYS = ("bbox_2d", "bbox", "box", "box_2d", "point_2d", "point")
 COORDINATE_NAMES = (["x", "y"], ["x1", "y1", "x2", "y2"], ["xmin", "ymin", "xmax", "ymax"])
 NAMES_BEFORE = re.compile(r"\((?:x, ?y|x1, ?y1, ?x2, ?y2)\) ?= ?")
@@ -893,7 +914,7 @@ ANSWER_TYPES = {
         contradicts=grid_contradicts,
     ),
     "box": AnswerType(
-        grammar='x1, y1, x2, y2: "10, 20, 30.5, 40", "[10 20 30.5 40]", "(10,20), (30.5,40)" -> [10.0, 20.0, 30.5, 40.0]',
+        grammar='two corners: "10, 20, 30.5, 40", "[10 20 30.5 40]", "(10,20),(30.5,40)" -> [10.0, 20.0, 30.5, 40.0]',
         read=read_box,
         accuracy=box_accuracy,
         check=check_box,

@@ -2,10 +2,10 @@ r"""Searches for an expression that is right for two golds that are not equal.
 
     python tests/search_math.py --count 120000 --processes 2 --out bench/results/search_math.json
 
-A policy that is trained against a reward finds every hole in it: \ln(|\infty|) was once right for any gold, because the
-comparison "succeeded" where both sides had no value. So expressions are made from a grammar that is full of such things
-(infinities, 0/0, logarithms of odd bases, angles without a tangent, absolute values, empty sets, free letters, powers of
-powers), each is compared with every gold of GOLDS, and none may be right for two. Ends with status 1 if one is.
+A policy that is trained against a reward finds every hole in it: \ln(|\infty|) was once right for any gold, because
+the comparison "succeeded" where both sides had no value. So expressions are made from a grammar full of such
+things (infinities, 0/0, logarithms of odd bases, angles without a tangent, absolute values, empty sets, free letters, powers of
+powers). Each is compared with every gold of GOLDS, and none may be right for two. Ends with status 1 if one is.
 """
 
 import argparse
@@ -24,34 +24,35 @@ import math_answers  # noqa: E402
 
 # Pairwise unequal, of all kinds. No two may be equal as a number and the same number with a unit: 7 cm is right for 7.
 GOLDS = [
-    "0", "1", "-1", "2", "5", "10", "100", r"\frac{1}{2}", r"-\frac{3}{4}", "0.333", r"\frac{1}{3}", "10^{-8}", "3e8",
-    r"\pi", r"2\pi", r"\frac{\pi}{6}", "e", r"\frac{1}{e}", r"\sqrt{2}", r"4\sqrt{3}", r"\ln 2", r"\log_2 3", "i", "-i",
-    "3+4i", "x", "2x", "x^2", "x^2-1", r"\frac{1}{x}", "2^n", "|x|", r"\sin x", "a+b", "y=2x+3", "x^2+y^2=25",
-    r"1 \pm \sqrt{2}", r"\pm 3", r"\{1, 2\}", r"\{0\}", r"\{-1, 0, 1\}", r"\emptyset", "(0,1]", "[0,1]", r"[2,\infty)",
-    r"(-\infty,\infty)", r"(-\infty,0)\cup(1,\infty)", "x>7", r"x \le 2", "(3, 4)", "(4, 3)", "(1,2,3)", "3:2", "12:30",
-    r"\infty", r"-\infty", "7 cm", "8 cm^2", "6\\%", "77^\\circ", r"\overline{AB}", r"\angle ABC", r"\text{Yes}", "101_2",
-    r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
+    "0", "1", "-1", "2", "5", "10", "100", r"\frac{1}{2}", r"-\frac{3}{4}", "0.333", r"\frac{1}{3}", "10^{-8}",
+    "3e8", r"\pi", r"2\pi", r"\frac{\pi}{6}", "e", r"\frac{1}{e}", r"\sqrt{2}", r"4\sqrt{3}", r"\ln 2", r"\log_2 3",
+    "i", "-i", "3+4i", "x", "2x", "x^2", "x^2-1", r"\frac{1}{x}", "2^n", "|x|", r"\sin x", "a+b", "y=2x+3",
+    "x^2+y^2=25", r"1 \pm \sqrt{2}", r"\pm 3", r"\{1, 2\}", r"\{0\}", r"\{-1, 0, 1\}", r"\emptyset", "(0,1]",
+    "[0,1]", r"[2,\infty)", r"(-\infty,\infty)", r"(-\infty,0)\cup(1,\infty)", "x>7", r"x \le 2", "(3, 4)",
+    "(4, 3)", "(1,2,3)", "3:2", "12:30", r"\infty", r"-\infty", "7 cm", "8 cm^2", "6\\%", "77^\\circ",
+    r"\overline{AB}", r"\angle ABC", r"\text{Yes}", "101_2", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
 ]  # fmt: skip
 
-ATOMS = (
-    r"0 0 1 1 2 3 4 5 7 8 10 0.5 12 \frac{1}{2} x x y n a b i e \pi \infty \infty -\infty \emptyset \alpha 0.0 1e9 100 A B"
-).split()
-ONE = (
-    r"-%s (%s) |%s| \sqrt{%s} \sqrt[3]{%s} \ln(%s) \log(%s) \log_2(%s) \log_1(%s) \log_0(%s) \lg(%s) \sin(%s) \cos(%s) "
-    r"\tan(%s) \cot(%s) \arcsin(%s) \arccos(%s) \arctan(%s) \tan^{-1}(%s) \sin^2(%s) \sin^{999}(%s) e^{%s} 2^{%s} 1^{%s} "
-    r"0^{%s} \infty^{%s} \left|%s\right| %s! (%s)! \exp(%s) \frac{0}{%s} \frac{%s}{0} \frac{1}{%s} \tan(90^\circ%s) "
-    r"\sinh(%s) %s^\circ %s\% \overline{%s} \text{%s} \boxed{%s} $%s$ x=%s f(x)=%s \{%s\} [%s] %s\text{cm} \$%s %s\infty "
-    r"\binom{%s}{2} \pm%s x>%s x\le%s x\ne%s x\in%s"
-).split()
-TWO = (
-    r"%s+%s %s-%s %s\cdot%s %s/%s \frac{%s}{%s} %s^{%s} (%s)^{%s} (%s)(%s) \log_{%s}(%s) \sqrt[%s]{%s} %s\pm%s %s=%s "
-    r"(%s,%s) [%s,%s) (%s,%s] [%s,%s] \{%s,%s\} %s,%s %s<x<%s (%s,\infty)\cup(-\infty,%s) %s:%s %s\cup%s \binom{%s}{%s} "
-    r"|%s-%s| \{x|%s<x<%s\} \left(%s\right)^{%s} {%s\over%s} %s\times%s %s\mp%s"
-).split() + ["%s or %s", "%s and %s", r"%s \text{ or } %s", "%s %s", "%s to %s"]
+ATOMS = r"""
+    0 0 1 1 2 3 4 5 7 8 10 0.5 12 \frac{1}{2} x x y n a b i e \pi \infty \infty -\infty \emptyset \alpha 0.0 1e9
+    100 A B
+""".split()
+ONE = r"""
+    -%s (%s) |%s| \sqrt{%s} \sqrt[3]{%s} \ln(%s) \log(%s) \log_2(%s) \log_1(%s) \log_0(%s) \lg(%s) \sin(%s)
+    \cos(%s) \tan(%s) \cot(%s) \arcsin(%s) \arccos(%s) \arctan(%s) \tan^{-1}(%s) \sin^2(%s) \sin^{999}(%s)
+    e^{%s} 2^{%s} 1^{%s} 0^{%s} \infty^{%s} \left|%s\right| %s! (%s)! \exp(%s) \frac{0}{%s} \frac{%s}{0}
+    \frac{1}{%s} \tan(90^\circ%s) \sinh(%s) %s^\circ %s\% \overline{%s} \text{%s} \boxed{%s} $%s$ x=%s f(x)=%s
+    \{%s\} [%s] %s\text{cm} \$%s %s\infty \binom{%s}{2} \pm%s x>%s x\le%s x\ne%s x\in%s
+""".split()
+TWO = r"""
+    %s+%s %s-%s %s\cdot%s %s/%s \frac{%s}{%s} %s^{%s} (%s)^{%s} (%s)(%s) \log_{%s}(%s) \sqrt[%s]{%s} %s\pm%s
+    %s=%s (%s,%s) [%s,%s) (%s,%s] [%s,%s] \{%s,%s\} %s,%s %s<x<%s (%s,\infty)\cup(-\infty,%s) %s:%s %s\cup%s
+    \binom{%s}{%s} |%s-%s| \{x|%s<x<%s\} \left(%s\right)^{%s} {%s\over%s} %s\times%s %s\mp%s
+""".split() + ["%s or %s", "%s and %s", r"%s \text{ or } %s", "%s %s", "%s to %s"]
 
 
 def expression(rng: random.Random, depth: int) -> str:
-    """A text from the grammar, at most `depth` operations deep. Texts, not trees: much of it is not even well formed."""
+    """A text from the grammar, at most `depth` operations deep. It is made of texts: much of it is not well formed."""
     kind = rng.random()
     if depth == 0 or kind < 0.1:
         return rng.choice(ATOMS)
@@ -83,7 +84,13 @@ def search(texts: list[str]) -> dict:
         right += len(golds) == 1
         if len(golds) > 1:
             bad.append({"expression": text, "right for": golds})
-    return {"expressions": len(texts), "readable": readable, "right for one gold": right, "bad": bad, "slowest": slowest}
+    return {
+        "expressions": len(texts),
+        "readable": readable,
+        "right for one gold": right,
+        "bad": bad,
+        "slowest": slowest,
+    }
 
 
 def main() -> None:

@@ -36,8 +36,18 @@ def check(kind, gold, right=(), wrong=(), **fields):
 
 
 def test_an_answer_may_stand_in_any_usual_frame():
-    check("math", "5", [*BOXED_FIVE, "```\n5\n```", "答案：5", "５", r"\text{5}", r"\boxed{\boxed{5}}", "### Answer\n5"])
-    letters = [r"\boxed{\text{B}}", "the answer is option B", "Option B is correct.", "**B**", "**Answer:** B", "答案：B", "Ｂ"]
+    check(
+        "math", "5", [*BOXED_FIVE, "```\n5\n```", "答案：5", "５", r"\text{5}", r"\boxed{\boxed{5}}", "### Answer\n5"]
+    )
+    letters = [
+        r"\boxed{\text{B}}",
+        "the answer is option B",
+        "Option B is correct.",
+        "**B**",
+        "**Answer:** B",
+        "答案：B",
+        "Ｂ",
+    ]
     check("letter", "B", [*letters, "b", "[B]", "Ⓑ", "La réponse est B.", "I choose B."], options=OPTIONS)
     check("text", "Yes", [r"\text{Yes}", "**Yes**", r"$\boxed{\text{Yes}}$", "```\nYes\n```", "“Yes”", "yes!"])
     check("digit", 12, ["**12**", r"\(12\)", "twelve", "12 cars", "There are 12 cars.", "１２", "7 + 5 = 12", "1２"])
@@ -45,7 +55,11 @@ def test_an_answer_may_stand_in_any_usual_frame():
 
 def test_a_grid_may_stand_in_code_in_a_table_and_with_marks_between_its_rows():
     right = ["```\n4 1\n3 2\n```", "```json\n[[4, 1], [3, 2]]\n```", "4 1; 3 2", "4 1 | 3 2", "Row 1: 4 1\nRow 2: 3 2"]
-    right += [r"\begin{bmatrix} 4 & 1 \\ 3 & 2 \end{bmatrix}", "| 4 | 1 |\n|---|---|\n| 3 | 2 |", "So the order is 4 1 3 2."]
+    right += [
+        r"\begin{bmatrix} 4 & 1 \\ 3 & 2 \end{bmatrix}",
+        "| 4 | 1 |\n|---|---|\n| 3 | 2 |",
+        "So the order is 4 1 3 2.",
+    ]
     wrong = ["][4 1 3 2", "[4 1 3 2)", "[[4, 1], [3, 2]", "(4 1] [3 2)", "4 1 3 3", "4 1 3", "4 1 3 2 or 4 1 2 3"]
     check("grid", [4, 1, 3, 2], right, wrong, rows=2, cols=2)
 
@@ -53,7 +67,13 @@ def test_a_grid_may_stand_in_code_in_a_table_and_with_marks_between_its_rows():
 def test_a_box_may_stand_in_json_and_in_detection_tags():
     right = ['```json\n[{"bbox_2d": [10, 20, 30, 40], "label": "x"}]\n```', "<|box_start|>(10,20),(30,40)<|box_end|>"]
     right += ["x1=10, y1=20, x2=30, y2=40", "[[10, 20], [30, 40]]", "The bounding box is [10, 20, 30, 40]."]
-    wrong = ["][10, 20, 30, 40", "[10, 20, 30, 40)", "30, 40, 10, 20", "y1=20, x1=10, x2=30, y2=40", "x1=10, 20, 30, 40"]
+    wrong = [
+        "][10, 20, 30, 40",
+        "[10, 20, 30, 40)",
+        "30, 40, 10, 20",
+        "y1=20, x1=10, x2=30, y2=40",
+        "x1=10, 20, 30, 40",
+    ]
     check("box", [10, 20, 30, 40], right, [*wrong, "[10, 20, 30, 40] or [1, 2, 3, 4]"])
 
 
@@ -72,7 +92,16 @@ def test_letters_of_other_alphabets_stay_refused():
 
 
 def test_option_text_is_compared_as_plain_compares():
-    right = ["C. a triangle", "a triangle", "A triangle.", "Triangle", "(C) A TRIANGLE", "C: triangle", "a triangle (C)", "C"]
+    right = [
+        "C. a triangle",
+        "a triangle",
+        "A triangle.",
+        "Triangle",
+        "(C) A TRIANGLE",
+        "C: triangle",
+        "a triangle (C)",
+        "C",
+    ]
     wrong = ["A triangle or a circle", "C. a square", "a rectangle", "A", "not a triangle", "C. a triangle or a square"]
     check("letter", "C", right, wrong, options=OPTIONS)
     check("letter", "A", ["A", "a square"], ["A circle", "A triangle"], options=OPTIONS)
@@ -97,7 +126,9 @@ def test_a_sentence_that_doubts_or_denies_says_nothing(text):
     assert accuracy("math", "5", text) == 0
 
 
-@pytest.mark.parametrize("text", ["There are 5 ways.", "The value of $x$ is $5$.", "So x = 5.", "9 + 16 = 25, the answer is 5."])
+@pytest.mark.parametrize(
+    "text", ["There are 5 ways.", "The value of $x$ is $5$.", "So x = 5.", "9 + 16 = 25, the answer is 5."]
+)
 def test_a_plain_sentence_says_its_value(text):
     assert accuracy("math", "5", text) == 1
 
@@ -143,9 +174,17 @@ CASES = [
     (r"4\sqrt{3}", ["4√3", r"\sqrt{48}", "4√3 cm"], ["√43", r"\sqrt[4]{3}", "6.93"]),
     (r"1 \pm \sqrt{2}", ["1±√2", r"1+\sqrt{2}, 1-\sqrt{2}", "1+√2 and 1−√2"], ["1+√2", r"\pm 1+\sqrt{2}", r"1 \pm 2"]),
     (r"\overline{AB}", [r"\overline{AB}", r"$\overline {AB}$"], [r"\overline{BC}", "A", r"\overline{A}"]),
-    ("5", [r"\displaystyle 5", r"5\,", r"\;5", r"\$5", "$5$ cm", r"\boxed{5}\text{ cm}", "5 apples"], ["5 million", "5k"]),
+    (
+        "5",
+        [r"\displaystyle 5", r"5\,", r"\;5", r"\$5", "$5$ cm", r"\boxed{5}\text{ cm}", "5 apples"],
+        ["5 million", "5k"],
+    ),
     ("12345", [r"\$12,345", "12{,}345", r"12\,345"], ["12 345 or 1", "123,45"]),
-    (r"\{1, 2\}", ["1 and 2", r"1 \text{ or } 2", "2, 1", "x=1 or x=2", "x_1 = 1, x_2 = 2"], ["1", "(1, 2]", "1, 2, 3"]),
+    (
+        r"\{1, 2\}",
+        ["1 and 2", r"1 \text{ or } 2", "2, 1", "x=1 or x=2", "x_1 = 1, x_2 = 2"],
+        ["1", "(1, 2]", "1, 2, 3"],
+    ),
     ("1 or 2", ["2 or 1", r"\{1,2\}", "1 and 2"], ["1", "1 or 3", "12"]),
     ("5 m", ["5 meters", "5m", r"5\text{ m}"], ["5 cm", "5", "5 m²", "5 s", "5 mi", "5%"]),
     (r"5 \text{ cm}^2", ["5 cm²", "5 square centimeters", r"5\,\mathrm{cm}^{2}"], ["5 cm", "5 cm³", r"5^2 \text{ cm}"]),
@@ -162,7 +201,11 @@ CASES = [
     ("5", [], ["500%", "5 a 6", "5%", "5, 6", "5 = 6", "x+1=5", "5ish", "5 or 6", "05:00"]),
     (r"\infty", ["∞", r"+\infty", "infinity"], [r"-\infty", r"\infty+1", "1/0", r"2\infty", r"\ln\infty", "10^{100}"]),
     (r"\emptyset", ["∅", r"\varnothing"], ["0", r"\{0\}", r"\frac{0}{0}", "none"]),
-    ("(3, 4)", ["x=3, y=4", "y=4, x=3", "(x, y) = (3, 4)"], ["(4,3)", r"\{3, 4\}", "[3,4]", "(3, 4) or (4, 3)", "3, 4, 5"]),
+    (
+        "(3, 4)",
+        ["x=3, y=4", "y=4, x=3", "(x, y) = (3, 4)"],
+        ["(4,3)", r"\{3, 4\}", "[3,4]", "(3, 4) or (4, 3)", "3, 4, 5"],
+    ),
     ("y = 2x + 1", ["y - 2x = 1", "2x - y + 1 = 0"], ["y = 2x", "y > 2x+1", "0 = 0", "x = 2y + 1"]),
     ("|x|", [r"\sqrt{x^2}"], ["x", "-x"]),
     ("3:2", ["3 to 2", "３：２"], ["2:3", "3/2", "3:2:1"]),
@@ -179,12 +222,13 @@ def test_mathematics_is_read_as_people_write_it(gold, right, wrong):
 # ---------------------------------------------------------------------------------------------------------------------
 # Mathematics: what has no finite value is no answer
 
-NO_VALUE = (
-    r"\ln(|\infty|) e^{|\infty|} \ln|\infty| e^{|-\infty|} \sqrt{|\infty|} \frac{0}{0} \frac{1}{0} \infty-\infty 0\cdot\infty "
-    r"\frac{\infty}{\infty} 1^{\infty} 0^0 \log_1(5) \log_0(5) \ln(0) \ln(-1) \tan(90^\circ) \cot(0) \arcsin(2) \sin(\infty) "
-    r"\left|\frac{1}{0}\right| \infty! (-1)! \{\frac{0}{0}\} (1,\frac{0}{0}) [\frac{1}{0},2] x=\frac{0}{0} \frac{x}{0} \log_1(x) "
-    r"\ln(x-x) \frac{1}{x-x} \emptyset+1 |\emptyset| \{\infty\} (1,\infty,2) 1\pm\infty \frac{0}{0}=\frac{0}{0}"
-).split()
+NO_VALUE = r"""
+    \ln(|\infty|) e^{|\infty|} \ln|\infty| e^{|-\infty|} \sqrt{|\infty|} \frac{0}{0} \frac{1}{0} \infty-\infty
+    0\cdot\infty \frac{\infty}{\infty} 1^{\infty} 0^0 \log_1(5) \log_0(5) \ln(0) \ln(-1) \tan(90^\circ) \cot(0)
+    \arcsin(2) \sin(\infty) \left|\frac{1}{0}\right| \infty! (-1)! \{\frac{0}{0}\} (1,\frac{0}{0})
+    [\frac{1}{0},2] x=\frac{0}{0} \frac{x}{0} \log_1(x) \ln(x-x) \frac{1}{x-x} \emptyset+1 |\emptyset|
+    \{\infty\} (1,\infty,2) 1\pm\infty \frac{0}{0}=\frac{0}{0}
+""".split()
 
 
 @pytest.mark.parametrize("text", NO_VALUE)
@@ -211,7 +255,9 @@ def test_no_expression_of_a_search_is_right_for_two_golds():
 
 def test_the_search_sees_a_comparison_that_succeeds_where_both_sides_fail(monkeypatch):
     monkeypatch.setattr(math_answers, "finite", lambda tree: tree)
-    monkeypatch.setattr(math_answers, "same_value", lambda a, b: expressions.value_at(a, 0) is expressions.value_at(b, 0))
+    monkeypatch.setattr(
+        math_answers, "same_value", lambda a, b: expressions.value_at(a, 0) is expressions.value_at(b, 0)
+    )
     monkeypatch.setattr(search_math, "GOLDS", [r"\frac{1}{0}", r"\ln 0"])
     math_answers.read.cache_clear()
     try:
@@ -222,7 +268,15 @@ def test_the_search_sees_a_comparison_that_succeeds_where_both_sides_fail(monkey
 
 @pytest.mark.parametrize(
     "text",
-    [r"\sin^{999}(x)", r"\sin^{999}(x)\cos^{999}(x)", "(a+b+c+d)^{99}", "9^{9^{9^9}}", "(9!)!", "x^{x^{x^x}}", "((((x^9)^9)^9)^9)^9"]
+    [
+        r"\sin^{999}(x)",
+        r"\sin^{999}(x)\cos^{999}(x)",
+        "(a+b+c+d)^{99}",
+        "9^{9^{9^9}}",
+        "(9!)!",
+        "x^{x^{x^x}}",
+        "((((x^9)^9)^9)^9)^9",
+    ]
     + [r"\sqrt{" * 24 + "x" + "}" * 24, r"\tan(" * 20 + "x" + ")" * 20, "x+" * 99 + "x", "300!", r"\binom{300}{150}"],
 )
 def test_a_comparison_takes_milliseconds_whatever_the_text(text):
@@ -245,7 +299,20 @@ def test_numbers_that_differ_in_the_thirtieth_digit_differ_and_rounding_errors_d
 # ---------------------------------------------------------------------------------------------------------------------
 # Golds
 
-GOLDS = ["40°", "18π", "−3", r"1 \pm \sqrt{2}", r"\overline{AB}", "1 and 2", "5 cm", "5%", r"\$5", "x > 3", "Yes", "3:2"]
+GOLDS = [
+    "40°",
+    "18π",
+    "−3",
+    r"1 \pm \sqrt{2}",
+    r"\overline{AB}",
+    "1 and 2",
+    "5 cm",
+    "5%",
+    r"\$5",
+    "x > 3",
+    "Yes",
+    "3:2",
+]
 
 
 @pytest.mark.parametrize("gold", GOLDS)
@@ -255,7 +322,13 @@ def test_a_realistic_gold_can_be_scored_and_is_right_when_given_back(gold):
 
 @pytest.mark.parametrize(
     "kind, gold",
-    [("box", [0, 0, 10**400, 5]), ("point", [0, 0, 5, 10**400]), ("math", 10**400), ("math", "5 = 6"), ("math", r"\frac{0}{0}")]
+    [
+        ("box", [0, 0, 10**400, 5]),
+        ("point", [0, 0, 5, 10**400]),
+        ("math", 10**400),
+        ("math", "5 = 6"),
+        ("math", r"\frac{0}{0}"),
+    ]
     + [("math", float("nan")), ("math", "NaN"), ("text", "..."), ("digit", "3 or 4")],
 )
 def test_a_gold_that_cannot_be_scored_is_refused_with_a_cause_of_one_line(kind, gold):

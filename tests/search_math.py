@@ -3,9 +3,9 @@ r"""Searches for an expression that is right for two golds that are not equal.
     python tests/search_math.py --count 120000 --processes 2 --out bench/results/search_math.json
 
 A policy that is trained against a reward finds every hole in it: \ln(|\infty|) was once right for any gold, because
-the comparison "succeeded" where both sides had no value. So expressions are made from a grammar full of such
-things (infinities, 0/0, logarithms of odd bases, angles without a tangent, absolute values, empty sets, free letters, powers of
-powers). Each is compared with every gold of GOLDS, and none may be right for two. Ends with status 1 if one is.
+the comparison "succeeded" where both sides had no value. So expressions are made from a grammar full of such things:
+infinities, 0/0, logarithms of odd bases, angles without a tangent, absolute values, empty sets, free letters, powers of
+powers. Each is compared with every gold of GOLDS, and none may be right for two. Ends with status 1 if one is.
 """
 
 import argparse

@@ -13,6 +13,7 @@ import search_math
 
 import expressions
 import math_answers
+import records
 import rewards
 
 OPTIONS = ["A square", "A circle", "A triangle"]
@@ -339,3 +340,21 @@ def test_a_gold_that_cannot_be_scored_is_refused_with_a_cause_of_one_line(kind, 
 
 def test_every_case_of_this_file_is_json_so_it_can_stand_in_a_record():
     assert json.loads(json.dumps(CASES)) == [list(case) for case in CASES]
+
+
+def test_bad_golds_are_left_out_and_counted_only_where_that_is_asked_for(tmp_path, capsys):
+    golds = ["5", "5 = 6", "40°", r"\frac{0}{0}"]
+    rest = {"images": [], "prompt": "?", "answer_type": "math", "think": True, "source": "test"}
+    path = tmp_path / "records.jsonl"
+    records.write_jsonl(path, [{"id": str(number), "answer": gold, **rest} for number, gold in enumerate(golds)])
+
+    with pytest.raises(records.DataError, match=r"records.jsonl:2: answer '5 = 6' cannot be read"):
+        records.read_records(path, rewards.check_gold)
+    read = records.read_records(path, rewards.check_gold, skip_bad=True)
+    assert [record["answer"] for record in read] == ["5", "40°"]
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"skipped 2 records: first {path}:2: answer '5 = 6'") and warning.count("\n") == 1
+
+    records.write_jsonl(path, [{"id": "1", "answer": "5 = 6", **rest}])
+    with pytest.raises(records.DataError, match="no records left"):
+        records.read_records(path, rewards.check_gold, skip_bad=True)

@@ -5,7 +5,7 @@ VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
 BIN := $(abspath $(VENV))/bin
 
-.PHONY: demo test test-vllm photos bugs lint bench
+.PHONY: demo test test-vllm photos bugs exercise lint bench
 demo: $(VENV)/ready
 	PATH="$(BIN):$$PATH" bash recipes/demo.sh runs/demo
 
@@ -22,6 +22,10 @@ photos: $(VENV)/ready
 
 bugs: $(VENV)/ready
 	PATH="$(BIN):$$PATH" python tests/plant_bugs.py
+
+# make exercise: the list; N=12: find bug 12 in exercises/12; N=12 SHOW=1: tells it
+exercise: $(VENV)/ready
+	@PATH="$(BIN):$$PATH" python tests/exercises.py $(N) $(if $(SHOW),--show)
 
 # an environment of its own (several GB) with the libraries we compare with, then an hour of turns on two cores
 bench:

@@ -3,15 +3,21 @@
     FAMILIES = {model_type of config.json: class}
 
 A family says how a picture becomes pixels and tokens, what positions a prompt's tokens have, where in the Hugging Face
-model its parts are, which arguments carry the pictures, and what its vision tower costs. `docs/change.md` adds one.
+model its parts are, which arguments carry the pictures, and what its vision tower costs. What all architectures share
+is written once, elsewhere: the packed row and its attention, log-probs, decoding, sharding, checkpoints.
+
+To add one: a class below with the abstract methods of `Family`, a line in FAMILIES, a small config of it in
+toy/tiny_model.py. tests/test_families.py then compares all of its answers with transformers' own (docs/change.md).
 
 Legend: L tokens of a prompt, A position axes (3 for M-RoPE, 1 otherwise). A picture's grid (t, h, w) is t tiles of
-h x w patches, where a patch sees the patches of its own tile at most. Pixels are what the vision tower reads, fp32:
-Qwen (t·h·w, D) flattened patches, InternVL (t, 3, side, side).
+h x w patches; a patch sees no further than its own tile. merge: side of the square of patches that becomes one image
+token. Pixels are what the vision tower reads, fp32: Qwen (t·h·w, D) flattened patches, InternVL (t, 3, side, side).
 """
 
 from __future__ import annotations
 
+import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,25 +31,31 @@ import attention
 from records import DataError
 
 
-class Family:
+class Family(ABC):
     """What the rest of the project asks about an architecture; made once per checkpoint.
 
     config: the Hugging Face config. folder: the checkpoint, for its image processor. max_pixels, min_pixels: bounds of
-    a picture's area; None: the checkpoint's own. Raises DataError for bounds that leave no image token.
+    a picture's area; None: the checkpoint's own. Raises DataError for bounds that leave no image token, and for a
+    config that we would compute wrongly.
+
+    The abstract methods have no common answer. The others say what is usual, and a family overrides what is not.
     """
 
     position_axes = 1
     # How a picture stands in a prompt if the checkpoint has no chat template; {} is the image token.
     picture_text = "{}"
-
-    # ---- pictures
+    # What __init__ of a family sets besides config: its image processor, and the side of an image token in patches.
+    processor = None
+    merge: int
 
     def __init__(self, config, folder: str, max_pixels: int | None = None, min_pixels: int | None = None):
         self.config = config
 
+    # ---- pictures
+
+    @abstractmethod
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
         """The grid of a picture of this size, without reading it. ValueError if it cannot be encoded."""
-        raise TypeError(f"{type(self).__name__} must say")
 
     def tokens_per_picture(self, grid: tuple[int, int, int]) -> int:
         """Image tokens that a picture of this grid takes in the prompt."""
@@ -51,22 +63,19 @@ class Family:
         return t * h * w // self.merge**2
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """The picture as every engine gets it: resized once, here, so that all see the same pixels."""
+        """The picture as every engine gets it: where possible resized here, so that all see the same pixels."""
         return image.convert("RGB")
 
+    @abstractmethod
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """A picture that `resize` has made -> what the vision tower reads."""
-        raise TypeError(f"{type(self).__name__} must say")
+        """A picture that `resize` has made -> what the vision tower reads. Called in threads, so numpy only."""
 
     def expand(self, count: int) -> list[int]:
         """The tokens that stand for one picture of `count` image tokens."""
         return [self.config.image_token_id] * count
 
-    def vllm_settings(self) -> dict:
-        """vLLM's mm_processor_kwargs."""
-        return {}
-
     def save_image_processor(self, folder: Path) -> None:
+        """Write what tells others how to make the same pixels: transformers, vLLM, and `__init__` of this class."""
         self.processor.save_pretrained(folder)
 
     # ---- tokens
@@ -83,12 +92,13 @@ class Family:
     # ---- the Hugging Face model
 
     def decoder(self, hf: nn.Module) -> nn.Module:
-        """The language model: embed_tokens, layers, norm, rotary_emb."""
+        """The language model: embed_tokens, layers, norm, rotary_emb. sampler.decode knows its blocks."""
         return hf.model.language_model
 
+    @abstractmethod
     def vision(self, hf: nn.Module) -> list[nn.Module]:
-        """What only pictures run through: what --freeze-vision freezes, and FSDP units of their own."""
-        raise TypeError(f"{type(self).__name__} must say")
+        """What only pictures run through, the tower first. --freeze-vision freezes all of it; the first is an FSDP
+        unit of its own."""
 
     def use_kernels(self, hf: nn.Module, windows: bool) -> None:
         """Put our attention, and what else is faster and exact, in place of transformers' own.
@@ -106,17 +116,27 @@ class Family:
         """Arguments of the model's forward that carry pictures."""
         return {"pixel_values": pixels}
 
+    @abstractmethod
     def blank_picture(self, device) -> tuple[Tensor, Tensor]:
         """(pixels, grids) of the smallest black picture the tower takes."""
-        raise TypeError(f"{type(self).__name__} must say")
 
+    @abstractmethod
     def picture_features(self, hf: nn.Module, pixels: Tensor, grids: Tensor) -> Iterable[Tensor]:
-        """Everything the vision tower hands to the decoder for some pictures."""
-        raise TypeError(f"{type(self).__name__} must say")
+        """Everything that some pictures hand to the decoder: together it depends on every weight of `vision`."""
 
+    @abstractmethod
     def vision_flops(self, hf: nn.Module, grid: tuple[int, int, int]) -> float:
         """FLOPs of the vision tower's forward over one picture: 2 per weight and token, 4 per query, key and width."""
-        raise TypeError(f"{type(self).__name__} must say")
+
+    # ---- vLLM
+
+    def vllm_settings(self) -> dict:
+        """Arguments of vLLM's engine that make it see the same pixels."""
+        return {}
+
+    def prepare_vllm(self) -> None:
+        """Called before the engine starts: what its arguments cannot say."""
+        return
 
 
 def matrix_weights(*modules: nn.Module) -> int:
@@ -138,7 +158,7 @@ class QwenVL(Family):
         # Not AutoProcessor: it needs torchvision for its video half, which no CPU-only installation has.
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        self.config = config
+        super().__init__(config, folder, max_pixels, min_pixels)
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         self.patch, self.merge = self.processor.patch_size, self.processor.merge_size
         self.factor = self.patch * self.merge  # pixels along the side of an image token
@@ -168,10 +188,6 @@ class QwenVL(Family):
 
     def pixels(self, image):
         return self.processor(images=[image], do_resize=False, return_tensors="np")["pixel_values"]
-
-    def vllm_settings(self):
-        # Every picture arrives in a size that vLLM's own image processor need not change.
-        return {"size": {"shortest_edge": self.factor**2, "longest_edge": self.max_pixels}}
 
     def forbidden(self, tokenizer):
         return [self.config.image_token_id, self.config.video_token_id]
@@ -223,6 +239,10 @@ class QwenVL(Family):
         width = getattr(vision, "embed_dim", vision.hidden_size)
         return linear + 4 * width * pairs
 
+    def vllm_settings(self):
+        # Every picture arrives in a size that vLLM's own image processor need not change.
+        return {"mm_processor_kwargs": {"size": {"shortest_edge": self.factor**2, "longest_edge": self.max_pixels}}}
+
 
 def window_pairs(size: int, side: int) -> int:
     """Sum of the squared sides of the windows of `side` patches that `size` patches fall into."""
@@ -248,47 +268,64 @@ class LinearPatchEmbed(nn.Module):
 class InternVL(Family):
     """A picture becomes up to 12 square tiles of one fixed side, as fit its shape best, and the whole once more, small.
 
-    max_pixels bounds the area of the tiles (not of the small one); the least is one tile, which then is the picture.
+    max_pixels bounds the area of the tiles (not of the small one). min_pixels changes nothing: the least is one tile,
+    and a smaller picture is enlarged to it.
     """
 
     picture_text = "{}\n"
+    decoders = ("qwen2", "qwen3")  # of which the tests have shown that sampler.decode computes them
+    dropouts = ("hidden_dropout_prob", "attention_dropout", "projection_dropout")
 
     def __init__(self, config, folder, max_pixels=None, min_pixels=None):
         from transformers import AutoTokenizer
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-        self.config = config
+        super().__init__(config, folder, max_pixels, min_pixels)
+        text, vision = config.get_text_config(), config.vision_config
+        if text.model_type not in self.decoders:
+            raise DataError(f"InternVL with a decoder {text.model_type} is not supported ({', '.join(self.decoders)})")
+        drops = [name for name in self.dropouts if getattr(vision, name)]
+        if drops:
+            raise DataError(f"dropout in the vision tower is not supported ({drops[0]} {getattr(vision, drops[0])})")
+
         self.processor = GotOcr2ImageProcessorPil.from_pretrained(folder)
-        # Public checkpoints may say False here: transformers' InternVLProcessor turns it on by itself.
-        self.processor.crop_to_patches = True
-        self.side = self.processor.size["height"]
-        if max_pixels is not None and max_pixels < self.side**2:
-            raise DataError(f"--max-pixels {max_pixels} is below one tile, {self.side**2} pixels")
+        side = self.processor.size["height"]
+        most = self.processor.max_patches  # here and in transformers' settings a "patch" is a tile
         if max_pixels is not None:
-            tiles = max_pixels // self.side**2
-            self.processor.max_patches = min(self.processor.max_patches, tiles)
-            self.processor.min_patches = min(self.processor.min_patches, self.processor.max_patches)
-        self.max_pixels = self.processor.max_patches * self.side**2
-        self.patches = self.side // config.vision_config.patch_size[0]  # along a tile's side
+            if max_pixels < side**2:
+                raise DataError(f"--max-pixels {max_pixels} is below one tile, {side**2} pixels")
+            most = min(most, max_pixels // side**2)
+        self.tiling = {
+            # Files may say False here: transformers' own processor turns it on by itself.
+            "crop_to_patches": True,
+            "min_patches": min(self.processor.min_patches, most),
+            "max_patches": most,
+        }
+        self.patch = vision.patch_size[0]
+        self.patches = side // self.patch  # along a tile's side
         self.merge = round(1 / config.downsample_ratio)
-        # The chat template writes one image token a picture; its frame comes from the processor.
+        # The chat template writes one image token a picture; transformers' processor puts these around it.
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.frame = tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
 
     def grid(self, width, height):
-        return self.processor.get_number_of_image_patches(height, width), self.patches, self.patches
+        tiles = self.processor.get_number_of_image_patches(height, width, self.tiling)
+        return tiles, self.patches, self.patches
 
     def pixels(self, image):
         settings = {"return_tensors": "np", "input_data_format": "channels_last"}
-        return self.processor(images=[image], **settings)["pixel_values"]
+        return self.processor(images=[image], **settings, **self.tiling)["pixel_values"]
 
     def expand(self, count):
         begin, end = self.frame
         return [begin, *super().expand(count), end]
 
-    def vllm_settings(self):
-        names = "crop_to_patches", "min_patches", "max_patches"
-        return {name: getattr(self.processor, name) for name in names}
+    def save_image_processor(self, folder):
+        super().save_image_processor(folder)
+        # Without this file transformers and vLLM count 256 tokens a tile, whatever the config says.
+        tokens = self.tokens_per_picture((1, self.patches, self.patches))
+        processor = {"processor_class": "InternVLProcessor", "image_seq_length": tokens}
+        (Path(folder) / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
     def forbidden(self, tokenizer):
         # The config names no video token, but transformers' processor and vLLM look for "<video>" in the text.
@@ -309,7 +346,8 @@ class InternVL(Family):
             rotary.rope_type = "default"
 
     def blank_picture(self, device):
-        side = self.merge * self.config.vision_config.patch_size[0]
+        # One image token: the tower interpolates its position embeddings to any size.
+        side = self.merge * self.patch
         pixels = torch.zeros(1, self.config.vision_config.num_channels, side, side, device=device)
         return pixels, torch.tensor([[1, self.merge, self.merge]], device=device)
 
@@ -326,6 +364,27 @@ class InternVL(Family):
         pairs = len(tower.encoder.layer) * tokens**2
         return t * (2 * linear + 4 * vision.hidden_size * pairs)
 
+    def vllm_settings(self):
+        return {"mm_processor_kwargs": self.tiling}
+
+    def prepare_vllm(self):
+        # Tiles and small copy are both made from the picture as it is, so vLLM has to resize by itself. Its processor
+        # rounds otherwise than ours, by one or two grey levels, and in fp32 the parity checks notice (0.006 nats).
+        # It gets ours instead.
+        from vllm.model_executor.models.interns1 import InternS1ProcessingInfo as Info
+
+        original = Info.get_hf_processor
+
+        def with_our_pixels(info, **settings):
+            processor = original(info, **settings)
+            processor.image_processor = self.processor
+            return processor
+
+        Info.get_hf_processor = with_our_pixels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By model_type
 
 FAMILIES = {
     "qwen2_vl": QwenVL,

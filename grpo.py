@@ -274,8 +274,8 @@ def reference_log_probs(reference, groups, temperature):
         return model.log_probs(reference, groups, temperature)[0]
 
 
-def batch_metrics(world, scores, replies, tokens, useful, P, G) -> dict:
-    """Means over all replies of the batch, on every rank. tokens: of the whole batch; useful: groups with a signal."""
+def batch_metrics(world, scores, replies, tokens, signal, P, G) -> dict:
+    """Means over all replies of the batch, on every rank. tokens: of the whole batch; signal: groups that have one."""
     flat_scores = [score for group in scores for score in group]
     flat_replies = [reply for group in replies for reply in group]
     sums = {name: sum(score[name] for score in flat_scores) for name in ("reward", "accuracy", "format")}
@@ -284,7 +284,7 @@ def batch_metrics(world, scores, replies, tokens, useful, P, G) -> dict:
     metrics = {name: total / (P * G) for name, total in zip(sums, world.sum(*sums.values()), strict=True)}
     # The mean of −log p over sampled tokens is an unbiased estimate of the entropy.
     surprise = -sum(reply.logps.sum().item() for reply in flat_replies)
-    metrics["entropy"], metrics["useful_groups"] = world.sum(surprise / tokens, useful / P)
+    metrics["entropy"], metrics["useful_groups"] = world.sum(surprise / tokens, signal / P)
     return metrics
 
 
@@ -390,7 +390,8 @@ def main(argv=None):
         timer.end("score")
 
         # 3. Learn: clipped updates on the groups that carry a signal
-        useful = [p for p in range(len(prompts)) if args.kl or advantages[p].any()]
+        signal = [p for p in range(len(prompts)) if advantages[p].any()]
+        useful = list(range(len(prompts))) if args.kl else signal  # the KL pulls at every group
         learned_groups = [groups[p] for p in useful]
         filler = (prompts[0], [replies[0][0].ids[:1]])  # keeps ranks in step, at weight 0
         micros = training.micro_batches(world, model.group_sizes(learned_groups), args.micro_tokens)
@@ -425,7 +426,7 @@ def main(argv=None):
         timer.end("learn", args.updates * cost.learn(learned_groups, reference=args.kl > 0))
 
         # 4. Record
-        row = {"step": step + 1} | batch_metrics(world, scores, replies, tokens, len(useful), P, G)
+        row = {"step": step + 1} | batch_metrics(world, scores, replies, tokens, len(signal), P, G)
         row |= learning_metrics(world, sums, tokens, args.updates) | {"grad_norm": norm, "lr": lr}
         if args.one_step_off_policy:
             row["staleness"] = args.updates * sample.off_policy  # updates since the replies were sampled

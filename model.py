@@ -561,12 +561,14 @@ def build(folder: str, dtype: torch.dtype, max_pixels: int | None = None, **opti
     """A policy without memory (on the meta device) and its encoder. options: those of Policy. DataError, OSError."""
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    text = config.get_text_config()
     try:
-        family = family_of(config.model_type)(config, folder, max_pixels)
+        # Before AutoConfig, which asks on the terminal whether to run code of the checkpoint's own.
+        kind = family_of(json.loads((Path(folder) / "config.json").read_text())["model_type"])
+        config = AutoConfig.from_pretrained(folder)
+        family = kind(config, folder, max_pixels)
     except DataError as error:
         raise DataError(f"{folder}: {error}") from error
+    text = config.get_text_config()
     if getattr(text, "use_sliding_window", False):
         raise DataError(f"{folder}: sliding-window attention is not supported (use_sliding_window)")
     if config.tie_word_embeddings and has_own_head(folder):

@@ -1,7 +1,7 @@
 """Records: what the stages read and write, one JSON object a line, with errors that name file and line.
 
-A record is one question (id, images, prompt, gold answer, …), a pair is a record with two replies; the README has the
-table of fields. Everything that can be wrong with a file is found here, before a model is loaded.
+A record is one question (id, images, prompt, gold answer, …), a pair is a record with two replies; docs/formats.md
+has the fields. Everything that can be wrong with a file is found here, before a model is loaded.
 """
 
 import json

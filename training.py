@@ -60,7 +60,8 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
-        self.exit(2, f"error: {message}\n")
+        one_line = " ".join(message.split())  # it may quote a flag's value
+        self.exit(2, f"error: {one_line}\n")
 
 
 def integer(interval: str) -> Callable[[str], int]:
@@ -82,9 +83,10 @@ def number_in(interval, kind):
         except ValueError:
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {what}, not {text}") from None
+        # NaN is neither above nor below anything, and inf not below "inf)".
         above = value > low or (interval[0] == "[" and value == low)
         below = value < high or (interval[-1] == "]" and value == high)
-        if not (above and below and math.isfinite(value)):
+        if not (above and below):
             raise argparse.ArgumentTypeError(f"must lie in {interval}, not {text}")
         return value
 
@@ -225,8 +227,8 @@ def run(main: Callable[[], None]) -> None:
     except SystemExit:
         raise
     except Exception:
-        status = 1
-        traceback.print_exc()
+        # In one piece: print_exc writes line by line, and the processes of a run write to one screen.
+        status, message = 1, traceback.format_exc().rstrip()
 
     # Not above: there main's frame still lives, and with it a progress bar that has not ended its line.
     if message:

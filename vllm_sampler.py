@@ -100,6 +100,7 @@ class VLLM:
         else:
             options |= {"enforce_eager": True, "kv_cache_memory_bytes": 2**30, "block_size": 32}
             tame_cpu_build()
+        encoder.family.prepare_vllm()
         self.engine = LLM(
             str(path),
             dtype="bfloat16" if policy.half else "float32",
@@ -111,10 +112,10 @@ class VLLM:
             max_num_seqs=256,
             max_model_len=longest + max_new_tokens,
             limit_mm_per_prompt={"image": max(1, images), "video": 0},
-            mm_processor_kwargs=encoder.family.vllm_settings(),
             # Otherwise mean and deviation of the pixels are buffers of the model, and load_format="dummy" fills buffers
             # with noise that no weight of ours replaces (found by the log-probs check in vLLM 0.32).
             mm_device_do_normalize=False,
+            **encoder.family.vllm_settings(),
             **options,
         )
         gc.unfreeze()  # vLLM froze whatever lived so far, so that a policy deleted later would stay in memory
@@ -258,7 +259,8 @@ class OneStepOffPolicy:
         self.step, self.steps, self.off_policy = step, steps, False
         self.future, self.seeds = None, []
         if pending:
-            groups = [pending[str(seed)] for seed in questions(step)[1]]
+            self.seeds = questions(step)[1]
+            groups = [pending[str(seed)] for seed in self.seeds]
             self.future = Future()
             self.future.set_result([[Reply.from_json(fields) for fields in group] for group in groups])
 

@@ -8,7 +8,6 @@
     check       a small model, loaded as grpo.py loads it, against transformers alone; the sampler too
     learn       Qwen2.5-VL-3B's shape, random weights: forward, backward and AdamW, ours against the copied layout
     sample      the same shape: replies of a fixed length, against generate()
-    graphs      decoding by replayed CUDA graphs against decoding without: the same logits? how much faster?
     step        grpo.py's own main, whole steps; and a profile of their two halves
     trl         TRL's GRPOTrainer on the same shape, where TRL is installed
 
@@ -30,7 +29,6 @@ import sys
 import time
 import traceback
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -171,7 +169,7 @@ def random_model(folder, device, dtype):
 def load(stage, folder, train, dtype="auto"):
     """model.load itself, but for `Both`, random weights where the folder has none, and replies that no token ends."""
 
-    def drawn(policy, folder):
+    def random_weights(policy, folder):
         """In place of reading them: weights of the size that a model begins with."""
         torch.manual_seed(0)
         for name, weight in policy.named_parameters():
@@ -180,8 +178,8 @@ def load(stage, folder, train, dtype="auto"):
             else:
                 weight.detach().fill_(0.0 if name.endswith("bias") else 1.0)
 
-    reader = model.read_weights if (folder / "model.safetensors").exists() else drawn
-    with mock.patch.object(m, "Policy", Both), mock.patch.object(m, "read_weights", reader):
+    reader = model.read_weights if (folder / "model.safetensors").exists() else random_weights
+    with mock.patch.object(model, "Policy", Both), mock.patch.object(model, "read_weights", reader):
         policy, encoder = model.load(folder, stage.world, dtype=dtype, train=train)
     policy.end_ids = (-1,)
     if train and not stage.cuda:  # what CUDA does to a policy that learns, so that --smoke finds most of its faults
@@ -189,15 +187,15 @@ def load(stage, folder, train, dtype="auto"):
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         policy.hf.gradient_checkpointing_enable({"use_reentrant": False})
         policy.hf.train()
-        training.shard(policy, stage.world, torch.bfloat16 if policy.half else None)
+        training.shard(policy, stage.world, torch.bfloat16 if policy.half else None, policy.sharding)
     return policy, encoder
 
 
-def recompute(policy, which):
-    """Which blocks compute their activations anew in backward: "all", "tower" (the decoder keeps its own) or "none"."""
-    for block in policy.hf.model.language_model.layers:
+def checkpoint_blocks(policy, which):
+    """Which blocks use gradient checkpointing: "all", "tower" (the decoder keeps its activations) or "none"."""
+    for block in policy.family.decoder(policy.hf).layers:
         block.gradient_checkpointing = which == "all"
-    for block in policy.hf.model.visual.blocks:
+    for block in policy.family.vision(policy.hf)[0].blocks:
         block.gradient_checkpointing = which != "none"
 
 
@@ -249,9 +247,10 @@ def copies(policy, rows, left=False):
         size = len(prompt.ids) + len(reply)
         place = slice(longest - size, None) if left else slice(size)
         ids[row, place], mask[row, place] = torch.cat([prompt.ids, reply]), 1
-    kinds, (patches, grid) = (ids == policy.hf.config.image_token_id).long(), model.pictures_of([row[0] for row in rows])
+    kinds = (ids == policy.hf.config.image_token_id).long()
+    pixels, grids = model.pictures_of([prompt for prompt, _ in rows])
     batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}
-    batch |= {"pixel_values": patches, "image_grid_thw": grid}
+    batch |= {"pixel_values": pixels, "image_grid_thw": grids}
     return {key: value.to(policy.forbidden.device) for key, value in batch.items()}
 
 
@@ -289,7 +288,7 @@ ROWS = {  # groups: the length of a prompt, the lengths of its replies
 }
 
 
-def attention(stage):
+def check_attention(stage):
     cases, kinds = [], ((False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16))
     for heads in ((16, 2, 128), (4, 4, 64)):  # of queries, of keys, width
         for name, row in ROWS.items():
@@ -301,13 +300,14 @@ def attention(stage):
 
     def tower(q, k, v, bounds, scale):
         states = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return attention.window_attention(None, *states, scaling=scale, cu_seq_lens_q=bounds, max_length_q=max(sizes))[0][0]
+        further = {"scaling": scale, "cu_seq_lens_q": bounds, "max_length_q": max(sizes)}
+        return attention.window_attention(None, *states, **further)[0][0]
 
     sizes = [64, 64, 16, 48, 64, 4, 1200, 64, 900]  # windows, and whole pictures
     bounds = torch.tensor([0, *sizes]).cumsum(0).int().to(stage.device)
-    stretch = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    segment = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     for heads in ((16, 16, 80), (4, 4, 64)):
-        cases += [("windows", tower, bounds, stretch[:, None] == stretch, heads, dtype) for _, dtype in kinds[:2]]
+        cases += [("windows", tower, bounds, segment[:, None] == segment, heads, dtype) for _, dtype in kinds[:2]]
     for name, *case in cases:
         stage.attempt(name, compare, stage, name, *case)
 
@@ -321,20 +321,20 @@ def seen(row):
     return past & (group[:, None] == group) & ((part[:, None] == part) | (part == 0))
 
 
-def compare(stage, name, function, stretches, allowed, heads, dtype):
+def compare(stage, name, function, segments, allowed, heads, dtype):
     """A row: the errors of an attention's values and gradients against the textbook's in fp32."""
     (many, few, d), noise, allowed = heads, torch.Generator().manual_seed(5), allowed.to(stage.device)
     states = [torch.randn(len(allowed), n, d, generator=noise) for n in (many, few, few, many)]
     states = [x.bfloat16().float().to(stage.device) for x in states]  # the same numbers in both precisions
 
-    def textbook(q, k, v, stretches, scale):
+    def textbook(q, k, v, segments, scale):
         k, v = (x.repeat_interleave(many // few, 1) for x in (k, v))
         score = (torch.einsum("ihd,jhd->hij", q, k).float() * scale).masked_fill(~allowed, -math.inf)
         return torch.einsum("hij,jhd->ihd", score.softmax(-1).to(v.dtype), v)
 
     def run(function, dtype):
         *inputs, weight = (x.to(dtype).detach() for x in states)
-        out = function(*(x.requires_grad_() for x in inputs), stretches, d**-0.5)
+        out = function(*(x.requires_grad_() for x in inputs), segments, d**-0.5)
         return [x.detach().float() for x in (out, *torch.autograd.grad(out, inputs, weight))]
 
     exact, bound = run(textbook, torch.float32), [1e-5] * 4
@@ -346,7 +346,7 @@ def compare(stage, name, function, stretches, allowed, heads, dtype):
     stage.add(name, ok=ok, **dict(zip(("out", "dq", "dk", "dv"), found, strict=True)))
 
 
-def check(stage):
+def check_model(stage):
     from transformers import AutoModelForImageTextToText
 
     torch.backends.cudnn.allow_tf32 = False  # transformers embeds patches by a convolution: in fp32 it must be fp32
@@ -373,7 +373,7 @@ def check(stage):
 
     alone = [AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
              for dtype in (torch.float32, torch.bfloat16)]  # fmt: skip
-    theirs, halved = (Both(hf, (), policy.forbidden.tolist()).to(stage.device) for hf in alone)
+    theirs, halved = (Both(hf, policy.family, [], policy.forbidden.tolist()).to(stage.device) for hf in alone)
     exact, rough = judge(theirs, copied_log_probs), judge(halved, copied_log_probs)
     plain, rounding = errors(rough, exact), (rough[0] - exact[0]).abs().max().item()
     greedy = generate(theirs, prompts, 1, 24, do_sample=False).tolist()
@@ -382,11 +382,11 @@ def check(stage):
     def judge_loaded(name, train, dtype):
         policy = load(stage, folder, train, dtype)[0]
         logp, gradient = errors(judge(policy, model.log_probs), exact)
-        drawn = sampler.sample(policy, prompts, 4, seeds=range(len(prompts)), max_new_tokens=24)
-        drawn = list(zip(prompts, drawn, strict=True))
+        sampled = sampler.sample(policy, prompts, 4, seeds=range(len(prompts)), max_new_tokens=24)
+        rows = [(prompt, [reply.ids for reply in row]) for prompt, row in zip(prompts, sampled, strict=True)]
         with torch.no_grad():
-            again, mask = model.log_probs(policy, [(prompt, [reply.ids for reply in row]) for prompt, row in drawn])
-        logps = torch.cat([reply.logps for _, row in drawn for reply in row])
+            again, mask = model.log_probs(policy, rows)
+        logps = torch.cat([reply.logps for row in sampled for reply in row])
         gap = (again[mask].cpu() - logps).abs().max().item()
         likeliest = sampler.sample(policy, prompts, 1, seeds=range(len(prompts)), temperature=0, max_new_tokens=24)
         same = sum(reply.ids.tolist() == other for (reply,), other in zip(likeliest, greedy, strict=True))
@@ -407,7 +407,7 @@ def check(stage):
 def learn_step(groups, log_probs, budget, policy, optimizer, world):
     """The learn phase of grpo.py with made-up advantages."""
     sizes = [len(reply) for _, replies in groups for reply in replies]
-    micros = training.micro_batches(world, groups, budget)
+    micros = training.micro_batches(world, model.group_sizes(groups), budget)
     for number, micro in enumerate(micros):
         logp, mask = log_probs(policy, [groups[index] for index in micro])
         lengths = mask.sum(1).float()
@@ -424,8 +424,8 @@ class Learner:
     def __init__(self, stage):
         self.stage, self.folder = stage, model_folder(stage)
         self.build()
-        self.meter = training.PhaseTimer(self.policy, stage.world, measure_peak=True)
-        stage.add("largest matrix product", tflops=self.meter.peak / 1e12)
+        self.peak = training.matmul_peak(stage.device, self.policy.compute_dtype)  # FLOP/s
+        stage.add("largest matrix product", tflops=self.peak / 1e12)
 
     def build(self):
         self.policy = self.optimizer = None
@@ -435,17 +435,19 @@ class Learner:
 
     def measure(self, what, groups, which, budget, layout="prompt once"):
         """One row. Out of memory, or anything else that stops FSDP halfway, asks for a whole policy."""
-        name = f"{layout}, {what}, micro {budget}, recompute {which}"
+        name = f"{layout}, {what}, micro {budget}, checkpointing {which}"
         if self.stage.left() > 15 and not self.stage.attempt(name, self.run, name, groups, which, budget, layout):
             self.build()
 
     def run(self, name, groups, which, budget, layout):
         """Seconds of a learn phase over groups, after one over about a micro-batch."""
         forget()
-        recompute(self.policy, which)
-        flops, replies, log_probs = self.meter.cost.learn(groups), GROUP * len(groups), model.log_probs
+        checkpoint_blocks(self.policy, which)
+        flops, replies = model.Cost(self.policy).learn(groups), GROUP * len(groups)
+        log_probs = model.log_probs
         if layout == "copied":
-            groups, log_probs = [(p, [reply]) for p, group in groups for reply in group], copied_log_probs
+            groups = [(prompt, [reply]) for prompt, group in groups for reply in group]
+            log_probs = copied_log_probs
         fed = [len(prompt.ids) + sum(map(len, group)) for prompt, group in groups]
         rest = log_probs, budget, self.policy, self.optimizer, self.stage.world
         times = [timed(learn_step, groups[: max(1, budget // max(fed))], *rest)]
@@ -454,12 +456,12 @@ class Learner:
         seconds = statistics.median(times[1:])
         self.stage.add(
             name, seconds=seconds, rollouts_per_s=replies / seconds, tokens_per_s=sum(fed) / seconds,
-            tflops=flops / seconds / 1e12, mfu=flops / seconds / self.meter.peak, mfu_nominal=flops / seconds / NOMINAL,
+            tflops=flops / seconds / 1e12, mfu=flops / seconds / self.peak, mfu_nominal=flops / seconds / NOMINAL,
             peak_gib=training.peak_memory(self.stage.device) / 2**30,
         )  # fmt: skip
 
 
-def learn(stage):
+def time_learning(stage):
     learner, groups = Learner(stage), {}
     count, micro, short, long = (4, 256, 4, 12) if stage.smoke else (64, 16384, 20, 200)
     for about in (400, 700):
@@ -485,7 +487,7 @@ def learn(stage):
         table(about, ("all", micro // 2), ("all", 2 * micro), ("all", 4 * micro))
 
 
-def sample(stage):
+def time_sampling(stage):
     policy, encoder = load(stage, model_folder(stage), False)
     most, some, short, long = (4, 2, 3, 5) if stage.smoke else (128, 64, 20, 200)
     prompts = {400: make_prompts(stage, encoder, 400, most), 700: make_prompts(stage, encoder, 700, some)}
@@ -496,9 +498,9 @@ def sample(stage):
     def theirs(prompts, length):
         generate(policy, prompts, GROUP, length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
 
-    def run(name, draw, prompts, length):
+    def run(name, side, prompts, length):
         forget()
-        first, seconds = timed(draw, prompts, 1), timed(draw, prompts, length)
+        first, seconds = timed(side, prompts, 1), timed(side, prompts, length)
         stage.add(
             name, seconds=seconds, rollouts_per_s=len(prompts) * GROUP / seconds, seconds_prefill=first,
             seconds_per_token=(seconds - first) / (length - 1), peak_gib=training.peak_memory(stage.device) / 2**30,
@@ -506,106 +508,16 @@ def sample(stage):
 
     ours(prompts[400][:2], 3)  # the first calls load kernels
     theirs(prompts[400][:2], 3)
-    for draw, about, count, length in (
+    for side, about, count, length in (
         (ours, 400, some, short), (ours, 400, some, long), (theirs, 400, most // 16 + 1, short),
         (ours, 400, most, short), (ours, 700, some, short), (ours, 700, some, long), (ours, 400, most, long),
     ):  # fmt: skip
-        name = f"{'model.sample' if draw is ours else 'generate'}, P {about}, R {length}, {count} prompts x {GROUP}"
+        name = f"{'sampler.sample' if side is ours else 'generate'}, P {about}, R {length}, {count} prompts x {GROUP}"
         if stage.left() > 14:
-            stage.attempt(name, run, name, draw, prompts[about][:count], length)
+            stage.attempt(name, run, name, side, prompts[about][:count], length)
 
 
-class Again:
-    """What --smoke has for a CUDA graph where there is no GPU: the same calls, made anew, Python and all."""
-
-    def __init__(self, function):
-        self.function, self.out = function, function()
-
-    def replay(self):
-        self.out.copy_(self.function())
-
-    @classmethod
-    def capture(cls, function, last=None):
-        again = cls(function)
-        return again, again.out
-
-
-WAYS = {"growing": (sampler.ReplyCache, False), "standing": (m.StaticDecoding, False), "replayed": (m.StaticDecoding, True)}
-
-
-@torch.no_grad()
-def decoded(policy, prompts, way, length=24):
-    """Logits of `length` fixed tokens after every prompt, GROUP replies each; half of the replies end halfway."""
-    prefill, (kind, graphed) = model.pack([(prompt, []) for prompt in prompts]).to(policy.forbidden.device), WAYS[way]
-    prefill.layout.kept = {}
-    policy(prefill)
-    layout, counts, noise = prefill.layout, [GROUP] * len(prompts), torch.Generator().manual_seed(0)
-    decoding = kind(layout.kept, layout.prompts, counts, length, policy.flash)
-    step = partial(sampler.decode, policy, decoding, temperature=1.0)
-    step = m.GraphedDecode(step) if graphed else step
-    position = torch.tensor([prompt.next for prompt in prompts]).repeat_interleave(GROUP).to(policy.forbidden.device)
-    out = []
-    for number in range(length):
-        if number == length // 2:
-            stay = torch.arange(0, len(position), 2, device=position.device)
-            position = position[stay]
-            decoding.keep(stay)
-        token = torch.randint(50, 400, position.shape, generator=noise).to(position.device)
-        logits = step(token, position + number)
-        out.append(logits.masked_fill(logits == -math.inf, 0.0).flatten())  # a copy: a replay overwrites its logits
-        decoding.advance()
-    return torch.cat(out)
-
-
-def graphs(stage):
-    """Logits of decoding by replay and in standing shapes against the growing ones', then seconds a token of both ways.
-
-    No GPU has run this yet: --smoke on a CPU goes through the standing shapes, and captures nothing (`Again`).
-    """
-    if not stage.cuda:
-        m.capture = Again.capture
-    folder = model_folder(stage, small=True)
-    random_model(folder, "cpu", torch.float32).save_pretrained(folder)  # so that both types round the same weights
-
-    def judge():
-        found = {}
-        for dtype in ("fp32", "bf16"):
-            policy, encoder = load(stage, folder, False, dtype)
-            prompts = make_prompts(stage, encoder, 400, 4)
-            for way in WAYS:
-                found[dtype, way] = decoded(policy, prompts, way)
-        for dtype in ("fp32", "bf16"):
-            ways = [found[dtype, way] for way in WAYS]
-            growing, *others = errors(ways, [found["fp32", "growing"]] * 3)
-            bound, same = max(1e-4, 2 * growing), torch.equal(*ways[1:])  # same: bit for bit, as hoped but not asked
-            standing, replayed = others
-            ok = standing <= bound and replayed <= bound
-            stage.add(f"logits, {dtype}", ok=ok, growing=growing, standing=standing, replayed=replayed, same_bits=same)
-
-    stage.attempt("logits", judge)
-    policy, encoder = load(stage, model_folder(stage), False)
-    count, short, long = (2, 18, 20) if stage.smoke else (64, 40, 200)
-    prompts = make_prompts(stage, encoder, 400, count)
-
-    def run(name, part, length, graphs):
-        forget()
-        draw = partial(sampler.sample, policy, part, GROUP, seeds=range(len(part)), graphs=graphs)
-        times = [timed(partial(draw, max_new_tokens=size)) for size in (1, length)]
-        stage.add(
-            name, seconds=times[1], rollouts_per_s=len(part) * GROUP / times[1], seconds_prefill=times[0],
-            seconds_per_token=(times[1] - times[0]) / (length - 1), peak_gib=training.peak_memory(stage.device) / 2**30,
-        )  # fmt: skip
-
-    sampler.sample(policy, prompts[:2], GROUP, seeds=range(2), max_new_tokens=20, graphs=True)  # first calls load kernels
-    sampler.sample(policy, prompts[:2], GROUP, seeds=range(2), max_new_tokens=3, graphs=False)
-    for size, length in ((count, long), (count // 8 or 1, long), (count, short)):
-        for replayed in (False, True):
-            name = f"{'replayed' if replayed else 'growing'}, P 400, R {length}, {size} prompts x {GROUP}"
-            if stage.left() > 14:
-                stage.attempt(name, run, name, prompts[:size], length, replayed)
-
-
-def step(stage):
+def time_steps(stage):
     folder = model_folder(stage)
     policy, encoder = load(stage, folder, True)
     count, length = (4, 4) if stage.smoke else (64, 20)
@@ -615,7 +527,7 @@ def step(stage):
     zero = {"accuracy": 0.0, "format": 0.0, "answer": None}
     with (  # rewards look random, so that every group has a signal; no model of this size is read or written
         mock.patch.object(rewards, "score", lambda text, *rest, **options: dict(zero, reward=versus.reward(text))),
-        mock.patch.object(m, "load", return_value=(policy, encoder)),
+        mock.patch.object(model, "load", return_value=(policy, encoder)),
         mock.patch.multiple(training.Run, export=mock.DEFAULT, save=mock.DEFAULT),
     ):
         grpo.main(flags + [f"--{key}={value}" for key, value in sizes.items()])
@@ -646,8 +558,8 @@ def profile(stage, policy, prompts, length):
         write_text(stage.out / "gpu-profile.txt", "\n".join(texts))
 
 
-def trl(stage):
-    """TRL's own step (peers.py) on the same shape: fp32 weights under bf16 autocast, SDPA, recomputation, no KL."""
+def time_trl(stage):
+    """TRL's own step (peers.py) on the same shape: fp32 weights under bf16 autocast, SDPA, checkpointed, no KL."""
     if not all(importlib.util.find_spec(name) for name in ("trl", "datasets", "torchvision")):
         return stage.add("TRL", note="trl, datasets and torchvision are not all installed: skipped")
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -656,7 +568,7 @@ def trl(stage):
     count, length, micro = (2, 4, 8) if stage.smoke else (8, 20, 16)
     versus.make_model(processors, versus.SMALL)  # for its tokenizer and image settings: those of the shape
     spec = {"model": str(processors), "data": str(make_records(stage, 400, 3 * count)), "order": range(3 * count),
-            "prompts": count, "group": GROUP, "reply": length, "micro": micro, "steps": 2, "recompute": True,
+            "prompts": count, "group": GROUP, "reply": length, "micro": micro, "steps": 2, "checkpointing": True,
             "out": str(stage.work / "trl")}  # fmt: skip
     gate = mock.Mock(wait=lambda **numbers: clock.append(now()))  # before the first step and after each
     hf, common = random_model(model_folder(stage), stage.device, torch.float32), peers.common
@@ -694,7 +606,14 @@ def show(out):
                 print(f"  {row['name']:{width}}" + "".join(f"{row.get(name, math.nan):16.4g}" for name in columns))
 
 
-STAGES = {stage.__name__: stage for stage in (attention, check, learn, sample, graphs, step, trl)}
+STAGES = {
+    "attention": check_attention,
+    "check": check_model,
+    "learn": time_learning,
+    "sample": time_sampling,
+    "step": time_steps,
+    "trl": time_trl,
+}
 
 
 def parse_args(argv=None):

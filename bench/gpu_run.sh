@@ -29,17 +29,21 @@ gpu.make_records(stage, 400, 16)
 PYTHON
 
 shape=(--prompt 400 --image 300 --group 8 --reply 20 --micro-tokens 16384)
-python "$here/recipes/plan.py" "$work/shape" --gpus 1 --kl "${shape[@]}" --room 140 | tee "$work/plan.txt"
+python "$here/recipes/plan.py" "$work/shape" --gpus 1 --kl "${shape[@]}" --gpu-gib 140 | tee "$work/plan.txt"
 torchrun --standalone --nproc_per_node=1 "$here/grpo.py" --model "$work/shape" --data "$work/400-16/records.jsonl" \
     --out "$work/run" --prompts 16 --group 8 --steps 5 --max-new-tokens 20 --lr 1e-6 --kl 0.04 --save-every 0 --measure-peak
-python - "$work" "$out" <<'PYTHON'
+python - "$work" "$out" "$here" <<'PYTHON'
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-work, out = map(Path, sys.argv[1:])
+work, out = map(Path, sys.argv[1:3])
 log = [json.loads(line) for line in (work / "run/log.jsonl").read_text().splitlines()]
-result = {"plan": (work / "plan.txt").read_text().splitlines(), "log": log}
+git = ["git", "-C", sys.argv[3], "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+result = {"commit": commit, "plan": (work / "plan.txt").read_text().splitlines(), "log": log}
 out.mkdir(parents=True, exist_ok=True)
 (out / "gpu-run.json").write_text(json.dumps(result, indent=1) + "\n")
 last = log[-1]

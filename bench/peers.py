@@ -73,7 +73,7 @@ def common(spec, replies):
         "max_steps": spec["steps"],
         "per_device_train_batch_size": spec["micro"],
         "gradient_accumulation_steps": replies // spec["micro"],
-        "gradient_checkpointing": spec.get("recompute", False),
+        "gradient_checkpointing": spec.get("checkpointing", False),
         "learning_rate": 1e-6,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,

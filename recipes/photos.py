@@ -3,7 +3,7 @@
     python recipes/photos.py --out runs/photos/photos --crops 300 --seed 0
 
 Five subjects come with scikit-image as colour photographs that have an up and a down (six files: the motorcycle is a
-stereo pair). Nothing is downloaded. Two subjects, drawn by the seed, are held out as a whole: a crop of a photograph,
+stereo pair). Nothing is downloaded. Two subjects, chosen by the seed, are held out as a whole: a crop of a photograph,
 or the other eye's view of it, is never on both sides. Writes
 
     OUT/train/SUBJECT/*.png, OUT/test/SUBJECT/*.png    per subject as many pictures as asked: the whole photographs

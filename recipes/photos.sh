@@ -20,6 +20,8 @@ else
     CROPS=300 WORDS=3600 SCENE_STEPS=300 WORD_STEPS=300 FORMATS=7200 FORMAT_STEPS=250 ZERO=40 PAIRS=900 COLD=25 RL=200 TESTS=300 P=32
 fi
 mkdir -p "$OUT"
+# What bench/readme.py shows beside the numbers: the commit, with a + if files have changed since.
+git -C "$HERE" describe --always --abbrev=12 --exclude='*' --dirty=+ > "$OUT/commit" 2> /dev/null || true
 step() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 # from_photos SCRIPT FOLDER OUT COUNT SEED flags…: the folder is one side of the split already, so all of it is used
 from_photos() {

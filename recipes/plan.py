@@ -2,23 +2,35 @@
 
     python recipes/plan.py 7B --gpus 8
     python recipes/plan.py 72B --gpus 64 --accumulate shards --sampler vllm --vllm-tp 8
-    python recipes/plan.py runs/model --gpus 2 --micro-tokens 8192 --kl
+    python recipes/plan.py --command "torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct …"
+    python recipes/plan.py --recipe recipes/one_node.sh 7B Qwen/Qwen2.5-VL-7B-Instruct data.jsonl runs/x
 
-Nothing is loaded, no GPU and no second process is needed. The real classes are built on the meta device and cut by the
-trainers' own `shard_policy` in a fake process group of that size: weights, gradients and optimizer state are counted,
-not estimated. Activations are counted too: forward and backward of one micro-batch run on the meta device, and every
-tensor is followed from its birth to its end. What FSDP holds for the units that run (gathered weights, gradients on
-their way) is taken at its largest, so a plan is some 10 % above what a run needs (tests/test_plan.py measures one).
+The last two end with status 1 if something does not fit.
 
-Not in the plan: CUDA itself and NCCL (1-2 GiB), fragmentation, and the sampler's cache, which takes what is left.
+Nothing is loaded, no GPU and no second process is needed. The real classes are built on the meta device and sharded by
+the trainers' own `training.shard` in a fake process group of that size: weights, gradients and optimizer state are
+counted, not estimated. Activations are counted too: forward and backward of one micro-batch run on the meta device, and
+every tensor is followed from its birth to its end. What FSDP holds for the units that run (gathered weights, gradients
+on their way) is taken at its largest, so a plan is some 10 % above what a run needs (tests/test_plan.py measures one).
+
+Not in the plan: CUDA itself and NCCL (1-2 GiB) and fragmentation. Of the sampler's KV cache it holds the least that a
+run must have, the replies to one prompt; the sampler takes more where there is more.
+
+Legend: a "unit" is what FSDP shards at a time (Policy.units), the "root" all weights outside them. Bytes everywhere.
 """
 
 import argparse
-import copy
-import json
+import dataclasses
+import functools
+import importlib
+import math
+import os
+import shlex
+import subprocess
 import sys
 import tempfile
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,52 +44,109 @@ import attention
 import model
 import training
 from records import DataError
+from training import DEFAULT_SHARDING, Sharding, integer, real
 
-# Qwen2.5-VL as published: hidden, layers, heads, kv heads, MLP, vocabulary, tied head, MLP of the vision tower
+GIB = 2**30
+CUDA_GIB = 2  # CUDA itself and NCCL
+STAGES = ("grpo", "dpo", "distill", "eval")  # those that run a model
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A published model: its decoder, and what differs in its vision tower."""
+
+    model_type: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocabulary: int
+    tied: bool  # whether the head is the embedding
+    vision_mlp: int
+
+
 SHAPES = {
-    "3B": (2048, 36, 16, 2, 11008, 151936, True, 3420),
-    "7B": (3584, 28, 28, 4, 18944, 152064, False, 3420),
-    "32B": (5120, 64, 40, 8, 27648, 152064, False, 3456),
-    "72B": (8192, 80, 64, 8, 29568, 152064, False, 3456),
+    "2B": Shape("qwen2_vl", 1536, 28, 12, 2, 8960, 151936, True, 5120),
+    "3B": Shape("qwen2_5_vl", 2048, 36, 16, 2, 11008, 151936, True, 3420),
+    "7B": Shape("qwen2_5_vl", 3584, 28, 28, 4, 18944, 152064, False, 3420),
+    "32B": Shape("qwen2_5_vl", 5120, 64, 40, 8, 27648, 152064, False, 3456),
+    "72B": Shape("qwen2_5_vl", 8192, 80, 64, 8, 29568, 152064, False, 3456),
 }
+# Hub ids that a command may name; nothing is downloaded to plan for them.
+HUB = {"Qwen/Qwen2-VL-2B": "2B", "Qwen/Qwen2-VL-2B-Instruct": "2B"}
+HUB |= {f"Qwen/Qwen2.5-VL-{size}-Instruct": size for size in ("3B", "7B", "32B", "72B")}
 
 
-def config_of(name):
-    """The config of a published size or of a model directory. DataError for anything else."""
+def folder_of(name: str) -> str:
+    """A model directory to build `name` from: a published size or hub id, or a directory. DataError for others."""
+    size = HUB.get(name, name)
+    if size in SHAPES:
+        return published(size).name
+    if not (Path(name) / "config.json").is_file():
+        raise DataError(f"{name}: neither a model directory nor one of {', '.join([*SHAPES, *HUB])}")
+    return name
+
+
+@functools.cache
+def published(size: str) -> tempfile.TemporaryDirectory:
+    """A directory with the config of a published size. Its tokenizer is the tiny model's: no weight depends on it."""
     from transformers import AutoConfig
 
-    if name not in SHAPES:
-        if not (Path(name) / "config.json").is_file():
-            raise DataError(f"{name}: neither a model directory nor one of {', '.join(SHAPES)}")
-        return AutoConfig.from_pretrained(name)
-    hidden, layers, heads, kv_heads, mlp, vocabulary, tied, tower_mlp = SHAPES[name]
-    text = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": vocabulary}
-    text |= {"num_key_value_heads": kv_heads, "intermediate_size": mlp, "max_position_embeddings": 128000}
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    vision = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": tower_mlp}
-    vision |= {"out_hidden_size": hidden, "fullatt_block_indexes": [7, 15, 23, 31]}
-    with tempfile.TemporaryDirectory() as folder:  # through JSON, as from the hub
-        whole = {"model_type": "qwen2_5_vl", "text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
-        (Path(folder) / "config.json").write_text(json.dumps(whole))
-        return AutoConfig.from_pretrained(folder)
+    from toy.tiny_model import QWEN_MARKS, make_tokenizer, qwen_image_processor
+
+    shape = SHAPES[size]
+    tokenizer = make_tokenizer(QWEN_MARKS, 0)
+    picture, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    text = {
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.mlp,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": 128000,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }
+    if shape.model_type == "qwen2_vl":
+        vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": shape.hidden}
+        vision["mlp_ratio"] = shape.vision_mlp // 1280
+    else:
+        vision = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": shape.vision_mlp}
+        vision |= {"out_hidden_size": shape.hidden, "fullatt_block_indexes": [7, 15, 23, 31]}
+    ids = {"image_token_id": picture, "video_token_id": video, "tie_word_embeddings": shape.tied}
+    config = AutoConfig.for_model(shape.model_type, text_config=text, vision_config=vision, **ids)
+
+    folder = tempfile.TemporaryDirectory(prefix="plan-")
+    for part in (config, tokenizer, qwen_image_processor(patch=14)):
+        part.save_pretrained(folder.name)
+    return folder
 
 
-def bare_policy(config, dtype, *, bf16, freeze_vision=False, recompute=True):
-    """A Policy on the meta device, as load makes it for training."""
-    from transformers import AutoModelForImageTextToText
-
-    with torch.device("meta"):
-        hf = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa")
-        policy = model.Policy(hf, [], [0], flash=bf16, half=bf16)
-    m.use_our_kernels(hf, tower=True)
-    hf.model.visual.requires_grad_(not freeze_vision)
-    if recompute:
+def bare_policy(
+    folder: str, dtype: torch.dtype, *, bf16: bool, freeze_vision: bool = False, checkpointing: bool = True
+) -> model.Policy:
+    """A policy on the meta device, as model.load makes it for training, but not sharded yet."""
+    policy, _ = model.build(folder, dtype, flash=bf16, half=bf16, trains=True)
+    hf, family = policy.hf, policy.family
+    family.use_kernels(hf, windows=True)
+    if freeze_vision:
+        for part in family.vision(hf):
+            part.requires_grad_(False)
+    if checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         hf.train()
     return policy
 
 
-class Live(TorchDispatchMode):
+# ---------------------------------------------------------------------------------------------------------------------
+# What one micro-batch holds
+
+
+class LiveBytes(TorchDispatchMode):
     """Bytes of all meta tensors that are alive, now and at most, of those made while it is on; weights are not."""
 
     def __init__(self, weights):
@@ -87,7 +156,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = args, kwargs or {}
-        if any(map(self.is_meta, tree_leaves(given))):  # the tower mixes in indices that it computes
+        if any(map(self.is_meta, tree_leaves(given))):  # the tower mixes in indices that it computes on the CPU
             given = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, given)
         out = function(*given[0], **given[1])
         for tensor in filter(self.is_meta, tree_leaves(out)):
@@ -108,37 +177,41 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def activations(config, *, bf16, groups, prompt, image, replies, reply, chunk_bytes, freeze_vision, recompute):
+@functools.cache
+def activations(
+    folder: str, *, bf16: bool, groups: int, prompt: int, image: int, replies: int, reply: int, chunk_bytes: int,
+    freeze_vision: bool, checkpointing: bool,
+) -> int:  # fmt: skip
     """Bytes that forward and backward of one micro-batch hold at most beside weights and gradients.
 
     groups of `replies` replies of `reply` tokens each to a prompt of `prompt` tokens, `image` of them a picture's.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
-    policy = bare_policy(config, dtype, bf16=bf16, freeze_vision=freeze_vision, recompute=recompute)
-    hf, vision = policy.hf, config.vision_config
+    policy = bare_policy(folder, dtype, bf16=bf16, freeze_vision=freeze_vision, checkpointing=checkpointing)
+    hf, family = policy.hf, policy.family
+    decoder = family.decoder(hf)
     for weight in policy.parameters():
         if weight.requires_grad:  # FSDP takes a gradient away as soon as it is there
             weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
-    merge = vision.spatial_merge_size
-    sides = torch.tensor([[1, merge, merge * image]]).repeat(groups, 1)
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
     fed = reply - 1
     sizes = [prompt] * groups, [fed] * groups * replies, [fed * replies] * groups
     layout = attention.Layout(*map(attention.Segments.of, sizes), flash=bf16)
     length, read = groups * (prompt + replies * fed), groups * (1 + replies * fed)
-    with Live(policy.parameters()) as live:
+    axes = family.position_axes
+    with LiveBytes(policy.parameters()) as live:
         words = torch.zeros(1, length - groups * image, dtype=torch.long, device="meta")
-        text = hf.model.language_model.embed_tokens(words)
-        parts = [text]
+        parts = [decoder.embed_tokens(words)]
         if image:
-            patches = torch.zeros(groups * image * merge**2, width, device="meta")
-            out = hf.model.visual(patches, grid_thw=sides, return_dict=True)
-            parts = [out.pooler_output[None], text]
-        positions = torch.zeros(3, 1, length, dtype=torch.long, device="meta")
-        hidden = hf.model.language_model(
-            inputs_embeds=torch.cat(parts, 1), position_ids=positions, attention_mask=policy.no_mask, use_cache=False,
+            parts = [*picture_features(policy, groups, image), *parts]
+        positions = torch.zeros(axes, 1, length, dtype=torch.long, device="meta")
+        hidden = decoder(
+            inputs_embeds=torch.cat(parts, 1),
+            position_ids=family.position_ids(positions),
+            attention_mask=policy.no_mask,
+            use_cache=False,
             layout=layout,
-        ).last_hidden_state[0, :read]  # fmt: skip
+        ).last_hidden_state[0, :read]
         row = torch.zeros(groups * replies * reply, dtype=torch.long, device="meta")
         rows = max(1, chunk_bytes // (4 * len(hf.lm_head.weight)))
         logp = model.TokenLogProbs.apply(hidden, hf.lm_head.weight, row, row, 1.0, policy.forbidden, rows)
@@ -146,124 +219,365 @@ def activations(config, *, bf16, groups, prompt, image, replies, reply, chunk_by
     return live.most
 
 
-def held(config, size, *, shard, replicas, bf16, freeze_vision):
-    """What one of `size` processes holds of the weights, in bytes.
+def picture_features(policy: model.Policy, pictures: int, image: int) -> list[torch.Tensor]:
+    """What the decoder gets of `pictures` pictures of `image` tokens each: [(1, tokens, hidden)]."""
+    # The smallest picture is one token. A wide one has as many patches as a square one of the same area.
+    pixels, grids = policy.family.blank_picture("meta")
+    pixels = pixels.repeat(pictures * image, *[1] * (pixels.ndim - 1))
+    merge = policy.family.merge
+    grids = torch.tensor([[1, merge, merge * image]]).repeat(pictures, 1)
+    features, *_ = policy.family.picture_features(policy.hf, pixels, grids)
+    return [features.reshape(1, -1, features.shape[-1])]
 
-    "masters": its fp32 shards; "trained": those that learn. In compute type "gathered": the whole model, "root":
-    the root unit, "units": the two largest others; in fp32 "whole gradient", and "largest": the largest weight.
-    """
-    policy = bare_policy(config, torch.float32, bf16=bf16, freeze_vision=freeze_vision)
-    hf, width = policy.hf, 2 if bf16 else 4
-    units = [*hf.model.language_model.layers, hf.model.visual]
-    sizes = [sum(weight.numel() for weight in unit.parameters()) for unit in units]
-    whole = sum(weight.numel() for weight in policy.parameters())
-    largest = 4 * max(weight.numel() for weight in policy.parameters())
-    root = whole - sum(sizes)  # embeddings, last norm, head: gathered all the way
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a process holds
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What one process holds of the weights, in bytes."""
+
+    master: int  # its fp32 shards
+    trained: int  # those of them that learn
+    whole_gradient: int  # fp32, of the whole model
+    largest: int  # fp32, the largest weight
+    gathered: int  # the whole model in compute type
+    root: int  # the root in compute type
+    units: tuple[int, int]  # the two largest units in compute type
+
+
+@functools.cache
+def held(folder: str, size: int, *, sharding: Sharding, bf16: bool, freeze_vision: bool) -> Weights:
+    """What each of `size` processes holds. DataError if --replicas does not divide them."""
+    if size % sharding.replicas:
+        raise DataError(f"--replicas {sharding.replicas} does not divide the {size} process(es)")
+    policy = bare_policy(folder, torch.float32, bf16=bf16, freeze_vision=freeze_vision)
+    weights = list(policy.parameters())
+    trained = [weight for weight in weights if weight.requires_grad]
+    unit_sizes = [sum(weight.numel() for weight in unit.parameters()) for unit in policy.units()]
+    whole = sum(weight.numel() for weight in weights)
+    whole_trained = sum(weight.numel() for weight in trained)
+    largest = max(weight.numel() for weight in weights)
     if size > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
         world = training.World(0, size, torch.device("cpu"))
-        training.shard(policy, world, torch.bfloat16 if bf16 else None, shard, replicas)
+        training.shard(policy, world, torch.bfloat16 if bf16 else None, dataclasses.replace(sharding, offload=False))
         dist.destroy_process_group()
+        weights = list(policy.parameters())  # sharding has put others in their place
+        trained = [weight for weight in weights if weight.requires_grad]
 
-    def shards(weights):
-        return 4 * sum(weight.to_local().numel() if size > 1 else weight.numel() for weight in weights)
+    def shard_bytes(tensors):
+        return 4 * sum(tensor.to_local().numel() if size > 1 else tensor.numel() for tensor in tensors)
 
-    out = {"masters": shards(policy.parameters()), "trained": shards(w for w in policy.parameters() if w.requires_grad)}
-    out |= {"gathered": width * whole, "root": width * root, "units": [width * x for x in sorted(sizes)[:-3:-1]]}
-    out["largest"] = largest
-    out["whole gradient"] = 4 * sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
-    return out
+    width = 2 if bf16 else 4
+    return Weights(
+        master=shard_bytes(weights),
+        trained=shard_bytes(trained),
+        whole_gradient=4 * whole_trained,
+        largest=4 * largest,
+        gathered=width * whole,
+        root=width * (whole - sum(unit_sizes)),  # embeddings, last norm, head: gathered all the way
+        units=tuple(width * unit for unit in sorted(unit_sizes)[:-3:-1]),
+    )
+
+
+@functools.cache
+def cache_bytes(folder: str, bf16: bool) -> int:
+    """Bytes of KV cache that one token takes."""
+    policy = bare_policy(folder, torch.float32, bf16=bf16)
+    layers = policy.family.decoder(policy.hf).layers
+    return 2 * len(layers) * layers[0].self_attn.k_proj.out_features * (2 if bf16 else 4)
+
+
+@functools.cache
+def patches_per_token(folder: str) -> int:
+    """Patches that make up an image token."""
+    return bare_policy(folder, torch.float32, bf16=True).family.merge ** 2
 
 
 def plan(
-    config, size, *, shard="full", replicas=1, offload=False, accumulate="whole", bf16=True, kl=False,
-    freeze_vision=False, recompute=True, sampler="builtin", vllm_tp=1, micro_tokens=16384, chunk_bytes=2**29,
-    prompt=400, image=324, group=8, reply=512, micros=2,
-):  # fmt: skip
-    """Bytes on each GPU, as {"always": {…}, "learn": {…}, "sample": {…}}: the last two come on top of the first."""
-    weights = held(config, size, shard=shard, replicas=replicas, bf16=bf16, freeze_vision=freeze_vision)
-    one = prompt + config.vision_config.spatial_merge_size**2 * image + group * (reply - 1)
-    groups = max(1, micro_tokens // one)
-    always = {"fp32 master weights": weights["masters"], "AdamW's two moments": 2 * weights["trained"]}
-    if kl:
-        always["reference, fp32 shards"] = weights["masters"]
-    if offload:  # to main memory; a unit's gradient still passes through the GPU
-        always, weights["trained"] = dict.fromkeys(always, 0), 0
-    cast = size > 1 or bf16  # else the masters themselves are used
-    units = weights["root"] + (weights["gathered"] - weights["root"] if shard != "full" else sum(weights["units"]))
-    learn = {"gathered weights of the units that run": units if cast else 0}
-    if kl and cast:  # its root stays gathered between micro-batches, and with --shard none all of it
-        learn["gathered weights of the reference"] = weights["gathered" if shard == "none" else "root"]
+    folder: str, size: int, *, sharding: Sharding = DEFAULT_SHARDING, bf16=True, kl=False, freeze_vision=False,
+    checkpointing=True, sampler="builtin", vllm_tp=1, vllm_memory=0.4, awake=False, micro_tokens=16384,
+    chunk_bytes=2**29, prompt=400, image=324, group=8, reply=512, micros=2, gpu_gib=80.0,
+) -> dict[str, dict[str, int]]:  # fmt: skip
+    """Bytes on each of `size` GPUs, as {"always": {…}, "learn": {…}, "sample": {…}}: the last two come on top of the
+    first.
+
+    prompt, image, reply: tokens of a prompt, image tokens among them, tokens of a reply; group: replies per prompt.
+    sampler: "builtin", "vllm" or "none". awake: vLLM samples while the policy learns. micros: micro-batches an update.
+    """
+    weights = held(folder, size, sharding=sharding, bf16=bf16, freeze_vision=freeze_vision)
     width = 2 if bf16 else 4
-    if (size > 1 or offload) and accumulate == "whole" and micros > 1:  # what leaves it becomes shards
-        learn["whole gradient between micro-batches"] = weights["whole gradient"]
-        learn["gradient of a unit on its way"] = weights["units"][0] * 4 // width
+    cast = size > 1 or bf16  # otherwise the fp32 master weights themselves are used
+
+    always = {"fp32 master weights": weights.master, "AdamW's two moments": 2 * weights.trained}
+    if kl:
+        always["reference, fp32 shards"] = weights.master
+    trained = weights.trained
+    if sharding.offload:  # to main memory; a unit's gradient still passes through the GPU
+        always, trained = dict.fromkeys(always, 0), 0
+
+    learn = {}
+    if cast and sharding.mode == "full":
+        learn["gathered weights of the units that run"] = weights.root + sum(weights.units)
+    elif cast:
+        learn["gathered weights"] = weights.gathered
+    if kl and cast:  # its root stays gathered between micro-batches, and with --shard none all of it
+        all_of_it = sharding.mode == "none"
+        learn["gathered weights of the reference"] = weights.gathered if all_of_it else weights.root
+    if (size > 1 or sharding.offload) and sharding.accumulate == "whole" and micros > 1:  # what leaves it is sharded
+        learn["whole gradient between micro-batches"] = weights.whole_gradient
+        learn["gradient of a unit on its way"] = weights.units[0] * 4 // width
     else:
-        learn["gradients"] = weights["trained"]
+        learn["gradients"] = trained
         if size > 1:
-            learn["gradients of two units on their way"] = sum(weights["units"]) * (width + 4) // width
+            learn["gradients of two units on their way"] = sum(weights.units) * (width + 4) // width
+
+    one = prompt + patches_per_token(folder) * image + group * (reply - 1)
+    groups = max(1, micro_tokens // one)  # a group is never divided
     learn[f"activations, {groups} group(s) of {prompt} + {group} x {reply} tokens at a time"] = activations(
-        config, bf16=bf16, groups=groups, prompt=prompt, image=image, replies=group, reply=reply,
-        chunk_bytes=chunk_bytes, freeze_vision=freeze_vision, recompute=recompute,
+        folder, bf16=bf16, groups=groups, prompt=prompt, image=image, replies=group, reply=reply,
+        chunk_bytes=chunk_bytes, freeze_vision=freeze_vision, checkpointing=checkpointing,
     )  # fmt: skip
+
     sample = {}
-    if sampler == "builtin" and cast:
-        sample["all weights gathered to decode"] = weights["gathered"]
+    if sampler == "builtin":
+        if cast:
+            sample["all weights gathered to decode"] = weights.gathered
+        sample["KV cache of one prompt's replies, at least"] = cache_bytes(folder, bf16) * (prompt + group * reply)
     elif sampler == "vllm":
-        sample["vLLM's own copy of the weights, asleep while learning"] = weights["gathered"] // vllm_tp
-        sample["the largest weight, whole, on its way to vLLM"] = weights["largest"]
+        sample["vLLM's share of the GPU, or the least it needs"] = vllm_bytes(
+            folder, weights.gathered, vllm_tp, vllm_memory * gpu_gib * GIB, bf16, prompt + reply
+        )
+        sample["the largest weight, whole, on its way to vLLM"] = weights.largest
+        if awake:
+            learn["vLLM, which samples meanwhile"] = next(iter(sample.values()))
     return {"always": always, "learn": learn, "sample": sample}
 
 
+def vllm_bytes(folder, weights, tp, share, bf16, tokens) -> int:
+    """Bytes of a vLLM engine: the share it is given, or, if that is too little, weights and one reply's KV cache."""
+    least = (weights + cache_bytes(folder, bf16) * tokens) // tp
+    return max(int(share), least + 2 * GIB)  # 2 GiB: its activations and graphs, as a rule
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A stage's command line
+
+
+def parse_command(command: str) -> tuple[str, argparse.Namespace, int]:
+    """(stage, its parsed flags, processes) of `[torchrun …] grpo.py …` or `python grpo.py …`. DataError for others.
+
+    The flags go through the stage's own parser: a flag that it does not have ends the program as it would there.
+    """
+    words = shlex.split(command.replace("\\\n", " "), comments=True)
+    scripts = [number for number, word in enumerate(words) if word.endswith(".py")]
+    if not scripts:
+        raise DataError(f"no stage is named in: {command}")
+    before, script, flags = words[: scripts[0]], words[scripts[0]], words[scripts[0] + 1 :]
+    stage = Path(script).stem
+    if stage not in STAGES:
+        raise DataError(f"{script}: no stage that runs a model")
+    args = importlib.import_module(stage).parse_args(flags)
+    launcher = training.Parser("torchrun")
+    launcher.add_argument("--nproc_per_node", "--nproc-per-node", type=integer("[1, inf)"), default=1)
+    launcher.add_argument("--nnodes", type=integer("[1, inf)"), default=1)
+    launched, _ = launcher.parse_known_args(before)
+    return stage, args, launched.nproc_per_node * launched.nnodes
+
+
+def largest_picture(folder: str, max_pixels: int) -> int:
+    """The most image tokens that a picture of max_pixels takes, of shapes between 1:1 and 2:1."""
+    _, encoder = model.build(folder, torch.float32, max_pixels)
+    family, most = encoder.family, 0
+    for number in range(41):
+        root = 2 ** (number / 80)  # of the ratio of its sides
+        side = math.sqrt(max_pixels)
+        grid = family.grid(round(side * root), round(side / root))
+        most = max(most, family.tokens_per_picture(grid))
+    return most
+
+
+def judge(
+    command: str, gpu_gib: float = 80.0, *, models: dict[str, str] | None = None,
+    words: int = 76, image: int = 324, reply: int = 512,
+) -> tuple[bool, float, str]:  # fmt: skip
+    """Whether a stage's command line fits: -> (fits, GiB on each GPU, why).
+
+    models: what stands for a --model that is not there yet, such as {"runs/zero": "7B"}. A prompt is taken to be
+    `words` tokens of text and a picture of --max-pixels; without that flag, of `image` tokens. reply: tokens of a
+    pair's replies, for dpo.py, which has no flag for it. A run fits if CUDA_GIB stay free. DataError as for
+    parse_command, and for a model that nobody knows.
+    """
+    stage, args, gpus = parse_command(command)
+    name = str(args.policy if stage == "distill" else args.model)
+    folder = folder_of((models or {}).get(name, name))
+    if args.max_pixels:
+        image = largest_picture(folder, args.max_pixels)
+    bf16 = args.dtype != "fp32"  # auto is bf16 on a GPU
+    prompt = words + image
+    if stage in ("distill", "eval"):
+        parts = plan_inference(folder, args, bf16, prompt, gpu_gib)
+        lengths = f"{args.samples} replies of {args.max_new_tokens} tokens"
+    else:
+        settings, lengths = training_settings(stage, args, gpus, reply)
+        parts = plan(folder, gpus, bf16=bf16, prompt=prompt, image=image, gpu_gib=gpu_gib, **settings)
+
+    sums = {part: sum(rows.values()) / GIB for part, rows in parts.items()}
+    peaks = {part: sums["always"] + sums[part] for part in ("learn", "sample") if parts.get(part)}
+    phase = max(peaks, key=peaks.get)
+    fits = peaks[phase] <= gpu_gib - CUDA_GIB
+    largest = sorted({**parts["always"], **parts[phase]}.items(), key=lambda row: -row[1])[:3]
+    explanation = f"{stage}.py, {name}, {gpus} GPU(s), prompts of {prompt} tokens ({image} of a picture), {lengths}: "
+    explanation += f"{peaks[phase]:.1f} GiB in phase {phase} of {gpu_gib:g} less {CUDA_GIB} for CUDA; most of it: "
+    explanation += "; ".join(f"{size / GIB:.1f} {what}" for what, size in largest)
+    return fits, peaks[phase], explanation
+
+
+def training_settings(stage: str, args: argparse.Namespace, gpus: int, reply: int) -> tuple[dict, str]:
+    """Arguments of `plan` that a training stage's flags give, and the lengths in words."""
+    settings = {
+        "sharding": Sharding(args.shard, args.replicas, args.offload, args.accumulate),
+        "freeze_vision": args.freeze_vision,
+        "checkpointing": args.gradient_checkpointing != "off",  # auto is on on a GPU
+        "micro_tokens": args.micro_tokens or 16384,
+    }
+    if stage == "dpo":
+        replies = 1 if args.loss == "sft" else 2
+        return settings | {"sampler": "none", "group": replies, "reply": reply}, f"{replies} replies of {reply} tokens"
+    if args.prompts % gpus:
+        raise DataError(f"--prompts {args.prompts} cannot be dealt evenly to {gpus} processes")
+    settings |= {
+        "kl": args.kl > 0,
+        "group": args.group,
+        "reply": args.max_new_tokens,
+        "sampler": args.sampler,
+        "vllm_tp": args.vllm_tp,
+        "vllm_memory": args.vllm_memory,
+        "awake": args.one_step_off_policy,
+    }
+    return settings, f"{args.group} replies of {args.max_new_tokens} tokens"
+
+
+def plan_inference(folder: str, args: argparse.Namespace, bf16: bool, prompt: int, gpu_gib: float) -> dict:
+    """As `plan`, for a stage that only samples: every process holds the whole model."""
+    width = 2 if bf16 else 4
+    numbers = sum(weight.numel() for weight in bare_policy(folder, torch.float32, bf16=bf16).parameters())
+    always = {"weights": width * numbers}
+    if args.sampler == "vllm":
+        share = args.vllm_memory * gpu_gib * GIB
+        tokens = prompt + args.max_new_tokens
+        return {"always": always, "sample": {"vLLM": vllm_bytes(folder, width * numbers, 1, share, bf16, tokens)}}
+    replies = cache_bytes(folder, bf16) * (prompt + args.samples * args.max_new_tokens)
+    return {"always": always, "sample": {"KV cache of one prompt's replies, at least": replies}}
+
+
+def commands_of(recipe: str, arguments: list[str]) -> list[str]:
+    """The stages' command lines that a recipe would run: it runs with a python and a torchrun that only write theirs
+    down, in an empty folder. DataError if it fails even so."""
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        noted = Path(folder) / "commands"
+        for name in ("python", "torchrun"):
+            stub = Path(folder) / "bin" / name
+            stub.parent.mkdir(exist_ok=True)
+            stub.write_text(f'#!/usr/bin/env bash\nprintf "%q " {name} "$@" >> {noted}\necho >> {noted}\n')
+            stub.chmod(0o755)
+        environment = os.environ | {"PATH": f"{folder}/bin{os.pathsep}{os.environ['PATH']}"}
+        command = ["bash", str(Path(recipe).resolve()), *arguments]
+        done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+            raise DataError(f"{recipe}: ends with status {done.returncode} ({last})")
+        lines = noted.read_text().splitlines() if noted.exists() else []
+    found = []
+    for line in lines:
+        words = shlex.split(line)
+        script = next((Path(word).stem for word in words if word.endswith(".py")), "")
+        if script in STAGES and "--report" not in words:  # a report runs no model
+            found.append(line)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = training.Parser(__doc__)
     add = parser.add_argument
-    add("model", help=f"a model directory, or a published size of Qwen2.5-VL: {', '.join(SHAPES)}")
-    add("--gpus", type=int, default=8, help="processes, one a GPU, over all nodes")
-    add("--room", type=float, default=80.0, help="GiB of a GPU")
+    add("model", nargs="?", help=f"a model directory, or a published size: {', '.join(SHAPES)}")
+    add("--command", help="judge this command line of a stage, in quotes, instead of the flags below")
+    add("--recipe", nargs="+", metavar="FILE", help="judge every stage that this recipe, given these words, would run")
+    add("--as", nargs=2, action="append", default=[], dest="models", metavar=("NAME", "MODEL"),
+        help="with --command: what stands for a model that is not there yet")  # fmt: skip
+    add("--gpus", type=integer("[1, inf)"), default=8, help="processes, one a GPU, over all nodes")
+    add("--gpu-gib", type=real("(0, inf)"), default=80.0, help="GiB of a GPU")
     add("--shard", default="full", choices=["full", "grad", "none"], help="as in grpo.py")
-    add("--replicas", type=int, default=1, help="as in grpo.py")
+    add("--replicas", type=integer("[1, inf)"), default=1, help="as in grpo.py")
     add("--offload", action="store_true", help="as in grpo.py")
     add("--accumulate", default="whole", choices=["whole", "shards"], help="as in grpo.py")
     add("--kl", action="store_true", help="with a reference model (grpo.py --kl above 0)")
     add("--freeze-vision", action="store_true", help="as in grpo.py")
-    add("--recompute", default="on", choices=["on", "off"], help="as in grpo.py")
+    add("--gradient-checkpointing", default="on", choices=["on", "off"], help="as in grpo.py")
     add("--dtype", default="bf16", choices=["fp32", "bf16"], help="as in grpo.py")
     add("--sampler", default="builtin", choices=["builtin", "vllm", "none"], help="as in grpo.py; none: dpo.py")
-    add("--vllm-tp", type=int, default=1, help="as in grpo.py: GPUs that share one vLLM")
-    add("--micro-tokens", type=int, default=16384, help="tokens and patches per forward")
-    add("--prompt", type=int, default=400, help="tokens of a prompt, image tokens included")
-    add("--image", type=int, default=324, help="image tokens among them")
-    add("--group", type=int, default=8, help="replies per prompt (2: a DPO pair)")
-    add("--reply", type=int, default=512, help="tokens of a reply")
+    add("--vllm-tp", type=integer("[1, inf)"), default=1, help="as in grpo.py: GPUs that share one vLLM")
+    add("--vllm-memory", type=real("(0, 1)"), default=0.4, help="as in grpo.py")
+    add("--micro-tokens", type=integer("[1, inf)"), default=16384, help="tokens and patches per forward")
+    add("--prompt", type=integer("[1, inf)"), default=400, help="tokens of a prompt, image tokens included")
+    add("--image", type=integer("[0, inf)"), default=324, help="image tokens among them")
+    add("--group", type=integer("[1, inf)"), default=8, help="replies per prompt (2: a DPO pair)")
+    add("--reply", type=integer("[1, inf)"), default=512, help="tokens of a reply")
     args = parser.parse_args(argv)
-    for name in ("gpus", "replicas", "vllm_tp", "micro_tokens", "prompt", "group", "reply"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 <= args.image <= args.prompt:
-        parser.error("--image must be between 0 and --prompt")
+    if sum(thing is not None for thing in (args.model, args.command, args.recipe)) != 1:
+        parser.error("one of a model, --command and --recipe must be given")
+    if args.image > args.prompt:
+        parser.error("--image must be at most --prompt")
     return args
+
+
+def print_plan(args: argparse.Namespace) -> None:
+    """The plan of a model and flags, line by line, and whether it fits."""
+    names = "kl", "freeze_vision", "sampler", "vllm_tp", "vllm_memory", "micro_tokens"
+    settings = {name: getattr(args, name) for name in (*names, "prompt", "image", "group", "reply", "gpu_gib")}
+    settings |= {"bf16": args.dtype == "bf16", "checkpointing": args.gradient_checkpointing == "on"}
+    settings["sharding"] = Sharding(args.shard, args.replicas, args.offload, args.accumulate)
+    parts = plan(folder_of(args.model), args.gpus, **settings)
+    print(f"{args.model} on {args.gpus} GPU(s), GiB on each:")
+    for part, rows in parts.items():
+        for name, size in rows.items():
+            print(f"  {part:7s} {size / GIB:8.2f}  {name}")
+    sums = {part: sum(rows.values()) / GIB for part, rows in parts.items()}
+    learn, sample = sums["always"] + sums["learn"], sums["always"] + sums["sample"]
+    print(f"  peak    {learn:8.2f}  while learning")
+    if parts["sample"]:
+        print(f"          {sample:8.2f}  while sampling")
+    verdict = "fits into" if max(learn, sample) <= args.gpu_gib - CUDA_GIB else "does NOT fit into"
+    print(f"  {verdict} {args.gpu_gib:g} GiB less {CUDA_GIB} for CUDA itself")
+
+
+def judge_all(commands: list[str], args: argparse.Namespace, models: dict[str, str]) -> bool:
+    """Print the verdict on each command: -> whether all fit. What is trained is as large as what it began from."""
+    models, all_fit = dict(models), True
+    for command in commands:
+        fits, _, explanation = judge(command, args.gpu_gib, models=models, reply=args.reply)
+        all_fit &= fits
+        print(f"{'fits' if fits else 'does NOT fit'}: {explanation}")
+        stage, flags, _ = parse_command(command)
+        if stage in ("grpo", "dpo"):
+            models[flags.out] = models.get(flags.model, flags.model)
+    return all_fit
 
 
 def main(argv=None):
     args = parse_args(argv)
-    names = "shard", "replicas", "offload", "accumulate", "kl", "freeze_vision", "sampler", "vllm_tp", "micro_tokens"
-    settings = {name: getattr(args, name) for name in (*names, "prompt", "image", "group", "reply")}
-    settings |= {"bf16": args.dtype == "bf16", "recompute": args.recompute == "on"}
-    out = plan(config_of(args.model), args.gpus, **settings)
-    print(f"{args.model} on {args.gpus} GPU(s), GiB on each:")
-    for part, rows in out.items():
-        for name, size in rows.items():
-            print(f"  {part:7s} {size / 2**30:8.2f}  {name}")
-    sums = {part: sum(rows.values()) / 2**30 for part, rows in out.items()}
-    learn, sample = sums["always"] + sums["learn"], sums["always"] + sums["sample"]
-    print(f"  peak    {learn:8.2f}  while learning")
-    if out["sample"]:
-        print(f"          {sample:8.2f}  while sampling, and the cache of the replies")
-    verdict = "fits into" if max(learn, sample) < args.room - 2 else "does NOT fit into"
-    print(f"  {verdict} {args.room:g} GiB less 2 for CUDA itself")
+    if args.model:
+        print_plan(args)
+    else:
+        commands = [args.command] if args.command else commands_of(args.recipe[0], args.recipe[1:])
+        if not judge_all(commands, args, dict(args.models)):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

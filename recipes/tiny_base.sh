@@ -11,6 +11,9 @@ set -euo pipefail
 OUT=${1:-runs/embedded}
 SEED=${2:-0}
 HERE=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "$OUT"
+# What bench/readme.py shows beside the numbers: the commit, with a + if files have changed since.
+git -C "$HERE" describe --always --abbrev=12 --exclude='*' --dirty=+ > "$OUT/commit" 2> /dev/null || true
 COMMON=(--rows 2 --cols 1 --swap 0 --split train)
 
 python "$HERE/jigsaw.py" --scenes 2000 --count 2000 "${COMMON[@]}" --seed "$SEED" --out "$OUT/puzzles"

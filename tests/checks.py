@@ -45,12 +45,23 @@ def memory(args, world):
         (Path(args.out) / "grown.json").write_text(json.dumps(grown))
 
 
+def fail(args, world):
+    """The last rank fails while the others wait for it."""
+    world.barrier()
+    if world.rank == world.size - 1:
+        raise ValueError("this is the cause")
+    world.barrier()
+
+
+CHECKS = {"export": export, "memory": memory, "fail": fail}
+
+
 def main(argv):
     parser = argparse.ArgumentParser()
-    parser.add_argument("--check", choices=["export", "memory"])
+    parser.add_argument("--check", choices=CHECKS)
     parser.add_argument("--model")
     parser.add_argument("--out")
     parser.add_argument("--bytes", type=int, default=0)
     args = parser.parse_args(argv)
-    {"export": export, "memory": memory}[args.check](args, training.setup())
+    CHECKS[args.check](args, training.setup())
     dist.barrier()

@@ -11,6 +11,7 @@ that the tests are the same on every machine.
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+import training
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks torch for one
 
@@ -56,8 +59,9 @@ def call(stage, **settings):
 
 
 def environment():
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", "TORCH_DISTRIBUTED_DEBUG": "OFF"}  # c10d's own log buries a stage's error
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    return training.child_environment() | settings | quiet
 
 
 def start(*command, **settings):
@@ -72,9 +76,52 @@ def end(process):
     """Wait for a started command: -> (exit status, stdout, stderr). A hang is a failure, and leaves nothing behind."""
     try:
         out, err = process.communicate(timeout=PATIENCE)
+        return process.returncode, out, err
     except subprocess.TimeoutExpired:
-        raise AssertionError(f"still running after {PATIENCE} s: {process.args}\n{kill(process)}") from None
-    return process.returncode, out, err
+        printed = kill(process)
+    give_up(f"still running after {PATIENCE} s", process, *printed)
+
+
+def finish(process):
+    """`end` of a command that must succeed: -> (stdout, stderr). If it does not, the test fails with its error."""
+    status, out, err = end(process)
+    if status != 0:
+        give_up(f"exit status {status}", process, out, err)
+    return out, err
+
+
+def give_up(problem, process, out, err):
+    """Fail the test with what a command printed last, and without pytest's own pages about it."""
+    import pytest  # not above: the processes of torchrun need none
+
+    command = " ".join(map(str, process.args[1:]))
+    pytest.fail("\n".join([f"{problem}: {command}", *out.splitlines()[-5:], cause(err)]), pytrace=False)
+
+
+# What torch and torchrun print around the error of a stage: log lines of C++ and Python, with their stacks.
+NOISE = re.compile(
+    r"(\[rank\d+\]:)?(\[[A-Z]\d{3,4} |\[c10d\]|\[Gloo\]|[A-Z]\d{4} \d|frame #\d+:|Exception raised from )"
+)
+BAR = re.compile(r"\d%\|")
+# torchrun's last words: a traceback of its own and a table, after the processes have ended.
+SUMMARY = re.compile(r"^E\d{4} .*torch/distributed/elastic/.* failed \(exitcode.*", re.M | re.S)
+# The last line of a traceback that says only that another process has died.
+LOST = re.compile(r"^\S.*(gloo|by peer|by remote|Broken pipe)", re.I | re.M)
+
+
+def cause(err, lines=30):
+    """The end of a command's stderr, at most this many lines, that says what went wrong first of all."""
+    kept = []
+    for line in SUMMARY.sub("", err).splitlines():
+        if kept and BAR.search(kept[-1]) and BAR.search(line):
+            kept.pop()  # of a progress bar its last state is enough
+        if not NOISE.match(line):
+            kept.append(line)
+    everything = "\n".join(kept)
+    tracebacks = re.split(r"^(?=Traceback )", everything, flags=re.M)
+    first_hand = "".join(text for text in tracebacks if not LOST.search(text))
+    text = first_hand if "Traceback " in first_hand else everything
+    return "\n".join(text.strip().splitlines()[-lines:])
 
 
 def stop(process, out, step, number, delay=0.0):
@@ -82,21 +129,20 @@ def stop(process, out, step, number, delay=0.0):
     log, deadline = Path(out) / "log.jsonl", time.monotonic() + PATIENCE
     while not log.exists() or log.read_text().count("\n") < step:
         if process.poll() is not None or time.monotonic() > deadline:
-            raise AssertionError(f"{process.args} did not reach step {step}\n{kill(process)}")
+            give_up(f"did not reach step {step}", process, *kill(process))
         time.sleep(0.005)
     time.sleep(delay)
     process.send_signal(number)
 
 
 def kill(process):
-    """End a command that hangs: -> what it printed. torchrun's processes are not in its group: it ends them itself."""
+    """End a command that hangs: -> (stdout, stderr). torchrun's processes are not in its group: it ends them itself."""
     process.terminate()
     try:
-        out, err = process.communicate(timeout=60)
+        return process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-    return f"{out[-2000:]}\n{err[-4000:]}"
+        return process.communicate()
 
 
 def processes(count):
@@ -110,8 +156,7 @@ def torchrun(jobs, folder, count=2):
     """Run jobs, a list of (stage, settings), in `count` processes. Fails with their output when they fail or hang."""
     path = Path(folder) / f"jobs-{count}.json"
     path.write_text(json.dumps([[stage, flags(**settings)] for stage, settings in jobs]))
-    status, out, err = end(start(*processes(count), __file__, path))
-    assert status == 0, f"{out[-2000:]}\n{err[-6000:]}"
+    finish(start(*processes(count), __file__, path))
 
 
 def rows(out):
@@ -135,7 +180,7 @@ def weights(out, name="model.safetensors"):
 
 def checkpoint(out, step):
     """{name: whole tensor} of a run's checkpoint, weights and AdamW's state, however many processes wrote it."""
-    dcp, storage, _ = importlib.import_module("model").checkpointing()
+    dcp, storage, _ = training.distributed_checkpoint()
     reader = storage(str(Path(out) / f"checkpoints/step_{step:06d}"))
     known = reader.read_metadata().state_dict_metadata
     state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in known.items()}
@@ -183,7 +228,7 @@ class Material:
             record |= {"id": f"p{number}", "images": [f"puzzles/{name}" for name in record["images"]]}
         records += [self.question(f"t{number}", f"Give one letter, {'again ' * number}please.") for number in range(4)]
         write(self.data, records)
-        primer = [
+        warm_up = [
             record | {"id": f"{record['id']}/{number}", "chosen": text or "1 looks dark"}
             for record in records
             for number, text in enumerate(SAYINGS)
@@ -193,7 +238,7 @@ class Material:
         replies[2]["chosen"] = "B, because 2 looks light"
         write(self.pair_data, [record | reply for record, reply in zip(records, replies, strict=True)])
         call(
-            "dpo", model=self.tiny, data=write(self.folder / "primer.jsonl", primer), out=self.speaker, loss="sft",
+            "dpo", model=self.tiny, data=write(self.folder / "warm_up.jsonl", warm_up), out=self.speaker, loss="sft",
             batch=28, steps=40, lr=3e-3, save_every=0,
         )  # fmt: skip
         (self.folder / "done").touch()
@@ -213,7 +258,15 @@ class Material:
         return common | {"steps": 3, "lr": 1e-3} | settings
 
 
-if __name__ == "__main__":  # one of the processes that `torchrun` starts
-    for stage, argv in json.loads(Path(sys.argv[1]).read_text()):
-        importlib.import_module(stage).main(argv)
-    torch.distributed.destroy_process_group()
+def run_jobs(path):
+    """In one of the processes that `torchrun` starts."""
+    for stage, argv in json.loads(Path(path).read_text()):
+        try:
+            importlib.import_module(stage).main(argv)
+        except Exception as error:
+            error.add_note(f"(in the job: {stage} {' '.join(argv)})")
+            raise
+
+
+if __name__ == "__main__":
+    training.run(lambda: run_jobs(sys.argv[1]))

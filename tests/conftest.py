@@ -4,7 +4,9 @@ All of it is made once and must not be changed; a test that needs other weights 
 """
 
 import random
+import re
 
+import flash
 import pytest
 import torch
 
@@ -15,8 +17,16 @@ from records import read_records, write_jsonl
 from toy.scenes import scene
 from toy.tiny_model import make_tiny
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 CPU = training.World(rank=0, size=1, device=torch.device("cpu"))  # fp32, also on a machine with a GPU
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What a failed test shows of a progress bar is its last state, not all of them."""
+    report = yield
+    report.sections = [(title, re.sub(r"[^\n]*\r", "", text)) for title, text in report.sections]
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,3 +84,10 @@ def records(tmp_path_factory):
         picture.save(folder / name)
     write_jsonl(folder / "records.jsonl", rows)
     return read_records(folder / "records.jsonl")
+
+
+@pytest.fixture
+def flash_kernels():
+    """FlashAttention's kernels, which need CUDA, stood in for by the formula."""
+    with flash.stand_in():
+        yield

@@ -44,68 +44,73 @@ def some(file, *names):
     return " ".join(f"tests/{file}.py::test_{name}" for name in names)
 
 
+def families(*names):
+    return some("test_families", *names)
+
+
 LOSSES = "tests/test_losses.py"
-CANARIES = "tests/test_canaries.py"
+PARITY = "tests/test_parity.py"
 REWARDS = "tests/test_rewards.py"
 JIGSAW = "tests/test_jigsaw.py"
 TOY = "tests/test_toy.py"
 # The other files take longer: from them only the tests that must notice.
 GROUPS = some(
-    "test_model",
+    "test_groups",
     "a_group_has_the_log_probs_and_gradients_of_the_plain_layout",
     "so_it_has_at_temperature_0_7",
     "image_and_video_pads_have_no_probability_and_the_rest_sums_to_1",
 )
+HEAD = some("test_groups", "log_probs_of_tokens_and_their_gradients_are_those_of_log_softmax")
 SAMPLER = some(
-    "test_model",
+    "test_sampler",
     "greedy_replies_equal_generate",
-    "drawn_log_probs_are_those_of_the_trainer",
+    "sampled_log_probs_are_those_of_the_trainer",
     "the_same_seeds_give_the_same_replies_and_others_do_not",
     "replies_stop_one_by_one_and_those_that_are_left_go_on_as_if_nothing_had_ended",
     "image_and_video_pads_are_never_sampled_however_likely",
-    "cuts_do_not_change_the_log_probs_that_are_returned",
+    "filters_do_not_change_the_log_probs_that_are_returned",
 )
-DRAW = some(
-    "test_model",
-    "frequencies_of_draws_match_the_softmax",
-    "a_draw_inverts_the_cumulated_distribution",
+TOKENS = some(
+    "test_sampler",
+    "frequencies_of_samples_match_the_softmax",
+    "sampling_inverts_the_cumulated_distribution",
     "top_k_keeps_the_k_likeliest_and_rescales_them",
     "top_p_keeps_the_smallest_set_that_reaches_p",
     "top_p_counts_after_top_k",
 )
 ATTENTION = some(
-    "test_model",
+    "test_attention",
     "attention_in_parts_is_attention_over_the_whole",
     "windows_of_one_length_at_a_time_are_windows_one_by_one",
 )
-FLASH = some(
-    "test_model",
-    "the_calls_of_the_flash_kernels_mean_the_same_attention",
-    "sampling_with_flash_kernels_draws_the_same_replies",
+FLASH = " ".join([
+    some("test_attention", "the_calls_of_the_flash_kernels_mean_the_same_attention"),
+    some("test_sampler", "sampling_with_flash_kernels_samples_the_same_replies"),
+])  # fmt: skip
+STANDS_ALONE = some("test_attention", "the_hugging_face_model_inside_still_stands_on_its_own")
+ENCODER = some("test_encoder", "a_reply_survives_encoding_and_decoding_with_every_special_token_visible")
+OWN_HEAD = some("test_loading", "a_head_of_its_own_is_used_even_if_the_config_ties_it")
+ORDER = some("test_records", "every_epoch_is_a_permutation_of_its_own", "another_seed_gives_another_order")
+FLAGS = some("test_training", "a_number_in_its_interval_is_read", "a_number_out_of_its_interval_is_refused")
+UPDATES = some(
+    "test_training", "learning_rates_by_hand", "an_update_clips_the_norm_sets_the_rate_and_clears_the_gradient"
 )
-GRAPHS = some(
-    "test_model",
-    "decoding_in_standing_shapes_gives_the_same_logits_as_in_growing_ones",
-    "replayed_graphs_draw_the_same_replies",
-    "a_graph_is_captured_only_where_enough_steps_are_left_to_pay_for_it",
-)
-COMPILED = some("test_model", "compiled_norms_and_mlps_give_the_same_log_probs_and_gradients_and_keep_their_names")
-HEAD = some("test_model", "log_probs_of_tokens_and_their_gradients_are_those_of_log_softmax")
-ACCOUNT = some(
-    "test_model",
+NUMBERS = some("test_training", "a_gradient_that_is_no_number_changes_nothing_and_ends_the_run")
+COST = some(
+    "test_training",
     "the_flops_of_the_formula_are_those_that_torch_counts",
     "flops_of_windows_by_hand",
     "a_frozen_tower_has_no_backward_pass_to_count",
 )
-ENCODER = some("test_model", "a_reply_survives_encoding_and_decoding_with_every_special_token_visible")
-ORDER = some("test_model", "every_epoch_is_a_permutation_of_its_own", "another_seed_gives_another_order")
-UPDATES = some("test_model", "learning_rates_by_hand", "an_update_clips_the_norm_sets_the_rate_and_clears_the_gradient")
-STANDS_ALONE = some("test_model", "the_hugging_face_model_inside_still_stands_on_its_own")
-NUMBERS = some("test_model", "a_gradient_that_is_no_number_changes_nothing_and_ends_the_run")
+CHECKPOINT = some("test_training", "a_resumed_run_ends_with_the_weights_of_an_unbroken_one")
+SETTINGS = some("test_resume", "a_resumed_run_keeps_its_settings")
 BACKGROUND = some("test_resume", "a_checkpoint_holds_the_moment_it_was_asked_for_though_it_is_written_later")
 EXPORT = some("test_parallel", "a_model_is_exported_in_files_that_the_processes_write_in_turns")
-PLAN = "tests/test_plan.py"
-CHECKPOINT = some("test_model", "a_resumed_run_ends_with_the_weights_of_an_unbroken_one")
+PLAN = some(
+    "test_plan",
+    "a_plan_is_a_little_above_what_a_run_of_two_processes_holds",
+    "shards_halve_with_twice_the_processes_and_copies_hold_more",
+)
 EVAL = some(
     "test_eval",
     "gains_of_50_and_20_give_22_point_7",
@@ -174,16 +179,15 @@ BUGS = [Bug(*entry) for entry in (
     ("importance weights are the wrong way up", "grpo.py",
      "log_ratio = (old_logp - sampler_logp)", "log_ratio = (sampler_logp - old_logp)", LOSSES),
     ("importance weights are not capped", "grpo.py", "log_ratio.exp().clamp(max=cap)", "log_ratio.exp()", LOSSES),
-    ("importance weights are cut from below", "grpo.py",
+    ("importance weights are clamped from below", "grpo.py",
      "log_ratio.exp().clamp(max=cap)", "log_ratio.exp().clamp(1 / cap, cap)", LOSSES),
     ("importance weights of a reply are a mean, not a product", "grpo.py",
      "log_ratio = log_ratio.sum(1, keepdim=True)", "log_ratio = log_ratio.mean(1, keepdim=True)", LOSSES),
     ("importance weights carry a gradient", "grpo.py",
      "(old_logp - sampler_logp).detach()", "(old_logp - sampler_logp)", LOSSES),
     ("the correction weighs the KL too", "grpo.py",
-     "    return -(weight[:, None] * gain.masked_fill(~mask, 0.0)).sum()\n\n\ndef k3",
-     "    gain = gain if correction is None else gain * correction.nan_to_num()\n"
-     "    return -(weight[:, None] * gain.masked_fill(~mask, 0.0)).sum()\n\n\ndef k3", LOSSES),
+     "        gain = gain - kl * k3(logp, ref_logp, mask)",
+     "        gain = gain - (1.0 if correction is None else correction) * kl * k3(logp, ref_logp, mask)", LOSSES),
     ("the normaliser sequence forgets the length", "grpo.py",
      "return 1.0 / (replies * lengths)", "return 1.0 / (replies * torch.ones_like(lengths))", LOSSES),
 
@@ -201,53 +205,58 @@ BUGS = [Bug(*entry) for entry in (
     ("chosen and rejected are swapped in the batch", "dpo.py",
      'else ["chosen", "rejected"]', 'else ["rejected", "chosen"]', DPO_NUMBERS),
     ("DPO averages the log-probs over the reply", "dpo.py",
-     "summed = logp.sum(1).view(-1, 2)", "summed = (logp.sum(1) / mask.sum(1)).view(-1, 2)", DPO_NUMBERS),
+     "                summed = logp.sum(1).view(-1, 2)\n",
+     "                summed = (logp.sum(1) / mask.sum(1)).view(-1, 2)\n", DPO_NUMBERS),
     ("the SFT part learns the rejected replies too", "dpo.py",
      'chosen = slice(None, None, 1 if args.loss == "sft" else 2)', "chosen = slice(None, None, 1)", DPO_NUMBERS),
     ("the SFT part is the mean of the pairs' means", "dpo.py",
-     "real / chosen_tokens)", "real / len(batch) / mask[chosen].sum(1))", DPO_NUMBERS),
+     "real_pairs / chosen_tokens)", "real_pairs / len(batch) / mask[chosen].sum(1))", DPO_NUMBERS),
     ("the SFT weight is ignored", "dpo.py", "args.sft_weight * loss_sft", "loss_sft",
      DPO_LOG),
     ("DPO divides each micro-batch by its own size", "dpo.py",
-     "loss_dpo = (losses * real).sum() / len(batch)", "loss_dpo = losses.mean()", MICRO_BATCHES),
+     "loss_dpo = (losses * real_pairs).sum() / len(batch)", "loss_dpo = losses.mean()", MICRO_BATCHES),
     ("a resumed run takes the trained model as its reference", "dpo.py",
-     "known = json.loads(file.read_text()) if world.main and run.step and file.exists() else {}",
-     "known = run.restore(policy, training.adamw(policy, args.lr)) or {}", RESUME),
+     "    known = {}\n    if world.main and run.step and file.exists():\n"
+     "        known = json.loads(file.read_text())\n",
+     "    known = run.restore(policy, training.adamw(policy, 1.0)) or {}\n", RESUME),
     ("dpo.py forgets to restore", "dpo.py", "run.restore(policy, optimizer)", "pass", RESUME),
 
     # ---- grpo.py: the stage
     ("replies are scored against the next record", "grpo.py",
-     "for record, group in zip(mine, texts, strict=True)",
-     "for record, group in zip(mine[1:] + mine[:1], texts, strict=True)", GRPO_NUMBERS),
+     "for record, group in zip(records, texts, strict=True)",
+     "for record, group in zip(records[1:] + records[:1], texts, strict=True)", GRPO_NUMBERS),
     ("every step has the same prompts", "grpo.py",
      "len(records), step * P, P)", "len(records), 0, P)", GRPO_NUMBERS),
     ("seeds do not depend on the step", "grpo.py",
      "(args.seed * 10**6 + step) * 10**6", "args.seed * 10**12", GRPO_NUMBERS),
     ("log-probs are taken at temperature 1, whatever the sampler's", "grpo.py",
-     "m.log_probs(policy, rows, args.temperature)", "m.log_probs(policy, rows)", GRPO_SETTINGS),
+     "model.log_probs(policy, rows, args.temperature)", "model.log_probs(policy, rows)", GRPO_SETTINGS),
     ("the reference is the policy itself", "grpo.py",
-     "m.log_probs(reference, rows, args.temperature)", "m.log_probs(policy, rows, args.temperature)", GRPO_SETTINGS),
+     "reference_log_probs(reference, rows, args.temperature)",
+     "reference_log_probs(policy if reference else None, rows, args.temperature)", GRPO_SETTINGS),
     ("the reference's log-probs are at temperature 1", "grpo.py",
-     "m.log_probs(reference, rows, args.temperature)", "m.log_probs(reference, rows)", GRPO_SETTINGS),
+     "model.log_probs(reference, groups, temperature)", "model.log_probs(reference, groups)", GRPO_SETTINGS),
     ("--format-weight is ignored", "grpo.py",
-     "rewards.score(text, record, format_weight=args.format_weight)", "rewards.score(text, record)", GRPO_SETTINGS),
+     "rewards.score(text, record, format_weight=format_weight)", "rewards.score(text, record)", GRPO_SETTINGS),
     ("after skipping groups the advantages of others are taken", "grpo.py",
-     "torch.cat([advantages[useful[i]] for i in micro])", "torch.cat([advantages[i] for i in micro])", GRPO_GRADIENT),
+     "torch.cat([advantages[p] for p in members])", "torch.cat([advantages[i] for i in micro])", GRPO_GRADIENT),
     ("skipped groups do not count in the normaliser", "grpo.py",
      "args.normalizer, P * G, tokens,", "args.normalizer, len(useful) * G, tokens,", GRPO_GRADIENT),
     ("--advantage-scale is ignored", "grpo.py",
-     "group_advantages(everyone, args.advantage_scale)", "group_advantages(everyone)", GRPO_GRADIENT),
-    ("--normalizer is ignored", "grpo.py", "token_weights(size, args.normalizer,", 'token_weights(size, "sequence",',
-     GRPO_GRADIENT),
+     "group_advantages(gather_rewards(world, scores, P, G), args.advantage_scale)",
+     "group_advantages(gather_rewards(world, scores, P, G))", GRPO_GRADIENT),
+    ("--normalizer is ignored", "grpo.py", "token_weights(length, args.normalizer,",
+     'token_weights(length, "sequence",', GRPO_GRADIENT),
     ("each micro-batch is normalised by itself", "grpo.py",
-     "P * G, tokens, args.max_new_tokens)", "len(size), size.sum().item(), args.max_new_tokens)", MICRO_BATCHES),
+     "P * G, tokens, args.max_new_tokens)", "len(length), length.sum().item(), args.max_new_tokens)", MICRO_BATCHES),
     ("the old log-probs are those of now, so that nothing is ever clipped", "grpo.py",
-     "                advantage = torch.cat(",
-     "                old = logp.detach()\n                advantage = torch.cat(", GRPO_UPDATES),
+     "old = old_logps.setdefault(number, logp.detach())", "old = logp.detach()", GRPO_UPDATES),
+    ("a token counts as clipped where the clip took nothing away", "grpo.py",
+     "bounded < plain\n", "r != r.clamp(1 - clip_low, 1 + clip_high)\n", LOSSES),
     ("grpo.py forgets to restore", "grpo.py", "run.restore(policy, optimizer)", "{}", RESUME),
 
     # ---- two processes
-    ("the mean that FSDP takes over the ranks is not undone", "model.py",
+    ("the mean that FSDP takes over the ranks is not undone", "training.py",
      "(loss * world.size).backward()", "loss.backward()", PARALLEL),
     ("GRPO counts the tokens of its own rank only", "grpo.py",
      "tokens = world.sum(lengths.sum())[0]", "tokens = lengths.sum().item()", PARALLEL),
@@ -261,7 +270,7 @@ BUGS = [Bug(*entry) for entry in (
     ("the end of thinking is not moved", "distill.py",
      'remove(reply, "<answer>", "</answer>", "</think>") + "</think>"',
      'remove(reply, "<answer>", "</answer>")', PAIRS),
-    ("the same corruption is drawn every time", "distill.py",
+    ("the same corruption is taken every time", "distill.py",
      "kind = rng.choice(list(broken))", "kind = list(broken)[0]", PAIRS),
     ("a wrong reply can be rejected", "distill.py", "if coupled or is_right(", "if True or is_right(", PAIRS),
     ("a wrong reply can be chosen", "distill.py",
@@ -269,157 +278,210 @@ BUGS = [Bug(*entry) for entry in (
     ("reasoning that contradicts its answer is chosen", "distill.py",
      "not rewards.contradicts(reason, answer, record)", "True", PAIRS),
 
-    # ---- model.py: prompt-once rows
-    ("a prompt's tokens see the future", "model.py",
-     "attend(q[prompt], k[prompt], v[prompt], layout.prompts, layout.prompts, True,",
-     "attend(q[prompt], k[prompt], v[prompt], layout.prompts, layout.prompts, False,", GROUPS),
-    ("a reply's tokens see the future", "model.py",
-     "attend(q[reply], k[reply], v[reply], layout.replies, layout.replies, True,",
-     "attend(q[reply], k[reply], v[reply], layout.replies, layout.replies, False,", GROUPS),
-    ("a reply sees its siblings", "model.py",
-     "attend(q[reply], k[reply], v[reply], layout.replies, layout.replies, True,",
-     "attend(q[reply], k[reply], v[reply], layout.shares, layout.shares, True,", GROUPS),
-    ("a reply does not see its prompt", "model.py", "merged = merge(own, shared)", "merged = own", GROUPS),
-    ("own and shared attention count the same", "model.py",
-     "weight = torch.sigmoid(one[1] - other[1])[..., None]",
-     "weight = torch.full_like(one[1], 0.5)[..., None]", GROUPS),
-    ("the merged log-sum-exp is that of the reply alone", "model.py",
-     ", torch.logaddexp(one[1], other[1])", ", one[1]", GROUPS),
-    ("a prompt learns nothing from its replies", "model.py", "torch.cat([dv + shared[2], own[2]])",
-     "torch.cat([dv, own[2]])", GROUPS),
-    ("queries that are not there push on keys", "model.py",
-     "        lse = lse.masked_fill(of_queries.pad[..., None], math.inf)\n", "        pass\n", GROUPS),
-    ("padded keys are seen", "model.py",
-     "attend_rows(*rows, None if causal else of_keys.pad, causal, scale)", "attend_rows(*rows, None, causal, scale)",
-     GROUPS),
-    ("the formula forgets its scale going backward", "model.py",
+    # ---- attention.py
+    ("a prompt's tokens see the future", "attention.py",
+     "attend(*states, layout.prompts, layout.prompts, True,",
+     "attend(*states, layout.prompts, layout.prompts, False,", GROUPS),
+    ("a reply's tokens see the future", "attention.py",
+     "attend(*states, layout.replies, layout.replies, True,",
+     "attend(*states, layout.replies, layout.replies, False,", GROUPS),
+    ("a reply sees its siblings", "attention.py",
+     "attend(*states, layout.replies, layout.replies, True,",
+     "attend(*states, layout.by_prompt, layout.by_prompt, True,", GROUPS),
+    ("a reply does not see its prompt", "attention.py",
+     "reply_out, reply_lse = merge(own, shared)", "reply_out, reply_lse = own", GROUPS),
+    ("own and shared attention count the same", "attention.py",
+     "weight = torch.sigmoid(lse - other_lse)[..., None]",
+     "weight = torch.full_like(lse, 0.5)[..., None]", GROUPS),
+    ("the merged log-sum-exp is that of the reply alone", "attention.py",
+     "merged.to(out.dtype), torch.logaddexp(lse, other_lse)", "merged.to(out.dtype), lse", GROUPS),
+    ("a prompt learns nothing from its replies", "attention.py",
+     "torch.cat([dv + shared_dv, own_dv])", "torch.cat([dv, own_dv])", GROUPS),
+    ("queries that are not there push on keys", "attention.py",
+     "        lse = lse.masked_fill(query_segments.padding[..., None], math.inf)\n", "        pass\n", GROUPS),
+    ("padded keys are seen", "attention.py",
+     "    padding = None if causal else key_segments.padding\n"
+     "    states = query_segments.pad(q), key_segments.pad(k), key_segments.pad(v)\n",
+     "    padding = None\n"
+     "    states = query_segments.pad(q), key_segments.pad(k), key_segments.pad(v)\n", GROUPS),
+    ("the formula forgets its scale going backward", "attention.py",
      "(grad * out).sum(-1, keepdim=True)) * scale", "(grad * out).sum(-1, keepdim=True))", ATTENTION),
-    ("the formula lets query heads share the wrong keys", "model.py",
+    ("the formula lets query heads share the wrong keys", "attention.py",
      "return x.unflatten(1, (k.shape[1], -1)).flatten(2, 3)",
      "return x.unflatten(1, (-1, k.shape[1])).transpose(1, 2).flatten(2, 3)", ATTENTION),
-    ("the flash kernel is told of one query each where there may be none", "model.py",
-     "max(2, of_queries.longest)", "of_queries.longest", FLASH),
-    ("windows are mixed up", "model.py",
+    ("the flash kernel is told of one query each where there may be none", "attention.py",
+     "max(2, query_segments.longest)", "query_segments.longest", FLASH),
+    ("windows are mixed up", "attention.py",
      "x.unflatten(1, (-1, size)).transpose(0, 1)", "x.unflatten(1, (size, -1)).permute(2, 0, 1, 3)", ATTENTION),
+
+    # ---- model.py: packed rows, log-probs, encoder, loading
     ("replies start one position late", "model.py",
-     "begin.long().repeat_interleave(size) + step - 1", "begin.long().repeat_interleave(size) + step", GROUPS),
+     "first_position.repeat_interleave(sizes) + number\n", "first_position.repeat_interleave(sizes) + number + 1\n",
+     GROUPS),
     ("replies start at the prompt's length, not at the end of its M-RoPE", "model.py",
-     "begin = torch.tensor([prompt.next for", "begin = torch.tensor([len(prompt.ids) for", GROUPS),
+     "first_position = torch.tensor([prompt.next for", "first_position = torch.tensor([len(prompt.ids) for", GROUPS),
     ("positions continue from one reply to the next", "model.py",
-     "begin.long().repeat_interleave(size) + step - 1",
-     "begin.long().repeat_interleave(size) + torch.arange(len(step))", GROUPS),
+     "first_position.repeat_interleave(sizes) + number\n",
+     "first_position.repeat_interleave(sizes) + torch.arange(len(number))\n", GROUPS),
     ("logits are shifted by one token", "model.py",
      "torch.cat([owner, len(groups) + torch.arange(len(ids) - first)])",
      "torch.cat([owner, len(groups) - 1 + torch.arange(len(ids) - first)])", GROUPS),
     ("every reply's first token is predicted by the first prompt", "model.py",
-     "batch.row = torch.cat([owner,", "batch.row = torch.cat([owner * 0,", GROUPS),
+     "batch.source = torch.cat([owner,", "batch.source = torch.cat([owner * 0,", GROUPS),
     ("the gradient of the logits is that of the last chunk", "model.py",
-     "d_weight.addmm_(chance.T, hidden[part])", "d_weight = chance.T @ hidden[part]", HEAD),
+     "d_weight.addmm_(d_logits.T, hidden[chunk])", "d_weight = d_logits.T @ hidden[chunk]", HEAD),
     ("a state that predicts several tokens is pushed down once", "model.py",
-     "torch.zeros_like(ctx.lse).index_add_(0, row, grad)", "torch.zeros_like(ctx.lse).index_copy_(0, row, grad)", HEAD),
-    ("the gradient forgets the temperature", "model.py", "grad = grad / (ctx.temperature or 1.0)", "grad = grad * 1.0",
-     HEAD),
-    ("windows are counted as if they saw the whole picture", "model.py",
-     "self.windowed * t * self.window_pairs(h) * self.window_pairs(w)", "self.windowed * t * (h * w) ** 2", ACCOUNT),
-    ("a frozen tower's backward pass is counted", "model.py", "(1 if self.frozen else 3) * vision", "3 * vision",
-     ACCOUNT),
+     "torch.zeros_like(ctx.lse).index_add_(0, source, grad)",
+     "torch.zeros_like(ctx.lse).index_copy_(0, source, grad)", HEAD),
+    ("the gradient forgets the temperature", "model.py",
+     "grad = grad / (ctx.temperature or 1.0)", "grad = grad * 1.0", HEAD),
+    ("a frozen tower's backward pass is counted", "model.py",
+     "(1 if self.frozen else 3) * vision", "3 * vision", COST),
     ("the end token is dropped from the mask", "model.py",
-     "mask = lay_out(torch.ones_like(values, dtype=torch.bool), batch.place, False)",
-     "mask = lay_out(~torch.isin(batch.targets, torch.tensor(policy.end_ids)), batch.place, False)", GROUPS),
+     "    mask = unpack(torch.ones_like(values, dtype=torch.bool), batch.cell, False)",
+     "    mask = unpack(~torch.isin(batch.targets, torch.tensor(policy.end_ids)), batch.cell, False)", GROUPS),
     ("replies are encoded without their end token", "model.py",
-     '["input_ids"] + [self.end_id])', '["input_ids"])', ENCODER),
+     '["input_ids"] + [self.end_id]\n', '["input_ids"]\n', ENCODER),
     ("pictures of a batch are in the wrong order", "model.py",
-     "torch.cat([prompt.patches for prompt in seen])", "torch.cat([prompt.patches for prompt in seen[::-1]])", GROUPS),
+     "torch.cat([prompt.pixels for prompt in seen])", "torch.cat([prompt.pixels for prompt in seen[::-1]])", GROUPS),
     ("the temperature is not applied in log-probs", "model.py",
-     "batch.row, batch.targets, temperature, self.forbidden", "batch.row, batch.targets, 1.0, self.forbidden", GROUPS),
+     "batch.source, batch.targets, temperature, self.forbidden",
+     "batch.source, batch.targets, 1.0, self.forbidden", GROUPS),
     ("logits are multiplied by the temperature", "model.py", "logits /= temperature", "logits *= temperature", GROUPS),
-    ("every epoch has the same order", "model.py",
-     'random.Random(f"{seed}/{epoch}")', 'random.Random(f"{seed}")', ORDER),
-    ("the learning rate warms up from zero", "model.py", "peak * (step + 1) / warmup", "peak * step / warmup", UPDATES),
-    ("resume does not restore the optimizer", "model.py",
-     "        dcp.load(state, storage_reader=reader, no_dist=not grouped())",
-     "        some = {name: value for name, value in state.items() if '/' not in name}\n"
-     "        dcp.load(some, storage_reader=reader, no_dist=not grouped())", CHECKPOINT),
-    ("AdamW's clock begins anew after a resume", "model.py",
-     'value.reshape(1) if key == "step"', 'value.reshape(1).clone() if key == "step"', CHECKPOINT),
-    ("a gradient of NaN goes into the weights", "model.py", "if not math.isfinite(norm):", "if False:", NUMBERS),
-    ("a checkpoint shares its memory with the weights", "model.py",
-     'value.to("cpu", copy=True)', 'value.to("cpu")', BACKGROUND),
-    ("rotary frequencies are what memory happens to hold", "model.py",
-     "policy.hf._init_weights(module)  # rotary", "pass  # rotary", STANDS_ALONE),
-    ("one process writes every file", "model.py", "i % world.size == world.rank", "world.rank == 0", EXPORT),
-    ("--shard none shares out the weights", "model.py", "replicas = world.size", "pass", PLAN),
-    ("a plan forgets one of AdamW's moments", "recipes/plan.py", '2 * weights["trained"]', 'weights["trained"]', PLAN),
-    ("a plan forgets the whole gradient", "recipes/plan.py",
-     'weights["whole gradient"]\n', '0\n', PLAN),
-    ("a plan counts no activations", "recipes/plan.py", "return live.most", "return 0", PLAN),
-    ("gradients are not clipped", "model.py", "max_norm or math.inf", "math.inf", UPDATES),
-
-    # ---- model.py: sampler
     ("image pads can be sampled", "model.py",
      "return logits.index_fill_(-1, forbidden, -math.inf)", "return logits", SAMPLER),
-    ("a sampled reply sees its prompt's padding", "model.py",
-     "*self.shared[layer], self.pad, False, scale)", "*self.shared[layer], None, False, scale)", SAMPLER),
-    ("a sampled reply sees what an ended one left in its place", "model.py",
-     "pair[i][:, : self.length] = old[replies, : self.length]",
-     "pair[i][:, : self.length] = old[: len(replies), : self.length]", SAMPLER),
-    ("a reply goes on with another prompt when some have ended", "model.py",
-     "self.shared = {layer: [x[rows] for x in pair]", "self.shared = {layer: [x[: len(rows)] for x in pair]", SAMPLER),
-    ("sampled positions are one late", "model.py", "start[alive] + step)", "start[alive] + step + 1)", SAMPLER),
-    ("standing keys are all written in one place", "model.py", "        self.place += 1\n", "", GRAPHS),
-    ("a standing reply does not see its newest token", "model.py", "self.length + 1)\n        for buffer in",
-     "self.length)\n        for buffer in", GRAPHS),
-    ("the number of keys in use is that of the capture", "model.py", "        self.used += 1\n", "", GRAPHS),
-    ("the flash kernel sees the whole room", "model.py", "scale=scale, seqused_k=self.used)", "scale=scale)", GRAPHS),
-    ("replies stand closer than their room", "model.py", "(stretch * self.room)", "(stretch * self.length)", GRAPHS),
-    ("room nobody has written weighs NaN", "model.py",
-     "buffer[:, self.length :] = 0", "buffer[:, self.length :] = math.nan", GRAPHS),
-    ("after replies have ended the old lengths stand", "model.py",
-     "        super().keep(replies)\n        self.stand()", "        super().keep(replies)", GRAPHS),
-    ("a graph repeats the token of its capture", "model.py", "        self.token.copy_(token)\n", "", GRAPHS),
-    ("a graph repeats the position of its capture", "model.py", "        self.position.copy_(position)\n", "", GRAPHS),
-    ("a graph reads tensors of its caller, which go elsewhere", "model.py",
-     "partial(self.decode, self.token, self.position)", "partial(self.decode, token, position)", GRAPHS),
-    ("a capture is taken for a run", "model.py",
-     "self.position), self.graph)\n", "self.position), self.graph)\n            return self.logits\n", GRAPHS),
-    ("every graph has memory of its own", "model.py", "self.position), self.graph)", "self.position), None)", GRAPHS),
-    ("a graph is captured for every reply that ends", "model.py", "(2 if graphs else 3) * len(alive)", "3 * len(alive)",
-     GRAPHS),
-    ("a graph is captured for the last few tokens", "model.py",
-     " and (not graphs or max_new_tokens - step > GRAPH_PAYS)", "", GRAPHS),
-    ("--compile compiles nothing", "model.py", "        part.compile(dynamic=True)", "        pass", COMPILED),
-    ("--compile leaves the tower alone", "model.py", "parts + [block.mlp for block in hf.model.visual.blocks]", "parts",
-     COMPILED),
-    ("all replies of a group are drawn alike", "model.py",
-     "np.random.default_rng([seed, g])", "np.random.default_rng([seed])", SAMPLER),
-    ("the seed is ignored", "model.py", "np.random.default_rng([seed, g])", "np.random.default_rng([g])", SAMPLER),
-    ("a sampled reply loses its end token", "model.py",
-     "torch.where(ended, step + 1, size[alive])", "torch.where(ended, step, size[alive])", SAMPLER),
-    ("a sampled reply goes on after its end", "model.py",
-     "ended = torch.isin(token, end_ids) & ~finished[alive]", "ended = torch.isin(token, end_ids)", SAMPLER),
-    ("top-k keeps one token too many", "model.py", "kept.topk(top_k, -1)", "kept.topk(top_k + 1, -1)", DRAW),
-    ("top-p drops the token that reaches the mass", "model.py", "ordered.cumsum(-1) - ordered >= top_p",
-     "ordered.cumsum(-1) >= top_p", DRAW),
-    ("log-probs are those after top-k and top-p", "model.py",
-     "    return token, logits.gather(-1, token) - lse\n\n\ndef cache_room",
-     "    return token, kept.log_softmax(-1).gather(-1, token)\n\n\ndef cache_room", SAMPLER),
-    ("the block that is hit is summed up from its neighbour", "model.py",
-     "share = (height - (ends - sums).gather(-1, hit))", "share = (height - ends.gather(-1, hit))", DRAW),
+    ("rotary frequencies are what memory happens to hold", "model.py",
+     "policy.hf._init_weights(module)  # rotary", "pass  # rotary", STANDS_ALONE),
+    ("a head of its own is ignored where the config says it is tied", "model.py",
+     "if config.tie_word_embeddings and has_own_head(folder):", "if False:", OWN_HEAD),
 
-    # ---- model.py: the canaries of vLLM
-    ("a canary takes NaN for a small difference", "model.py",
-     "if not (gap.max() <= largest and gap.mean() <= mean):", "if gap.max() > largest or gap.mean() > mean:", CANARIES),
-    ("a canary has no bound of the mean", "model.py",
-     "if not (gap.max() <= largest and gap.mean() <= mean):", "if not gap.max() <= largest:", CANARIES),
-    ("a canary forgets the temperature", "model.py",
+    # ---- families.py
+    ("windows are counted as if they saw the whole picture", "families.py",
+     "t * window_pairs(h, side) * window_pairs(w, side)", "t * (h * w) ** 2", COST),
+    ("a picture of InternVL stands without its frame", "families.py",
+     "return [begin, *super().expand(count), end]", "return super().expand(count)",
+     families("ids_and_pixels_are_those_of_transformers_own_processor")),
+    ("a base model sees a picture without its frame", "families.py",
+     'picture_text = "<|vision_start|>{}<|vision_end|>"', 'picture_text = "{}"',
+     families("a_base_model_is_shown_a_picture_as_the_chat_template_shows_it")),
+    ("the frame of a tiled picture is turned round", "families.py",
+     "begin, end = self.frame", "end, begin = self.frame",
+     families("ids_and_pixels_are_those_of_transformers_own_processor")),
+    ("width and height of a tiled picture are confused", "families.py",
+     "number_of_image_patches(height, width, self.tiling)", "number_of_image_patches(width, height, self.tiling)",
+     families("a_grid_that_is_known_before_pixels_are_read_says_how_many_tokens_there_will_be")),
+    ("tiles are made only where the file says so", "families.py",
+     '"crop_to_patches": True,', '"crop_to_patches": self.processor.crop_to_patches,',
+     families("tiles_are_made_even_if_the_files_image_settings_say_otherwise")),
+    ("--max-pixels does not bound the tiles", "families.py",
+     "most = min(most, max_pixels // side**2)", "most = most",
+     families("max_pixels_bounds_the_tiles_and_stays_out_of_the_exported_settings")),
+    ("an exported model forgets how many tokens a tile has", "families.py",
+     '{"processor_class": "InternVLProcessor", "image_seq_length": tokens}', '{"processor_class": "InternVLProcessor"}',
+     families("max_pixels_bounds_the_tiles_and_stays_out_of_the_exported_settings")),
+    ("the video token of InternVL may be sampled", "families.py",
+     "return super().forbidden(tokenizer) + ([video] if known else [])", "return super().forbidden(tokenizer)",
+     families("tokens_of_pictures_and_videos_are_never_sampled_however_likely")),
+    ("--freeze-vision leaves a projector free", "families.py",
+     "return [hf.model.vision_tower, hf.model.multi_modal_projector]", "return [hf.model.vision_tower]",
+     families("every_stage_takes_internvl_and_each_takes_what_the_one_before_has_made")),
+    ("FLOPs forget the class token of every tile", "families.py",
+     "tokens = h * w + 1  #", "tokens = h * w  #",
+     families("the_flops_of_the_vision_tower_are_those_that_torch_counts")),
+    ("FLOPs of one tile stand for all", "families.py",
+     "return t * (2 * linear + 4 * vision.hidden_size * pairs)", "return 2 * linear + 4 * vision.hidden_size * pairs",
+     families("the_flops_of_the_vision_tower_are_those_that_torch_counts")),
+    ("dropout in the tower is let through", "families.py",
+     "        if drops:\n", "        if drops and False:\n", families("dropout_in_the_tower_is_refused")),
+    ("a decoder that nobody has tried is let through", "families.py",
+     "if text.model_type not in self.decoders:", "if False:",
+     families("a_decoder_that_decoding_does_not_know_is_refused")),
+
+    # ---- records.py
+    ("every epoch has the same order", "records.py",
+     'random.Random(f"{seed}/{epoch}")', 'random.Random(f"{seed}")', ORDER),
+
+    # ---- training.py
+    ("a flag's number may be nan", "training.py",
+     '        above = value > low or (interval[0] == "[" and value == low)\n'
+     '        below = value < high or (interval[-1] == "]" and value == high)\n'
+     "        if not (above and below):",
+     '        below = value < low or (interval[0] == "(" and value == low)\n'
+     '        above = value > high or (interval[-1] == ")" and value == high)\n'
+     "        if above or below:", FLAGS),
+    ("a resumed run may be given another learning rate", "training.py",
+     'MAY_CHANGE = ("resume",', 'MAY_CHANGE = ("lr", "resume",', SETTINGS),
+    ("the learning rate warms up from zero", "training.py",
+     "peak * (step + 1) / warmup", "peak * step / warmup", UPDATES),
+    ("gradients are not clipped", "training.py", "max_norm or math.inf", "math.inf", UPDATES),
+    ("a gradient of NaN goes into the weights", "training.py", "if not math.isfinite(norm):", "if False:", NUMBERS),
+    ("resume does not restore the optimizer", "training.py",
+     "        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())",
+     "        some = {name: value for name, value in state.items() if '/' not in name}\n"
+     "        dcp.load(some, storage_reader=reader, no_dist=not dist.is_initialized())", CHECKPOINT),
+    ("AdamW's clock begins anew after a resume", "training.py",
+     'value.reshape(1) if key == "step"', 'value.reshape(1).clone() if key == "step"', CHECKPOINT),
+    ("a checkpoint shares its memory with the weights", "training.py",
+     'value.to("cpu", copy=True)', 'value.to("cpu")', BACKGROUND),
+    ("one process writes every file", "training.py",
+     "mine = number % world.size == world.rank", "mine = world.rank == 0", EXPORT),
+    ("--shard none shards the weights all the same", "training.py",
+     'replicas = world.size if sharding.mode == "none" else sharding.replicas',
+     "replicas = sharding.replicas", PLAN),
+
+    # ---- recipes/plan.py
+    ("a plan forgets one of AdamW's moments", "recipes/plan.py", "2 * weights.trained}", "weights.trained}", PLAN),
+    ("a plan forgets the whole gradient", "recipes/plan.py",
+     'between micro-batches"] = weights.whole_gradient', 'between micro-batches"] = 0', PLAN),
+    ("a plan counts no activations", "recipes/plan.py", "return live.most", "return 0", PLAN),
+
+    # ---- sampler.py
+    ("a sampled reply sees its prompt's padding", "sampler.py",
+     "attend_padded(*states, self.padding, False, scale)", "attend_padded(*states, None, False, scale)  #", SAMPLER),
+    ("a sampled reply sees what an ended one left in its cache", "sampler.py",
+     "buffers[i][:, : self.length] = old[sequences, : self.length]",
+     "buffers[i][:, : self.length] = old[: len(sequences), : self.length]", SAMPLER),
+    ("a reply goes on with another prompt when some have ended", "sampler.py",
+     "self.shared = {layer: [x[left] for x in states]", "self.shared = {layer: [x[: len(left)] for x in states]",
+     SAMPLER),
+    ("sampled positions are one late", "sampler.py", "start[active] + step)", "start[active] + step + 1)", SAMPLER),
+    ("all replies of a group are sampled alike", "sampler.py",
+     "np.random.default_rng([seed, g])", "np.random.default_rng([seed])", SAMPLER),
+    ("the seed is ignored", "sampler.py", "np.random.default_rng([seed, g])", "np.random.default_rng([g])", SAMPLER),
+    ("a sampled reply loses its end token", "sampler.py",
+     "torch.where(ended, step + 1, length[active])", "torch.where(ended, step, length[active])", SAMPLER),
+    ("a sampled reply goes on after its end", "sampler.py",
+     "ended = torch.isin(token, end_ids) & ~finished[active]", "ended = torch.isin(token, end_ids)", SAMPLER),
+    ("top-k keeps one token too many", "sampler.py", "logits.topk(top_k, -1)", "logits.topk(top_k + 1, -1)", TOKENS),
+    ("top-p drops the token that reaches the mass", "sampler.py", "ordered.cumsum(-1) - ordered >= top_p",
+     "ordered.cumsum(-1) >= top_p", TOKENS),
+    ("log-probs are those after top-k and top-p", "sampler.py",
+     "    return token, logits.gather(-1, token) - lse\n\n\ndef filter_logits",
+     "    return token, filtered.log_softmax(-1).gather(-1, token)\n\n\ndef filter_logits", SAMPLER),
+    ("the block that is hit is summed up from its neighbour", "sampler.py",
+     "share = (height - (block_end - block_mass).gather(-1, hit))", "share = (height - block_end.gather(-1, hit))",
+     TOKENS),
+
+    # ---- vllm_sampler.py
+    ("a parity check takes NaN for a small difference", "vllm_sampler.py",
+     "if not (gap.max() <= largest and gap.mean() <= mean):", "if gap.max() > largest or gap.mean() > mean:", PARITY),
+    ("a parity check has no bound of the mean", "vllm_sampler.py",
+     "if not (gap.max() <= largest and gap.mean() <= mean):", "if not gap.max() <= largest:", PARITY),
+    ("a parity check forgets the temperature", "vllm_sampler.py",
      "_, mask = trainer_log_probs(policy, groups, temperature)", "_, mask = trainer_log_probs(policy, groups)",
-     CANARIES),
-    ("any greedy token will do", "model.py", "gap, allowed = (best - logp).max()", "gap, allowed = 0.0", CANARIES),
-    ("weights that vLLM has and nobody sends are not missed", "model.py",
-     "missing = sorted(wanted - set().union(*loaded.values()))", "missing = []", CANARIES),
-    ("wrong weights may go unnoticed", "model.py",
-     'raise CanaryError("canary sync', 'CanaryError("canary sync', CANARIES),
-    ("any later version of vLLM will do", "model.py", " < parse_version(VLLM_VERSIONS[1]):", ":", CANARIES),
+     PARITY),
+    ("any greedy token will do", "vllm_sampler.py", "gap, allowed = (best - logp).max()", "gap, allowed = 0.0",
+     PARITY),
+    ("weights that vLLM has and nobody sends are not missed", "vllm_sampler.py",
+     "missing = sorted(wanted - set().union(*loaded.values()))", "missing = []", PARITY),
+    ("wrong weights may go unnoticed", "vllm_sampler.py",
+     'raise ParityError("parity check sync', 'ParityError("parity check sync', PARITY),
+    ("any later version of vLLM will do", "vllm_sampler.py", " < parse_version(VERSIONS[1]):", ":", PARITY),
+    ("one-step off-policy replies of a checkpoint are given to the wrong seeds", "vllm_sampler.py",
+     "groups = [pending[str(seed)] for seed in self.seeds]", "groups = list(pending.values())", PARITY),
+    ("one-step off-policy replies have the seeds of the step before", "vllm_sampler.py",
+     "self.engine.begin(policy, prompts, n, seeds=self.seeds, **options)",
+     "self.engine.begin(policy, prompts, n, seeds=seeds, **options)", PARITY),
 
     # ---- rewards.py
     ("the format weight is ignored", "rewards.py", "format_weight * well_formed", "0.5 * well_formed", REWARDS),
@@ -476,11 +538,11 @@ BUGS = [Bug(*entry) for entry in (
 
     # ---- toy/
     ("test scenes are train scenes", "toy/scenes.py", '+ (part == "test")', "", TOY),
-    ("the primer knows the verdict", "toy/primer.py",
+    ("the warm-up data know the verdict", "toy/primer.py",
      'verdict = rng.choice(fields["options"])', 'verdict = fields["direction"]', TOY),
     ("a plain question names one piece twice", "toy/primer.py",
      "at position {pair[0]} look", "at position {pair[1]} look", TOY),
-    ("the primer's words are false", "toy/primer.py", "values[k] > values[j]", "values[k] < values[j]", TOY),
+    ("the words of the warm-up data are false", "toy/primer.py", "values[k] > values[j]", "values[k] < values[j]", TOY),
 
     # ---- eval.py
     ("GF: beta is not squared in the denominator", "eval.py",
@@ -528,6 +590,10 @@ def problem_with(bug: Bug) -> str | None:
 
 def source_files() -> list[str]:
     """The repository's files, relative to its root: tracked ones and new ones, nothing that .gitignore names."""
+    if not (ROOT / ".git").exists():  # an archive, or a copy: without git, leave out what running makes
+        found = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+        made = {"runs", "exercises", "__pycache__"}
+        return sorted(str(path) for path in found if not any(p in made or p.startswith(".venv") for p in path.parts))
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
     return sorted(name for name in listed if name and (ROOT / name).is_file())

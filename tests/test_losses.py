@@ -14,6 +14,7 @@ import torch
 
 import dpo
 import grpo
+import training
 
 NAN, INF = float("nan"), float("inf")
 LN2, LN3 = 0.6931471805599453, 1.0986122886681098
@@ -32,7 +33,6 @@ def close(actual, expected, tolerance=1e-9):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # dpo_loss: margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected)), loss = -log sigmoid(margin)
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_dpo_at_margin_zero_costs_ln_2_and_pulls_with_half_of_beta():
@@ -129,7 +129,6 @@ def test_dpo_gradient_equals_finite_differences():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sft_loss: -sum over replies of weight * (sum of the reply's log-probs)
-# ---------------------------------------------------------------------------------------------------------------------
 
 # Reply 1 has two tokens, reply 2 three: the sums are -3 and -7.5, five tokens in all.
 SFT_LOGP = [[-1.0, -2.0, -64.0], [-3.0, -0.5, -4.0]]
@@ -176,7 +175,6 @@ def test_sft_micro_batches_add_up_to_the_batch():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # group_advantages: (P, G) -> (P, G)
-# ---------------------------------------------------------------------------------------------------------------------
 
 # Group 1: mean 0.75, deviations 0.75, -0.25 (three times), squares 0.5625 + 3 * 0.0625 = 0.75, / 3 = 0.25, std 0.5.
 # Group 2: mean 3, deviations -3, 1, 1, 1, squares 9 + 3 = 12, / 3 = 4, std 2.  (Divided by 4: 0.433 and 1.732.)
@@ -253,7 +251,6 @@ def test_the_best_reply_of_a_group_has_the_largest_advantage_and_the_order_of_re
 
 # ---------------------------------------------------------------------------------------------------------------------
 # grpo_loss: -sum_b weight_b sum_t mask [min(r A, clip(r, 1 - low, 1 + high) A) - kl * k3]
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def loss_and_gradient(ratios, advantage, weight, *, mask=None, ref_gap=None, old=-1.7, dtype=torch.float64, **options):
@@ -311,6 +308,109 @@ def test_clipping_stops_only_the_moves_that_went_far_enough(ratio, advantage, ob
     close(gradient, [[-0.5 * slope]])
     if slope == 0.0:
         assert gradient.item() == 0.0  # exactly: a clipped token is out of the batch
+
+
+# bounds 0.8 and 1.4; every row: ratio, advantage, gain by hand, whether the clip took the gradient away
+CLIPPED = [
+    (1.5, 2.0, 2.8, True),  # min(3, 1.4 * 2)
+    (1.4, 2.0, 2.8, False),  # at the bound nothing is lost yet
+    (0.8, 2.0, 1.6, False),
+    (0.5, 2.0, 1.0, False),  # min(1, 0.8 * 2): too rare for its advantage, pushed up
+    (1.5, -2.0, -3.0, False),  # min(-3, 1.4 * -2): too frequent, pushed down
+    (1.4, -2.0, -2.8, False),
+    (0.8, -2.0, -1.6, False),
+    (0.5, -2.0, -1.6, True),  # min(-1, 0.8 * -2)
+    (1.0, 2.0, 2.0, False),
+    (1.5, 0.0, 0.0, False),  # nothing to take away
+    (0.5, 0.0, 0.0, False),
+]
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "gain", "clipped"), CLIPPED)
+def test_the_surrogate_names_the_tokens_whose_gradient_the_clip_took_away(ratio, advantage, gain, clipped):
+    r = f64([[ratio]]).requires_grad_()
+    actual, taken = grpo.clipped_surrogate(r, f64([advantage]), 0.2, 0.4)
+    close(actual, [[gain]])
+    assert taken.tolist() == [[clipped]]
+    actual.sum().backward()
+    close(r.grad, [[0.0 if clipped else advantage]])
+
+
+def test_the_surrogate_takes_one_advantage_for_all_tokens_of_a_reply():
+    gain, taken = grpo.clipped_surrogate(f64([[1.5, 0.5, 1.0], [1.5, 0.5, 1.25]]), f64([2.0, -1.0]), 0.2, 0.4)
+    close(gain, [[2.8, 1.0, 2.0], [-1.5, -0.8, -1.25]])
+    assert taken.tolist() == [[True, False, False], [False, True, False]]
+
+
+# Replies of 2, 3 and 3 tokens with advantages 2, -1 and 0; what stands in the padding of the first is junk.
+#   clipped at 0.8 and 1.4 by token: 1.5 of the first reply, 0.5 of the second, nothing of the third
+#   k3 of the gaps ln 2, 0; -ln 2, ln 3, 0: 0.3068528194 + 0.1931471806 + 0.9013877113
+#   gaps to the sampler: 0.25 + 0.5 + 0.125 + 1
+METRICS = {
+    "ratios": [[1.5, 0.5, 9.0], [0.5, 2.0, 1.0], [3.0, 0.1, 1.0]],
+    "advantage": [2.0, -1.0, 0.0],
+    "mask": [[True, True, False], [True, True, True], [True, True, True]],
+    "ref_gap": [[LN2, 0.0, 5.0], [-LN2, LN3, 0.0], [0.0, 0.0, 0.0]],
+    "sampler_gap": [[0.25, -0.5, 7.0], [0.0, 0.125, 0.0], [-1.0, 0.0, 0.0]],
+    "correction": [[2.0, 1.0, 2.0], [0.5, 2.0, 1.9], [1.0, 1.0, 1.0]],
+}
+
+
+def token_metrics(ratio="token", **changes):
+    """grpo.token_metrics of METRICS, cap 2, bounds 0.8 and 1.4."""
+    given = METRICS | changes
+    ratios, mask = f64(given["ratios"]), torch.tensor(given["mask"])
+    old = torch.full_like(ratios, -1.7)
+    logp = old + ratios.log()
+    ref = None if given["ref_gap"] is None else logp + f64(given["ref_gap"])
+    sampler = old - f64(given["sampler_gap"])
+    advantage, correction = f64(given["advantage"]), f64(given["correction"])
+    clipping = {"clip_low": 0.2, "clip_high": 0.4, "ratio": ratio}
+    return grpo.token_metrics(logp, old, ref, sampler, advantage, mask, correction, 2.0, **clipping)
+
+
+def test_the_metrics_are_sums_over_sampled_tokens_worked_out_by_hand():
+    metrics = token_metrics()
+    assert metrics.pop("kl") == pytest.approx(1.4013877113, abs=1e-9)
+    assert metrics == {
+        "tokens": 8,
+        "clip_fraction": 2,
+        "sampler_gap_mean": 1.875,
+        "importance_capped": 2,
+        "sampler_gap": 1.0,
+    }
+    assert token_metrics(ref_gap=None)["kl"] == 0.0
+
+
+def test_the_clip_fraction_counts_no_token_of_advantage_zero_however_far_its_ratio():
+    assert token_metrics(advantage=[0.0, 0.0, 0.0])["clip_fraction"] == 0
+    # the third reply's: 3.0 is clipped for a positive advantage, 0.1 for a negative one
+    assert token_metrics(advantage=[0.0, 0.0, 1.0])["clip_fraction"] == 1
+    assert token_metrics(advantage=[0.0, 0.0, -1.0])["clip_fraction"] == 1
+
+
+def test_a_sequence_ratio_that_is_clipped_counts_with_all_tokens_of_its_reply():
+    # sqrt(1.5 * 0.5) = 0.87 and 1 lie inside; cube root of 3 * 0.1 = 0.67 lies below 0.8
+    assert token_metrics("sequence", advantage=[2.0, -1.0, 1.0])["clip_fraction"] == 0
+    assert token_metrics("sequence", advantage=[2.0, -1.0, -1.0])["clip_fraction"] == 3
+
+
+def test_a_steps_metrics_are_means_over_tokens_and_updates():
+    sums = dict.fromkeys(grpo.TOKEN_SUMS, 0.0)
+    for part in ({"loss": 1.0} | token_metrics(), {"loss": 2.0} | token_metrics(sampler_gap=[[0.5, 0, 0]] * 3)):
+        grpo.add_metrics(sums, part)
+    # two updates on a batch of 10 tokens, of which 8 were learned from: 16 in both
+    world = training.World(rank=0, size=1, device=torch.device("cpu"))
+    metrics = grpo.learning_metrics(world, sums, tokens=10, updates=2)
+    expected = {
+        "loss": 1.5,
+        "kl": 2 * 1.4013877113 / 20,
+        "clip_fraction": 4 / 20,
+        "sampler_gap": 1.0,  # the largest of both
+        "sampler_gap_mean": (1.875 + 1.5) / 16,
+        "importance_capped": 4 / 16,
+    }
+    assert metrics == pytest.approx(expected, abs=1e-9)
 
 
 def test_without_being_told_the_clip_is_one_fifth_on_both_sides_with_token_ratios_and_no_kl():
@@ -406,12 +506,11 @@ def test_only_the_ratio_counts_and_not_how_likely_the_token_was():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # importance_weights: min(pi_old / pi_sampler, cap), and the loss that they correct
-# ---------------------------------------------------------------------------------------------------------------------
 
 # reply 1: the trainer finds its tokens 1.5, 0.5 and 4 times as likely as the sampler did; reply 2: 0.25 and 2 times
 OLD = [[-1.0, -2.0, -0.5], [-3.0, -1.0, NAN]]
 TIMES = [[1.5, 0.5, 4.0], [0.25, 2.0, 1.0]]
-DRAWN = [[True, True, True], [True, True, False]]
+SAMPLED = [[True, True, True], [True, True, False]]
 
 
 def sampler_of(old, times):
@@ -419,32 +518,32 @@ def sampler_of(old, times):
 
 
 def test_a_token_weighs_the_trainers_probability_over_the_samplers_up_to_the_cap():
-    weights = grpo.importance_weights(f64(OLD), sampler_of(OLD, TIMES), torch.tensor(DRAWN), "token", 2.5)
-    close(weights[0], [1.5, 0.5, 2.5])  # only the 4 is cut; a weight below 1 stays what it is
+    weights = grpo.importance_weights(f64(OLD), sampler_of(OLD, TIMES), torch.tensor(SAMPLED), "token", 2.5)
+    close(weights[0], [1.5, 0.5, 2.5])  # only the 4 is capped; a weight below 1 stays what it is
     close(weights[1, :2], [0.25, 2.0])
 
 
 def test_a_reply_weighs_the_product_of_its_tokens_ratios_up_to_the_cap():
-    # 1.5 * 0.5 * 4 = 3 and 0.25 * 2 = 0.5; the product is cut, not its factors (1.5 * 0.5 * 2.5 = 1.875)
+    # 1.5 * 0.5 * 4 = 3 and 0.25 * 2 = 0.5; the product is capped, not its factors (1.5 * 0.5 * 2.5 = 1.875)
     for cap, first in ((2.5, 2.5), (3.5, 3.0)):
-        weights = grpo.importance_weights(f64(OLD), sampler_of(OLD, TIMES), torch.tensor(DRAWN), "sequence", cap)
+        weights = grpo.importance_weights(f64(OLD), sampler_of(OLD, TIMES), torch.tensor(SAMPLED), "sequence", cap)
         close(weights[0], [first, first, first])
         close(weights[1, :2], [0.5, 0.5])
 
 
 def test_without_correction_every_weight_is_1():
-    weights = grpo.importance_weights(f64(OLD), sampler_of(OLD, TIMES), torch.tensor(DRAWN), "none", 2.5)
-    assert weights[torch.tensor(DRAWN)].tolist() == [1.0] * 5
+    weights = grpo.importance_weights(f64(OLD), sampler_of(OLD, TIMES), torch.tensor(SAMPLED), "none", 2.5)
+    assert weights[torch.tensor(SAMPLED)].tolist() == [1.0] * 5
     with pytest.raises(ValueError, match="reply"):
-        grpo.importance_weights(f64(OLD), f64(OLD), torch.tensor(DRAWN), "reply")
+        grpo.importance_weights(f64(OLD), f64(OLD), torch.tensor(SAMPLED), "reply")
 
 
 @pytest.mark.parametrize("kind", ["token", "sequence", "none"])
 def test_a_sampler_that_agrees_with_the_trainer_changes_nothing(kind):
-    mask = torch.tensor(DRAWN)
+    mask = torch.tensor(SAMPLED)
     weights = grpo.importance_weights(f64(OLD), f64(OLD), mask, kind)
     assert weights[mask].tolist() == [1.0] * 5
-    options = {"ref_gap": [[0.1, -0.2, 0.3], [0.0, 0.2, 0.0]], "kl": 0.1, "mask": DRAWN}
+    options = {"ref_gap": [[0.1, -0.2, 0.3], [0.0, 0.2, 0.0]], "kl": 0.1, "mask": SAMPLED}
     ratios = [[1.5, 0.5, 1.1], [0.7, 1.0, 1.0]]
     plain = loss_and_gradient(ratios, [2.0, -1.0], [0.25, 0.1], **options)
     corrected = loss_and_gradient(ratios, [2.0, -1.0], [0.25, 0.1], **options, correction=weights)
@@ -454,7 +553,7 @@ def test_a_sampler_that_agrees_with_the_trainer_changes_nothing(kind):
 @pytest.mark.parametrize("kind", ["token", "sequence"])
 def test_importance_weights_carry_no_gradient(kind):
     old = f64(OLD).requires_grad_()
-    assert not grpo.importance_weights(old, sampler_of(OLD, TIMES), torch.tensor(DRAWN), kind).requires_grad
+    assert not grpo.importance_weights(old, sampler_of(OLD, TIMES), torch.tensor(SAMPLED), kind).requires_grad
 
 
 def test_the_correction_weighs_the_clipped_surrogate_and_not_the_kl():
@@ -644,9 +743,7 @@ def test_grpo_gradient_equals_finite_differences(ratio, kl):
     logp = (old + ratios.log()).requires_grad_()
 
     def loss(logp):
-        return grpo.grpo_loss(
-            logp, old, ref, advantage, mask, weight, clip_low=0.2, clip_high=0.28, kl=kl, ratio=ratio
-        )
+        return grpo.grpo_loss(logp, old, ref, advantage, mask, weight, clip_low=0.2, clip_high=0.28, kl=kl, ratio=ratio)
 
     assert torch.autograd.gradcheck(loss, (logp,))
 

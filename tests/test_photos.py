@@ -132,7 +132,7 @@ def test_no_photograph_is_on_both_sides_and_the_two_views_of_the_motorcycle_stay
     assert all(len(side) == 1 for side in sides.values()), sides
     assert sides["motorcycle_left.png"] == sides["motorcycle_right.png"]
     assert not pictures["train"].keys() & pictures["test"].keys()
-    assert {path.parts[0] for path in pictures["test"].values()} == {"cat", "coffee"}  # what seed 0 draws
+    assert {path.parts[0] for path in pictures["test"].values()} == {"cat", "coffee"}  # what seed 0 holds out
 
 
 def test_each_subject_is_held_out_by_some_seed_and_always_two_of_them(photos):
@@ -167,8 +167,8 @@ def test_plain_crops_are_left_out(photos, tmp_path, monkeypatch):
     assert made[0][2] == (0, 0, 120, 90) and made[0][0].size == (112, 84)
     for _, _, (x1, y1, x2, y2) in made:
         assert x1 < 40 and x2 > 10 and y1 < 80 and y2 > 60  # each sees some of the window
-    drawn = random.Random("0 wall")
-    assert not all(y2 > 60 and x1 < 40 for x1, _, _, y2 in (photos.draw_box(120, 90, drawn) for _ in range(40)))
+    rng = random.Random("0 wall")
+    assert not all(y2 > 60 and x1 < 40 for x1, _, _, y2 in (photos.draw_box(120, 90, rng) for _ in range(40)))
 
 
 def test_what_light_alone_can_reach_is_what_the_pictures_show(finished, pictures, photos):
@@ -199,7 +199,7 @@ def test_what_light_alone_can_reach_is_what_the_pictures_show(finished, pictures
 # The puzzles
 
 
-def test_every_puzzle_and_primer_image_is_a_photograph_of_its_side_cut_and_mixed_as_the_record_says(finished, pictures):
+def test_every_image_is_a_photograph_of_its_side_split_and_mixed_as_the_record_says(finished, pictures):
     out = finished[0]
     files = {"train": [out / "puzzles/records.jsonl", out / "words/primer.jsonl", out / "formats/primer.jsonl"]}
     files["train"] += sorted(out.glob("test/seen-*/records.jsonl"))
@@ -223,7 +223,7 @@ def test_every_puzzle_and_primer_image_is_a_photograph_of_its_side_cut_and_mixed
     assert moved > 300  # about half of them are mixed up
 
 
-def test_the_primer_names_truly_which_half_of_a_photograph_is_lighter_and_guesses_at_the_rest(finished):
+def test_the_warm_up_data_names_truly_which_half_of_a_photograph_is_lighter_and_guesses_at_the_rest(finished):
     records = read(finished[0] / "words/primer.jsonl")
     right = []
     for record in records:
@@ -265,14 +265,14 @@ def test_the_chain_of_models_is_that_of_the_paper(finished):
         return str(Path(json.loads((out / stage / "args.json").read_text())["model"]).relative_to(out))
 
     chain = {stage: came_from(stage) for stage in TRAINED}
-    primers = {"scenes/model": "random", "words/model": "scenes/model", "base": "words/model"}
-    assert chain == primers | {"zero": "base", "cold": "base", "rl": "cold"}
+    warm_up = {"scenes/model": "random", "words/model": "scenes/model", "base": "words/model"}
+    assert chain == warm_up | {"zero": "base", "cold": "base", "rl": "cold"}
     pairs = read(out / "pairs.jsonl")
     assert {pair["chosen_from"] for pair in pairs} == {str(out / "zero")}
     assert {pair["rejected_from"] for pair in pairs} == {str(out / "base")}
 
 
-def test_the_primer_is_learned_and_the_numbers_of_both_grpo_runs_fit_together(finished):
+def test_the_warm_up_data_is_learned_and_the_numbers_of_both_grpo_runs_fit_together(finished):
     out = finished[0]
     words = [row["loss_sft"] for row in rows(out / "scenes/model")]
     assert words[0] > 3 and np.mean(words[-5:]) < 1  # nats a token; the vocabulary's logarithm is about 6

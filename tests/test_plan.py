@@ -11,8 +11,10 @@ from commands import ROOT, end, processes, start
 import jigsaw
 import model
 import training
+from records import DataError
 from toy.scenes import scene
-from toy.tiny_model import make_tiny
+from toy.tiny_model import FAMILIES, make_tiny
+from training import Sharding
 
 sys.path.insert(0, str(ROOT / "recipes"))
 import plan
@@ -20,7 +22,7 @@ import plan
 GROUPS, REPLIES, REPLY, CHUNK = 4, 8, 40, 2**22
 
 
-def measured(folder, dtype, recompute, freeze_vision):
+def measured(folder, dtype, checkpointing, freeze_vision):
     """In every process of a group: bytes that an update of two micro-batches holds at most, with FSDP's buffers."""
     import random
 
@@ -29,7 +31,9 @@ def measured(folder, dtype, recompute, freeze_vision):
 
     torch.set_num_threads(1)
     world = training.setup()
-    policy, encoder = model.load(folder, world, train=True, dtype=dtype, recompute=recompute, freeze_vision=freeze_vision)
+    policy, encoder = model.load(
+        folder, world, train=True, dtype=dtype, gradient_checkpointing=checkpointing, freeze_vision=freeze_vision
+    )
     policy.chunk_bytes = CHUNK
     picture, record = jigsaw.make_puzzle(scene(random.Random(0)), 2, 1, "pair", random.Random(0))
     path = f"{folder}/picture-{world.rank}.png"
@@ -64,43 +68,90 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "dtype, recompute, freeze",
+    "dtype, checkpointing, freeze",
     [("fp32", "on", False), ("fp32", "off", False), ("bf16", "on", False), ("fp32", "on", True)],
 )
-def test_a_plan_is_a_little_above_what_a_run_of_two_processes_holds(folder, dtype, recompute, freeze):
-    arguments = (folder, dtype, recompute, "frozen" if freeze else "")
+def test_a_plan_is_a_little_above_what_a_run_of_two_processes_holds(folder, dtype, checkpointing, freeze):
+    arguments = (folder, dtype, checkpointing, "frozen" if freeze else "")
     status, out, err = end(start(*processes(2), __file__, *arguments))
     assert status == 0, err
     run = json.loads(out.splitlines()[-1])
     patches = 4 * run["image"]
     budget = GROUPS * (run["prompt"] + patches + REPLIES * (REPLY - 1))
     counted = plan.plan(
-        plan.config_of(str(folder)), 2, bf16=dtype == "bf16", recompute=recompute == "on", freeze_vision=freeze,
+        str(folder), 2, bf16=dtype == "bf16", checkpointing=checkpointing == "on", freeze_vision=freeze,
         micro_tokens=budget, chunk_bytes=CHUNK, prompt=run["prompt"], image=run["image"], group=REPLIES, reply=REPLY,
     )  # fmt: skip
     total = sum(counted["always"].values()) + sum(counted["learn"].values())
     assert run["bytes"] <= total <= 1.25 * run["bytes"], (run["bytes"] / 2**20, total / 2**20, counted)
 
 
-def weights_of(config, size=1, **settings):
-    settings = {"shard": "full", "replicas": 1, "bf16": True, "freeze_vision": False} | settings
-    return plan.held(config, size, **settings)
+def weights_of(name, size=1, freeze_vision=False, **sharding):
+    folder = plan.folder_of(str(name))
+    return plan.held(folder, size, sharding=Sharding(**sharding), bf16=True, freeze_vision=freeze_vision)
 
 
 def test_published_sizes_have_the_published_number_of_weights():
-    # 3.75, 8.29, 33.5 and 73.4 billion on the models' pages
-    for name, billions in (("3B", 3.75), ("7B", 8.29), ("32B", 33.5), ("72B", 73.4)):
-        assert weights_of(plan.config_of(name))["masters"] / 4e9 == pytest.approx(billions, rel=0.005), name
+    # on the models' pages
+    published = {"2B": 2.21, "3B": 3.75, "7B": 8.29, "32B": 33.5, "72B": 73.4}
+    for name, billions in published.items():
+        assert weights_of(name).master / 4e9 == pytest.approx(billions, rel=0.005), name
 
 
 def test_shards_halve_with_twice_the_processes_and_copies_hold_more(folder):
-    config = plan.config_of(str(folder))
-    alone = weights_of(config)["masters"]
-    assert weights_of(config, 8)["masters"] == pytest.approx(alone / 8, rel=0.01)
-    assert weights_of(config, 8, replicas=4)["masters"] == pytest.approx(alone / 2, rel=0.01)
-    assert weights_of(config, 8, shard="none")["masters"] == alone
-    tower = sum(w.numel() for w in plan.bare_policy(config, torch.float32, bf16=True).hf.model.visual.parameters())
-    assert alone - weights_of(config, freeze_vision=True)["trained"] == 4 * tower
+    alone = weights_of(folder).master
+    assert weights_of(folder, 8).master == pytest.approx(alone / 8, rel=0.01)
+    assert weights_of(folder, 8, replicas=4).master == pytest.approx(alone / 2, rel=0.01)
+    assert weights_of(folder, 8, mode="none").master == alone
+    policy = plan.bare_policy(str(folder), torch.float32, bf16=True)
+    tower = sum(weight.numel() for part in policy.family.vision(policy.hf) for weight in part.parameters())
+    assert alone - weights_of(folder, freeze_vision=True).trained == 4 * tower
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_that_is_trained_can_be_planned_for(family, tmp_path):
+    make_tiny(tmp_path, family)
+    counted = plan.plan(str(tmp_path), 2, group=2, reply=8, prompt=40, image=16)
+    assert all(size > 0 for part in counted.values() for size in part.values())
+
+
+LARGE = "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+def judged(command, **known):
+    fits, gib, why = plan.judge(command, **known)
+    assert f"{gib:.1f} GiB" in why
+    return fits, gib
+
+
+def test_a_command_line_is_judged_by_the_flags_of_its_stage():
+    start_of = f"torchrun --nproc_per_node=8 grpo.py --model {LARGE} --data a.jsonl --out b --prompts 128 "
+    short = judged(start_of + "--max-new-tokens 64")
+    long = judged(start_of + "--max-new-tokens \\\n 10240")
+    shards = judged(start_of + "--max-new-tokens 10240 --accumulate shards")
+    assert short[0] and not long[0] and shards[0]
+    assert short[1] < shards[1] < long[1]
+    # a reference costs an eighth of the weights in fp32; one GPU has no room for AdamW's moments
+    assert judged(start_of + "--max-new-tokens 64 --kl 0.04")[1] > short[1] + 8.29 * 4e9 / 8 / 2**30
+    assert not judged(f"python dpo.py --model {LARGE} --data a.jsonl --out b")[0]
+    assert judged(f"python eval.py --model {LARGE} --data a.jsonl --out b.json")[0]
+    # larger pictures, longer pairs
+    assert judged(start_of + "--max-new-tokens 64 --max-pixels 6000000 --micro-tokens 1")[1] > short[1]
+    pairs = f"torchrun --nproc_per_node=8 dpo.py --model {LARGE} --data a.jsonl --out b"
+    assert judged(pairs, reply=10240)[1] > judged(pairs)[1]
+
+
+def test_a_command_that_cannot_be_judged_says_why():
+    command = "python grpo.py --data a.jsonl --out b --model "
+    with pytest.raises(DataError, match="runs/zero: neither a model directory"):
+        plan.judge(command + "runs/zero")
+    assert plan.judge(command + "runs/zero", models={"runs/zero": "2B"})[1] > 0
+    with pytest.raises(DataError, match="no stage is named"):
+        plan.judge("make demo")
+    with pytest.raises(DataError, match="--prompts 64 cannot be dealt evenly to 7"):
+        plan.judge(f"torchrun --nproc_per_node 7 grpo.py --data a.jsonl --out b --model {LARGE}")
+    with pytest.raises(DataError, match="--replicas 3 does not divide"):
+        plan.judge(f"torchrun --nproc_per_node 8 grpo.py --replicas 3 --data a.jsonl --out b --model {LARGE}")
 
 
 def test_the_command_says_whether_a_run_fits(folder):
@@ -112,6 +163,37 @@ def test_the_command_says_whether_a_run_fits(folder):
     assert verdict("7B", "--gpus", "8").startswith("  fits into 80 GiB")
     assert verdict(*large).startswith("  does NOT fit into 80 GiB")
     assert verdict(*large, "--accumulate", "shards", "--sampler", "vllm", "--vllm-tp", "8").startswith("  fits")
+
+
+RECIPES = {
+    "one_node.sh": ["7B", "-", "-", "-"],
+    "specs_7b.sh": ["train.jsonl", "test.jsonl", "out"],
+    "jigsaw_r1_3b.sh": ["coco", "out"],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_command_of_a_recipe_fits_80_gib(name, capsys):
+    recipe = str(ROOT / "recipes" / name)
+    # the longest replies that a pair of specs_7b.sh can hold
+    plan.main(["--reply", "10240", "--as", "-", "7B", "--recipe", recipe, *RECIPES[name]])
+    verdicts = capsys.readouterr().out.splitlines()
+    stages = [line.split()[1].rstrip(",") for line in verdicts]
+    assert all(line.startswith("fits: ") for line in verdicts)
+    trainings = {"one_node.sh": 1, "specs_7b.sh": 3, "jigsaw_r1_3b.sh": 2}[name]
+    assert sum(stage in ("grpo.py", "dpo.py") for stage in stages) == trainings
+
+
+def test_a_recipe_that_does_not_fit_ends_with_status_1(tmp_path):
+    recipe = tmp_path / "large.sh"
+    recipe.write_text('for out in a b; do\n  python grpo.py --model "$1" --data x.jsonl --out $out\ndone\n')
+    with pytest.raises(SystemExit) as end_of_program:
+        plan.main(["--recipe", str(recipe), "72B"])
+    assert end_of_program.value.code == 1
+    assert len(plan.commands_of(str(recipe), ["72B"])) == 2
+    recipe.write_text("echo no disk >&2; exit 3")
+    with pytest.raises(DataError, match=r"ends with status 3 \(no disk\)"):
+        plan.commands_of(str(recipe), [])
 
 
 if __name__ == "__main__":

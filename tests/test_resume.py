@@ -1,6 +1,6 @@
 """Stop a run anywhere, go on with --resume, and end with the same bits as a run that nobody stopped.
 
-Commands are really killed, at moments drawn at random. What cannot be hit by chance (the instant between two renames,
+Commands are really killed, at random moments. What cannot be hit by chance (the instant between two renames,
 half a line in the log) is laid out by hand.
 """
 
@@ -9,13 +9,16 @@ import random
 import shutil
 import signal
 import threading
+from concurrent.futures import Future
 
 import pytest
 import torch
 from commands import ROOT, Material, call, checkpoint, distance, end, rows, start, stop, timeless, weights
 
 import model
+import sampler
 import training
+import vllm_sampler
 
 STEPS = 24
 SETTINGS = {
@@ -49,8 +52,8 @@ def check_same(out, whole, steps=STEPS):
 
 
 def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(material, unbroken, tmp_path):
-    draw = random.Random()
-    moments = {stage: (draw.randrange(4, 14), draw.uniform(0, 0.05)) for stage in SETTINGS}
+    rng = random.Random()
+    moments = {stage: (rng.randrange(4, 14), rng.uniform(0, 0.05)) for stage in SETTINGS}
     print("killed at", moments)  # shown when the test fails
     started = {
         stage: start(ROOT / f"{stage}.py", **getattr(material, stage)(out=tmp_path / stage, **settings))
@@ -138,6 +141,34 @@ def test_a_run_that_died_between_its_last_checkpoint_and_latest_goes_on_from_the
     call("dpo", **material.dpo(out=out, steps=6, save_every=1, keep=1, resume=True))
     check_same(out, tmp_path / "whole", 6)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000006"]
+
+
+class Engine:
+    """Stands in for vllm_sampler.VLLM: the builtin sampler, which nobody waits for."""
+
+    def __init__(self, path, policy, *args, **settings):
+        assert settings["seed"] == 0 and settings["tp"] == 1
+
+    def __call__(self, *args, **settings):
+        return sampler.sample(*args, **settings)
+
+    def begin(self, *args, **settings):
+        future = Future()
+        future.set_result(self(*args, **settings))
+        return future
+
+
+def test_a_one_step_off_policy_run_resumes_with_the_replies_it_had_sampled(material, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_sampler, "VLLM", Engine)
+    settings = material.grpo(sampler="vllm", one_step_off_policy=True, steps=5, updates=2, save_every=2, keep=9)
+    call("grpo", **settings, out=tmp_path / "whole")
+    assert [row["staleness"] for row in rows(tmp_path / "whole")] == [0, 2, 2, 2, 2]
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    args = json.loads((tmp_path / "out/args.json").read_text()) | {"out": str(tmp_path / "out")}
+    (tmp_path / "out/args.json").write_text(json.dumps(args))
+    (tmp_path / "out/LATEST").write_text("step_000002")
+    call("grpo", **settings, out=tmp_path / "out", resume=True)
+    check_same(tmp_path / "out", tmp_path / "whole", 5)
 
 
 def test_a_checkpoint_newer_than_the_one_just_written_does_not_push_it_out(material, tmp_path):

@@ -2,27 +2,45 @@
 
 What is checked is what a user relies on: what a run leaves behind, that its numbers are what they claim to be, that
 what must not matter does not, that it learns, and that bad input is refused before anything is trained. Expected values
-are worked out here a second time, one reply at a time, from the replies the run really drew (`Watch` looks on while the
-real functions run).
+are worked out here a second time, one reply at a time, from the replies the run really sampled (`Watch` looks on while
+the real functions run).
 """
 
 import argparse
 import importlib
 import json
 import math
+import re
 import shutil
+import signal
 import statistics
 
 import pytest
 import torch
-from commands import ROOT, Material, call, checkpoint, distance, end, flags, rows, start, timeless, weights, write
+from commands import (
+    ROOT,
+    Material,
+    call,
+    cause,
+    checkpoint,
+    distance,
+    end,
+    finish,
+    flags,
+    rows,
+    start,
+    timeless,
+    weights,
+    write,
+)
 
 import grpo
 import model
 import rewards
 import sampler
 import training
-from records import epoch_order, read_records
+import vllm_sampler
+from records import DataError, epoch_order, read_records
 
 LN2 = 0.6931471805599453
 DPO_KEYS = {"step", "loss", "loss_dpo", "loss_sft", "chosen_reward", "rejected_reward", "margin", "preference_accuracy",
@@ -111,7 +129,6 @@ def check_log(out, keys, steps):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands and what they leave behind
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_commands_end_with_0_and_leave_a_model_directory_that_the_next_stage_takes(material, tmp_path):
@@ -121,8 +138,7 @@ def test_the_commands_end_with_0_and_leave_a_model_directory_that_the_next_stage
         start(ROOT / "grpo.py", **material.grpo(out=rl, top_k=50, clip_high=0.28)),
     ]
     for process, out, words in zip(started, (cold, rl), ("3 steps of dpo+sft", "3 steps of GRPO"), strict=True):
-        status, stdout, stderr = end(process)
-        assert status == 0, stderr
+        stdout, stderr = finish(process)
         assert stdout == f"{out}: {words} done; the model is in the directory\n"
         assert "Traceback" not in stderr and "3/3" in stderr  # the progress bar at its end
         check_model_directory(out, 3)
@@ -174,7 +190,7 @@ def test_grpo_trains_with_the_settings_of(material, tmp_path, name):
     check_model_directory(tmp_path, 3)
     for row in log:
         assert row["clip_fraction"] == 0  # one update per batch: the ratio is 1
-        assert row["sampler_gap"] < 1e-5  # the trainer finds the log-probs the tokens were drawn with
+        assert row["sampler_gap"] < 1e-5  # the trainer finds the log-probs the tokens were sampled with
         assert row["sampler_gap_mean"] <= row["sampler_gap"] and row["importance_capped"] == 0
         assert row["reward"] == pytest.approx(row["accuracy"] + settings.get("format_weight", 0.5) * row["format"])
         assert row["finished"] <= 1 and 1 <= row["length"] <= 8 and row["entropy"] > 0
@@ -191,7 +207,6 @@ def test_grpo_trains_with_the_settings_of(material, tmp_path, name):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The numbers are what they claim to be
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_dpo_measures_implicit_rewards_against_the_starting_model_and_not_against_itself(material, tmp_path):
@@ -234,7 +249,7 @@ def test_the_reward_and_its_parts_are_means_over_all_replies(material, tmp_path,
     call("grpo", **material.grpo(out=tmp_path, steps=2, group=6, format_weight=0.25, save_every=1, kl=0.04))
     encoder = policy_of(material.speaker)[1]
     records = read_records(material.data)
-    assert len(set(watch.seeds)) == 8  # 2 steps, 4 prompts: no two draw alike
+    assert len(set(watch.seeds)) == 8  # 2 steps, 4 prompts: no two sample alike
     for step, row in enumerate(rows(tmp_path)):
         groups = list(zip(seen_at(step, records, 4), watch.replies[step], strict=True))
         pairs = [(record, reply) for record, group in groups for reply in group]
@@ -275,6 +290,19 @@ def test_the_reward_and_its_parts_are_means_over_all_replies(material, tmp_path,
 def with_useless_records(material):
     useless = [material.question(f"u{number}", "Give one letter as JSON.", reply_format="json") for number in range(2)]
     return write(material.folder / "with_useless.jsonl", material.records[1:5] + useless)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.04])
+def test_useful_groups_are_those_whose_rewards_differ_with_a_kl_and_without(material, tmp_path, monkeypatch, kl):
+    watch = Watch(monkeypatch)
+    data = with_useless_records(material)
+    call("grpo", **material.grpo(out=tmp_path, data=data, prompts=6, group=5, steps=1, kl=kl))
+    encoder = policy_of(material.speaker)[1]
+    differing = 0
+    for record, group in zip(seen_at(0, read_records(data), 6), watch.replies[0], strict=True):
+        differing += len({rewards.score(encoder.decode(reply.ids), record)["reward"] for reply in group}) > 1
+    assert 2 <= differing <= 4
+    assert rows(tmp_path)[0]["useful_groups"] == pytest.approx(differing / 6)
 
 
 @pytest.mark.parametrize("normalizer, scale", [("sequence", "group"), ("token", "none"), ("constant", "batch")])
@@ -325,7 +353,6 @@ def test_a_step_in_which_no_group_carries_a_signal_changes_nothing_and_is_logged
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What matters and what must not
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_command_gives_the_same_bits_and_another_seed_does_not(material, tmp_path):
@@ -363,7 +390,7 @@ def test_updates_above_1_take_that_many_optimizer_steps_on_the_same_replies(mate
     for out, taken in ((one, 2), (three, 6)):
         counts = {float(value) for name, value in checkpoint(out, 2).items() if name.endswith("/step")}
         assert counts == {taken}
-    assert rows(one)[0]["reward"] == rows(three)[0]["reward"]  # the first batch is drawn before any update
+    assert rows(one)[0]["reward"] == rows(three)[0]["reward"]  # the first batch is sampled before any update
     assert rows(one)[0]["clip_fraction"] == 0 < rows(three)[0]["clip_fraction"] < 1
     assert rows(three)[0]["sampler_gap"] < 1e-5  # measured at the first update only
     assert distance(weights(one), weights(three)) > 1e-3
@@ -398,7 +425,6 @@ def test_grpo_learns_to_give_the_answer_that_is_rewarded(material, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: status 2, one line, nothing trained
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def refuse(capsys, stage, **settings):
@@ -466,10 +492,10 @@ def test_data_or_models_that_cannot_be_read_are_refused(material, tmp_path, caps
     check("no/such/model", model=tmp_path / "no/such/model")
     (tmp_path / "hollow").mkdir()
     check("hollow", model=tmp_path / "hollow")
-    cut = tmp_path / "cut"
-    shutil.copytree(material.tiny, cut)
-    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
-    check("cut", model=cut)
+    torn = tmp_path / "torn"
+    shutil.copytree(material.tiny, torn)
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:5000])
+    check("torn", model=torn)
     check("--max-pixels 100", max_pixels=100)
     (tmp_path / "file").write_text("")
     check_one_line(refuse(capsys, stage, **settings(out=tmp_path / "file")), "file")
@@ -536,26 +562,117 @@ def test_the_commands_print_one_line_on_stderr_and_end_with_2(material, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Command lines
+
+
 def stages():
     return sorted(path.stem for path in ROOT.glob("*.py") if "def parse_args" in path.read_text())
 
 
+# The groups of each stage's --help, in their order. What is said of the machine is said in one place.
+GROUPS = {
+    "dpo": ["loss", "optimiser", "model and machine", "run directory"],
+    "grpo": ["sampling", "reward and advantage", "loss", "optimiser", "sampler", "model and machine", "run directory"],
+    "distill": ["pairs", "sampling", "sampler", "model and machine"],
+    "eval": ["what to evaluate", "generalization factor (GF)", "replies", "sampler", "model and machine", "report"],
+    "jigsaw": [],
+    "report": [],
+}
+
+
 def test_all_stages_are_known():
-    assert {"jigsaw", "model", "dpo", "grpo", "eval", "distill"} <= set(stages())
+    assert stages() == sorted(GROUPS)
 
 
-@pytest.mark.parametrize("stage", stages())
-def test_help_ends_with_0_and_explains_every_flag_of(stage, monkeypatch):
-    shown = []
-    monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda parser, file=None: shown.append(parser))
-    with pytest.raises(SystemExit) as stop:
-        importlib.import_module(stage).main(["--help"])
-    assert stop.value.code == 0
-    assert shown[0].allow_abbrev is False
-    page = " ".join(shown[0].format_help().split())  # the text is filled in here: a bad % would raise
-    for action in shown[0]._actions:
+@pytest.fixture
+def parser_of(monkeypatch):
+    """A function: stage -> its parser, caught as it prints its --help."""
+
+    def caught(stage):
+        shown = []
+        monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda parser, file=None: shown.append(parser))
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(stage).main(["--help"])
+        assert stop.value.code == 0
+        return shown[0]
+
+    return caught
+
+
+@pytest.mark.parametrize("stage", [*stages(), "toy.primer", "toy.tiny_model"])
+def test_help_ends_with_0_and_explains_every_flag_of(stage, parser_of):
+    parser = parser_of(stage)
+    assert parser.allow_abbrev is False
+    page = " ".join(parser.format_help().split())  # the text is filled in here: a bad % would raise
+    for action in parser._actions:
         assert action.help and action.help != argparse.SUPPRESS, f"{action.option_strings} has no help text"
-        assert action.option_strings[-1] in page
+        assert action.option_strings == [] or action.option_strings[-1] in page
+
+
+@pytest.mark.parametrize("stage", GROUPS)
+def test_help_shows_each_group_and_each_flag_once_of(stage, parser_of):
+    parser = parser_of(stage)
+    titles = [group.title for group in parser._action_groups if group._group_actions]
+    assert titles == ["options", *GROUPS[stage]]
+    lines = parser.format_help().splitlines()
+    for title in titles:
+        assert lines.count(f"{title}:") == 1, title
+    names = [name for action in parser._actions for name in action.option_strings]
+    assert len(names) == len(set(names))
+
+
+# What add_training_flags gives both trainers: of args.json these are the machine's and the run directory's part.
+MACHINE = {"max_pixels", "dtype", "attn", "freeze_vision", "micro_tokens", "gradient_checkpointing", "shard",
+           "replicas", "offload", "accumulate", "measure_peak", "save_every", "keep"}  # fmt: skip
+COMMON = {"model", "data", "out", "seed", "steps", "lr", "schedule", "warmup", "grad_clip"}
+SETTINGS = {
+    "dpo": COMMON | MACHINE | {"loss", "beta", "sft_weight", "batch"},
+    "grpo": COMMON | MACHINE | {
+        "prompts", "group", "temperature", "top_k", "top_p", "max_new_tokens", "format_weight", "advantage_scale",
+        "clip_low", "clip_high", "ratio", "kl", "normalizer", "importance", "importance_cap", "updates", "sampler",
+        "vllm_memory", "vllm_tp", "parity_every", "one_step_off_policy",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", SETTINGS)
+def test_args_json_holds_every_setting_of(stage, tmp_path):
+    args = importlib.import_module(stage).parse_args(["--model", "m", "--data", "d", "--out", str(tmp_path)])
+    open_run(args)
+    recorded = json.loads((tmp_path / "args.json").read_text())
+    assert recorded.keys() == SETTINGS[stage]
+    assert recorded.keys() == vars(args).keys() - {"resume", "overwrite"}
+    assert recorded["data"] == ["d"] and recorded["gradient_checkpointing"] == "auto"
+
+
+def open_run(args, **changes):
+    """Open args.out as grpo.py does, and put back what it does to signals."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return training.Run.open(vars(args) | changes, training.setup(), vllm_sampler.MAY_CHANGE)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# Flags that a resumed run may be given anew: they change neither data nor weights, but how far, how safe and how fast.
+MAY_CHANGE = {"steps", "save_every", "keep", "measure_peak", "shard", "replicas", "offload", "accumulate", "vllm_tp",
+              "vllm_memory", "parity_every"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS["grpo"] - {"out"}))
+def test_a_resumed_run_may_be_given_anew_only_what_changes_no_result(tmp_path, name):
+    args = grpo.parse_args(["--model", "m", "--data", "d", "--out", str(tmp_path)])
+    open_run(args)
+    (tmp_path / "LATEST").write_text("step_000002")
+    changes = {"resume": True, name: "another"}
+    if name in MAY_CHANGE:
+        assert open_run(args, **changes).step == 2
+        assert json.loads((tmp_path / "args.json").read_text())[name] == "another"
+    else:
+        with pytest.raises(DataError, match=f"--{name.replace('_', '-')} was .*, now another; a resumed run keeps its"):
+            open_run(args, **changes)
 
 
 def test_grpo_without_model_and_data_takes_the_embedded_default():
@@ -563,3 +680,92 @@ def test_grpo_without_model_and_data_takes_the_embedded_default():
     assert (args.model, args.out, args.steps) == ("runs/embedded/base", "runs/embedded/grpo", 7)
     with pytest.raises(SystemExit):
         grpo.parse_args(["--model", "somewhere"])  # but not a part of it: --data and --out are missing
+
+
+def test_help_loads_nothing_that_takes_long():
+    """--help of all stages in one process: about 1.5 s, most of it torch. CPU time: a busy machine takes no more."""
+    lines = ["import importlib, sys, time", f"for stage in {stages()}:", "    try:"]
+    lines += ["        importlib.import_module(stage).main(['--help'])", "    except SystemExit:", "        pass"]
+    lines += ["heavy = {'transformers', 'vllm', 'matplotlib', 'datasets'} & set(sys.modules)"]
+    lines += ["print(heavy or 'nothing heavy', time.process_time() < 10)"]
+    stdout, _ = finish(start("-c", "\n".join(lines)))
+    assert stdout.splitlines()[-1] == "nothing heavy True"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tests themselves
+
+
+FAILING = """
+from pathlib import Path
+import training
+from commands import Material, call, finish, start, torchrun
+
+material = Material(Path("{folder}"))
+
+
+def fail(*args):
+    raise ValueError("cause 1")
+
+
+def test_1(monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "update", fail)
+    call("grpo", **material.grpo(out=tmp_path / "out"))
+
+
+def test_2():
+    finish(start("-c", "import training; training.run(lambda: [] + 'cause' + 2)"))
+
+
+def test_3(tmp_path):
+    torchrun([("checks", dict(check="fail"))], tmp_path)
+
+
+def test_4(tmp_path):
+    torchrun([("grpo", material.grpo(out=tmp_path / "out", data="nowhere"))], tmp_path)
+"""
+
+
+def test_the_cause_is_the_first_hand_error_without_bars_logs_and_torchruns_last_words():
+    bars = [f"grpo:  {step}%|#  | {step}/100" for step in range(60)]
+    lines = ["[W1121 12:00:00.1 socket.cpp:1] lost", "frame #0: c10::Error", "[rank0]:[E1121 12:00:00.2 x.cpp:3] more"]
+    lines += ["Traceback (most recent call last):", '  File "a.py", line 1, in update', "ValueError: this one"]
+    lines += ["Traceback (most recent call last):", "  dist.barrier()", "RuntimeError: [gloo/pair.cc] reset by peer"]
+    lines += [
+        "E1121 12:00:00 1 torch/distributed/elastic/api.py:1] failed (exitcode: 1) local_rank: 0",
+        "Traceback",
+        "=",
+    ]
+    shown = cause("\n".join(bars + lines)).splitlines()
+    assert shown == [
+        bars[-1],
+        "Traceback (most recent call last):",
+        '  File "a.py", line 1, in update',
+        "ValueError: this one",
+    ]
+    # where every process has lost another, that is all there is to say
+    assert cause("\n".join(lines[6:])).endswith("reset by peer")
+    assert cause("\n".join(map(str, range(100)))).splitlines() == [str(number) for number in range(70, 100)]
+
+
+def test_a_stage_that_fails_says_why_in_under_40_lines_wherever_it_runs(material, tmp_path):
+    (tmp_path / "test_failing.py").write_text(FAILING.format(folder=material.folder.resolve()))
+    options = [
+        "-c",
+        ROOT / "pyproject.toml",
+        "-o",
+        f"pythonpath={ROOT} {ROOT / 'tests'}",
+        "-p",
+        "tests.conftest",
+        "-p",
+        "no:cacheprovider",
+    ]
+    status, stdout, _ = end(start("-m", "pytest", *options, tmp_path / "test_failing.py"))
+    assert status == 1, stdout
+    _, *parts = re.split(r"^_+ test_\d _+$", stdout.partition("= short test summary")[0], flags=re.M)
+    causes = ["ValueError: cause 1", "TypeError: ", "ValueError: this is the cause", "error: nowhere: "]
+    for part, words in zip(parts, causes, strict=True):
+        assert words in part, part
+        assert part.count("\n") < 40, part
+        for noise in ("torch/distributed", "by peer", "c10d"):
+            assert noise not in part, part

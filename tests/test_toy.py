@@ -1,4 +1,4 @@
-"""toy/: scenes show what puzzles need, warm-up replies are as true and as loose as they claim.
+"""toy/: scenes show what puzzles need, warm-up replies are as true and as loose as they claim, models are repeatable.
 
 Replies are read by patterns of our own, deliberately not those of rewards.py.
 """
@@ -11,15 +11,20 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from conftest import CPU
+from groups import every_family
 from PIL import Image, ImageStat
 from test_jigsaw import chi_square, files_in, photographs, read
 
 import jigsaw
+import model
 import rewards
 from toy import primer as warm_up
 from toy import scenes, tiny_model
 from toy.primer import render
 from toy.scenes import scene
+from toy.tiny_model import make_tiny
 
 
 def run(*argv):
@@ -244,6 +249,40 @@ def test_the_forms_of_replies_are_those_that_prompts_ask_for():
 def test_a_json_reply_quotes_what_json_must_quote():
     record = {"answer": "B", "answer_type": "letter", "think": False, "reply_format": "json"}
     assert rewards.score(render('1 looks "light"\n', "B", "json"), record)["reward"] == 1.5
+
+
+# -------- tiny models
+
+
+@every_family
+def test_a_tiny_model_has_heads_of_32(models, family):
+    policy, _ = models[family]
+    layers = policy.family.decoder(policy.hf).layers
+    assert {layer.self_attn.head_dim for layer in layers} == {32}
+    assert layers[0].self_attn.q_proj.weight.shape == (2 * 32, 64)
+
+
+@every_family
+def test_the_same_seed_makes_the_same_bytes(tiny_dirs, tmp_path, family):
+    state = torch.random.get_rng_state()
+    make_tiny(tmp_path / "same", family, layers=3)
+    assert torch.equal(torch.random.get_rng_state(), state), "nobody else's random numbers are touched"
+    make_tiny(tmp_path / "other", family, layers=3, seed=1)
+    files = sorted(path.name for path in tiny_dirs[family].iterdir())
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= set(files)
+    for name in files:
+        assert (tmp_path / "same" / name).read_bytes() == (tiny_dirs[family] / name).read_bytes(), name
+    other_weights = (tmp_path / "other/model.safetensors").read_bytes()
+    assert other_weights != (tiny_dirs[family] / "model.safetensors").read_bytes()
+
+
+def test_a_tiny_model_of_another_size_has_it(tmp_path, capsys):
+    tiny_model.main([str(tmp_path / "t"), "--hidden", "96", "--heads", "3", "--layers", "1", "--vocab", "2000"])
+    assert "tiny qwen2_5_vl" in capsys.readouterr().out
+    policy, encoder = model.load(tmp_path / "t", CPU)
+    assert policy.hf.get_input_embeddings().weight.shape == (2000, 96)
+    assert len(policy.hf.model.language_model.layers) == 1
+    assert encoder.decode([1999]) == "", "a row that no token has"
 
 
 # -------- command lines

@@ -1,0 +1,115 @@
+"""bench/readme.py shows no number whose commit it does not know, and finds its blocks on whichever page holds them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+
+import readme
+import versus
+
+
+def test_a_table_names_the_one_clean_commit_of_its_logs():
+    assert readme.source({"demo-0.json": "abc", "demo-1.json": "abc"}) == "abc"
+
+
+@pytest.mark.parametrize("logs", [{}, {"demo-0.json": None}, {"demo-0.json": "abc", "demo-1.json": None}])
+def test_a_log_that_does_not_say_its_commit_is_not_shown(logs):
+    assert readme.source(logs) is None
+
+
+@pytest.mark.parametrize(
+    "logs, why",
+    [
+        ({"demo-0.json": "abc", "demo-1.json": "def"}, r"several commits: demo-0.json \(abc\), demo-1.json \(def\)"),
+        ({"demo-0.json": "abc+"}, r"files changed since the commit: demo-0.json \(abc\+\)"),
+    ],
+)
+def test_logs_of_several_commits_or_of_a_changed_tree_are_refused_by_name(logs, why):
+    with pytest.raises(readme.Refused, match=why):
+        readme.source(logs)
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """bench/readme.py on a README and one page of docs, with logs of its own: -> (folder, write a log)."""
+    monkeypatch.setattr(readme, "PAGES", [tmp_path / "README.md", tmp_path / "docs/results.md"])
+    monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
+    for folder in ("docs", "results"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "README.md").write_text("no table here\n")
+    block = "before\n<!-- embedded: rebuilt by bench/readme.py -->\nold\n<!-- end of embedded -->\nafter\n"
+    (tmp_path / "docs/results.md").write_text(block)
+
+    def write(commit):
+        rows = [{"reward": 0.1 * step, "format": 0.5, "accuracy": 0.25} for step in range(15)]
+        log = {"commit": commit, "rows": rows} if commit else rows
+        (tmp_path / "results/embedded.json").write_text(json.dumps(log))
+
+    return tmp_path, write
+
+
+def test_a_block_is_rebuilt_on_the_page_that_holds_it(pages, capsys):
+    folder, write = pages
+    write("0123456789ab")
+    assert readme.main(["--check"]) == 1
+    assert "results.md does not say" in capsys.readouterr().err
+    assert readme.main([]) == 0
+    text = (folder / "docs/results.md").read_text()
+    assert "mean reward 0.20 to 0.95" in text and "commit `0123456789ab`" in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert readme.main(["--check"]) == 0
+
+
+def test_a_number_without_a_commit_gives_way_to_how_to_measure_it(pages):
+    folder, write = pages
+    write(None)
+    assert readme.main([]) == 0
+    text = (folder / "docs/results.md").read_text()
+    assert "0.95" not in text and "`python grpo.py`" in text
+
+
+def test_a_refused_table_ends_the_script_and_changes_no_page(pages, capsys):
+    folder, write = pages
+    write("0123456789ab+")
+    assert readme.main([]) == 1
+    assert "embedded.json (0123456789ab+)" in capsys.readouterr().err
+    assert "old" in (folder / "docs/results.md").read_text()
+
+
+def test_a_marker_that_nobody_builds_is_refused(pages, capsys):
+    folder, _ = pages
+    (folder / "README.md").write_text("<!-- speeed: rebuilt by bench/readme.py --><!-- end of speeed -->")
+    assert readme.main(["--check"]) == 1
+    assert "README.md: nobody builds the block 'speeed'" in capsys.readouterr().err
+
+
+def test_a_run_that_does_not_say_its_commit_is_not_taken_over(pages, capsys):
+    folder, _ = pages
+    assert readme.main(["--collect", str(folder / "runs/demo")]) == 1
+    assert "no file says at which commit" in capsys.readouterr().err
+
+
+def test_every_row_of_the_speed_table_names_its_commit():
+    starts = ("| GRPO", "| DPO", "| sampling", "Seconds a group", "Share")
+    rows = [line for line in readme.speed_tables().splitlines() if line.startswith(starts)]
+    assert len(rows) >= 12
+    cells = json.loads((ROOT / "bench/results/versus.json").read_text()).values()
+    known = {cell["commit"] for cell in cells}
+    for row in rows:
+        assert any(f"`{commit}`" in row for commit in known), row
+
+
+def test_benchmarks_and_recipes_ask_git_for_the_commit_in_the_same_words():
+    said = " ".join(["describe", "--always", "--abbrev=12", "--exclude", "--dirty=+"])
+    for name in ("recipes/tiny_base.sh", "recipes/photos.sh"):
+        (line,) = [line for line in (ROOT / name).read_text().splitlines() if line.startswith("git ")]
+        words = line.split(">")[0].replace("='*'", "").split()[3:]
+        assert " ".join(words) == said
+        out = subprocess.run(["bash", "-c", line.split(">")[0]], env={"HERE": str(ROOT), "PATH": "/usr/bin:/bin"},
+                             capture_output=True, text=True)  # fmt: skip
+        assert out.stdout.strip() == versus.commit()

@@ -27,7 +27,7 @@ import mpmath
 
 MAX_TEXT = 200  # characters
 MAX_DEPTH = 25  # brackets inside each other
-MAX_LOG = 1000  # no power beyond e^1000, no factorial of more
+MAX_LOG = 10_000  # no power beyond e^10000
 MAX_FACTORIAL = 300
 POINTS = 6  # where expressions with letters are compared
 MIN_FINITE = 3  # at so many of them both must have a value
@@ -134,6 +134,8 @@ SPELLINGS = [
     (re.compile(r"\\gt(?![A-Za-z])|&gt;"), ">"),
     (re.compile(r"\\(?:varnothing|O)(?![A-Za-z])"), r"\\emptyset "),
     (re.compile(r"\\(?:[lr]vert|vert)(?![A-Za-z])"), "|"),
+    (re.compile(r"\\langle(?![A-Za-z])"), "("),
+    (re.compile(r"\\rangle(?![A-Za-z])"), ")"),
     (re.compile(r"\\lbrace(?![A-Za-z])"), r"\\{"),
     (re.compile(r"\\rbrace(?![A-Za-z])"), r"\\}"),
     (re.compile(r"\\(?:colon|ratio)(?![A-Za-z])"), ":"),
@@ -159,6 +161,7 @@ TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|boldsymbol|mbox|operatorname|underline|rm)"
     r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
+CASES = re.compile(r"\\begin\{cases\}(.*?)\\end\{cases\}")
 REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\{([0-9]{1,9})\}")
 MIXED = re.compile(
     r"(?<![0-9.A-Za-z^_})/])([0-9]{1,9})"
@@ -179,6 +182,7 @@ def tidy(text: str) -> str:
         text, framed = BOX.subn(lambda box: f" {box[1] or box[2] or ''} ", text)
         if not framed:
             break
+    text = CASES.sub(lambda match: match[1].replace(r"\newrow", ","), text)
     # \text{ cm}: what stands in it are words, and words are set apart.
     text = TEXT.sub(r" \1 ", text)
     for pattern, spelling in SPELLINGS:
@@ -230,7 +234,7 @@ INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
 WORDS_OF_MATH = FUNCTIONS | {"sqrt", "pi"}
 GREEK_LETTERS = set(GREEK) - {"pi"} | set("Omega Delta Sigma Phi Theta Gamma Lambda Pi Psi".split())
 # What is a thing of its own and is compared by name: \overline{AB}, \triangle ABC
-THINGS = set("overline bar vec hat overrightarrow widehat triangle angle mathbb mathcal".split())
+THINGS = set("overline bar vec hat overrightarrow widehat overparen triangle angle odot mathbb mathcal".split())
 # Runs of letters that are no products of letters: short units and short words
 SHORT_UNITS = set(
     "cm mm dm km nm um mi in ft yd kg mg lb lbs oz sec ms min hr hrs wk yr ml mL cl cL dl dL gal ha kN kJ cal eV kW MW "
@@ -417,6 +421,8 @@ class Reader:
         else:
             while self.peek().isalpha() and len(letters) < 4:
                 letters += self.take()
+            if not letters and name == "angle" and self.peek().isdigit():
+                letters = self.take()
         if not letters or self.peek().isalpha():
             raise Unreadable(f"what \\{name} stands on is unclear")
         return f"\\{name} {letters}"

@@ -169,7 +169,7 @@ class Many:
 
 @dataclass(frozen=True)
 class Ordered:
-    """(1, 2), <1, 2>, 3:2, a matrix with its rows as items. kind: "(" "ratio" "matrix" "row"."""
+    """(1, 2), 3:2, a matrix with its rows as items. kind: "(" "ratio" "matrix" "row"."""
 
     kind: str
     items: tuple
@@ -195,7 +195,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class Name:
-    r"""Something without parts: a word, infinity, the empty set, 101_2."""
+    r"""Something without parts: a word, infinity, the empty set, 101_2, AB ∥ CD."""
 
     text: str
     is_word: bool = False
@@ -208,7 +208,7 @@ INFINITE = {"\\infty": "inf", "+\\infty": "inf", "infinity": "inf", "-\\infty": 
 EMPTY = {"\\emptyset", "\\{\\}", "\\{ \\}"}
 CONSTANTS = ("e", "i", "\\pi", "\\infty")
 NAMED = re.compile(
-    r"(?:\\[A-Za-z]+ ?)?\{?[A-Za-z]{0,3}\}?'*(?:_\{?[0-9A-Za-z]{1,5}\}?)?(?:\([^()]{1,20}\))?"
+    r"(?:m ?)?(?:\\[A-Za-z]+ ?)?\{?[A-Za-z]{0,3}\}?'*(?:_\{?[0-9A-Za-z]{1,5}\}?)?(?:\([^()]{1,20}\))?"
     r"|[A-Za-z]{4,}|\([a-z](?:, ?[a-z])+\)"
 )
 
@@ -431,6 +431,8 @@ def read_plain(text: str, units: str) -> Value:
         return Region(((-MP.inf, MP.inf, False, False),))
     if re.fullmatch(r"[0-9]+_\{?[0-9]{1,2}\}?", compact):
         return in_base(compact)
+    if re.search(r"\\(?:parallel|perp|cong|sim)(?![A-Za-z])", text):
+        return Name(compact)
     if "\\begin" in text:
         return read_matrix(compact if "\\hline" in compact else text, units)
 
@@ -438,12 +440,12 @@ def read_plain(text: str, units: str) -> Value:
     if len(united) > 1:
         regions = [as_region(read_plain(part, units)) for part in united]
         return region([interval for part in regions for interval in part.intervals])
-    if re.fullmatch(r"\\?\{.*\}", text) or re.fullmatch(r"[(\[].*[)\]]|\\langle.*\\rangle", text):
+    if re.fullmatch(r"\\?\{.*\}", text) or re.fullmatch(r"[(\[].*[)\]]", text):
         try:
             return read_brackets(text, units)
         except Unreadable:
             # (x + 1)(x - 1), [2(3 + 4)]: brackets of an expression
-            if text.startswith(("\\{", "\\langle")) or "," in text:
+            if text.startswith("\\{") or "," in text:
                 raise
     ratio = split_outside(text, r":|\bto\b")
     if len(ratio) > 1:
@@ -459,8 +461,8 @@ def in_base(text: str) -> Name:
 
 
 def read_brackets(text: str, units: str) -> Value:
-    opening = re.match(r"\\\{|\\langle|[(\[{]", text).group()
-    closing = re.search(r"(?:\\\}|\\rangle|[)\]}])$", text).group()
+    opening = re.match(r"\\\{|[(\[{]", text).group()
+    closing = re.search(r"(?:\\\}|[)\]}])$", text).group()
     inner = text[len(opening) : len(text) - len(closing)].strip()
 
     pieces = split_outside(inner, ",")
@@ -488,7 +490,7 @@ def read_brackets(text: str, units: str) -> Value:
     square = opening == "[" or closing == "]"
     if (square or infinite) and len(pieces) == 2 and opening in "([" and closing in ")]":
         return region([(ends_of(pieces[0]), ends_of(pieces[1]), opening == "[", closing == "]")])
-    if PARTNER.get(opening, "\\rangle") != closing:
+    if PARTNER[opening] != closing:
         raise Unreadable("another bracket closes")
     items = tuple(read_plain(piece, units) for piece in pieces)
     if not all(isinstance(item, Number | Ordered) for item in items):

@@ -119,6 +119,8 @@ def test_option_text_is_compared_as_plain_compares():
         "There are 5 ways or 6 ways.",
         "There are not 5 ways.",
         "If x = 2, the answer is 5",
+        "No value is 5.",
+        "Neither x nor y is 5.",
         "It takes 5 to 6 hours.",
         "The area of the triangle is 5 times the base.",
     ],
@@ -240,6 +242,13 @@ def test_what_has_no_finite_value_is_right_for_nothing_not_even_for_itself(text)
         assert not math_answers.same_answer(gold, text), gold
     with pytest.raises(ValueError, match="finite value"):
         rewards.check_gold({"answer_type": "math", "answer": text})
+
+
+def test_two_sides_without_a_value_are_not_equal():
+    for text, other in itertools.product([r"\frac{x}{x-x}", r"\ln(x-x)", r"\frac{1}{0}"], repeat=2):
+        trees = [expressions.Reader(expressions.tidy(side)).whole() for side in (text, other)]
+        assert not expressions.same_value(*trees)
+        assert not expressions.proportional(*trees)
 
 
 def test_the_golds_of_the_search_are_pairwise_unequal_and_equal_to_themselves():

@@ -89,9 +89,8 @@ GREEK = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho - sigma tau upsilon phi "
     "chi psi omega"
 ).split()
-for offset, name in enumerate(GREEK):
-    SIGNS[chr(ord("α") + offset)] = f"\\{name} "
-SIGNS.update({"Ω": r"\Omega ", "Δ": r"\Delta ", "Σ": r"\Sigma ", "Φ": r"\Phi ", "Θ": r"\Theta "})
+SIGNS |= {chr(ord("α") + offset): f"\\{name} " for offset, name in enumerate(GREEK)}
+SIGNS |= {"Ω": r"\Omega ", "Δ": r"\Delta ", "Σ": r"\Sigma ", "Φ": r"\Phi ", "Θ": r"\Theta "}
 RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 INVISIBLE = re.compile("[\u200b-\u200d\u2060\ufeff]")

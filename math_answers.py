@@ -43,8 +43,8 @@ from expressions import (
 # ---------------------------------------------------------------------------------------------------------------------
 # Units
 
-UNITS = {}  # every spelling -> the unit
-for spellings in (
+# One unit an entry: its symbol, then its other spellings. A $ stands for a space.
+UNIT_SPELLINGS = (
     "m meter metre,cm centimeter centimetre,mm millimeter millimetre,dm decimeter decimetre,km kilometer kilometre,"
     "nm nanometer nanometre,um \\mum \\mu$m micrometer micrometre,mi mile,in inch inches,ft foot feet,yd yard,"
     "g gram,kg kilogram,mg milligram,\\mug microgram,lb lbs pound,oz ounce,t ton tonne,"
@@ -54,10 +54,19 @@ for spellings in (
     "A amp ampere,mA,\\Omega ohm,k\\Omega,M\\Omega,C coulomb,F farad,\\muF,H henry,T tesla,Pa pascal,kPa,atm,bar,"
     "Hz hertz,kHz,MHz,GHz,mol mole,M,K kelvin,degC celsius,degF fahrenheit,deg degree,rad radian,mph,"
     "% percent,\\permille,\\dollar dollar USD usd,\\euro euro EUR,\\pound GBP,\\yen yen,\\cent cent"
-).split(","):
-    unit, *others = spellings.split()
-    for spelling in (unit, *others):
-        UNITS[spelling.replace("$", " ")] = unit
+).split(",")
+
+
+def units_by_spelling() -> dict[str, str]:
+    units = {}
+    for spellings in UNIT_SPELLINGS:
+        symbol, *others = spellings.split()
+        for spelling in (symbol, *others):
+            units[spelling.replace("$", " ")] = symbol
+    return units
+
+
+UNITS = units_by_spelling()
 MONEY = ("\\dollar", "\\euro", "\\pound", "\\yen")
 # A gold of these may be answered by the number alone; cm, % and the others must be repeated.
 MAY_BE_LEFT_OUT = (*MONEY, "deg")

@@ -914,7 +914,7 @@ ANSWER_TYPES = {
         contradicts=grid_contradicts,
     ),
     "box": AnswerType(
-        grammar='two corners: "10, 20, 30.5, 40", "[10 20 30.5 40]", "(10,20),(30.5,40)" -> [10.0, 20.0, 30.5, 40.0]',
+        grammar='x1, y1, x2, y2: "10, 20, 30.5, 40", "[10 20 30.5 40]", "(10,20,30.5,40)" -> [10.0, 20.0, 30.5, 40.0]',
         read=read_box,
         accuracy=box_accuracy,
         check=check_box,

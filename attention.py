@@ -45,6 +45,7 @@ class Segments:
         sizes = torch.tensor(lengths, dtype=torch.long)
         bounds = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
         longest = max(lengths, default=0)
+        # Equal lengths need no index: the rectangle is a view, which costs nothing.
         if min(lengths, default=0) == longest:
             return cls(lengths, bounds.int(), longest)
         column = torch.arange(longest)
@@ -105,14 +106,18 @@ class PromptOnce(torch.autograd.Function):
         split, flash = sum(layout.prompts.lengths), layout.flash
         prompt, reply = slice(None, split), slice(split, None)
         states = q[prompt], k[prompt], v[prompt]
+        # Call 1: prompts to themselves.
         out, lse = attend(*states, layout.prompts, layout.prompts, True, scale, flash)
         if split < len(q):
             states = q[reply], k[reply], v[reply]
+            # Call 2: replies to themselves, each alone.
             own = attend(*states, layout.replies, layout.replies, True, scale, flash)
             states = q[reply], k[prompt], v[prompt]
+            # Call 3: all replies of a prompt, as one long query, to the prompt's keys.
             shared = attend(*states, layout.by_prompt, layout.prompts, False, scale, flash)
             reply_out, reply_lse = merge(own, shared)
             out, lse = torch.cat([out, reply_out]), torch.cat([lse, reply_lse])
+        # No scores are kept: the backward pass computes them again from q, k and lse.
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.scale, ctx.split = layout, scale, split
         return out
@@ -142,6 +147,7 @@ class PromptOnce(torch.autograd.Function):
 def merge(one, other):
     """Attention over two disjoint sets of keys, (out (L, heads, d), lse (L, heads)) each -> the same over both."""
     (out, lse), (other_out, other_lse) = one, other
+    # exp(lse) / (exp(lse) + exp(other_lse)), without overflow.
     weight = torch.sigmoid(lse - other_lse)[..., None]
     merged = torch.lerp(other_out.float(), out.float(), weight)
     return merged.to(out.dtype), torch.logaddexp(lse, other_lse)
@@ -236,6 +242,7 @@ def formula(q, k, v, mask, causal: bool, scale: float):
 
 def formula_backward(grad, q, k, v, out, lse, mask, causal: bool, scale: float):
     """With p = exp(score − lse): dv = pᵀ g, and the gradient of the scores is p (g·v − g·out)."""
+    # True probabilities, because lse is that over all keys, not only over this part's.
     p = (scores(q, k, mask, causal, scale) - fold_heads(lse, k)[..., None]).exp()
     grad, out = fold_heads(grad, k).float(), fold_heads(out, k).float()
     d_score = p * (grad @ v.float().mT - (grad * out).sum(-1, keepdim=True)) * scale
@@ -250,6 +257,7 @@ def scores(q, k, mask, causal: bool, scale: float):
     score = (fold_heads(q, k) @ k.mT).float() * scale
     if causal:
         later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        # Folded heads stand one behind the other, so the mask is repeated for each.
         score = score.masked_fill(later.repeat(q.shape[1] // k.shape[1], 1), -math.inf)
     return score if mask is None else score + mask
 
@@ -294,6 +302,7 @@ def window_attention(module, query, key, value, *, scaling, cu_seq_lens_q, max_l
     widths = (sizes * counts).tolist()  # tokens of each run of windows of one length
     parts = []
     for size, *states in zip(sizes.tolist(), *(x[0].split(widths, 1) for x in (query, key, value)), strict=True):
+        # Windows of one length are a batch: one call instead of one for each.
         # (heads, windows·size, d) -> (windows, heads, size, d)
         states = [x.unflatten(1, (-1, size)).transpose(0, 1) for x in states]
         out = F.scaled_dot_product_attention(*states, scale=scaling)

@@ -12,7 +12,7 @@ Both answers are right, so a pair differs in the shape of the reply only: it tea
 what to answer. Questions that give no pair are counted by reason.
 
 Choices where the paper is silent or cannot be followed here: the five corruptions are equally likely; the judge model
-is a rule that looks for a contradiction (rewards.contradicts); a base reply that is malformed already, and that no
+is a rule that looks for a contradiction (judge.contradicts); a base reply that is malformed already, and that no
 corruption changes, is rejected as it is. A reply truncated at --max-new-tokens is not used.
 """
 
@@ -21,6 +21,7 @@ import os
 import random
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -30,6 +31,7 @@ import rewards
 import sampler
 import training
 import vllm_sampler
+from judge import contradicts, find_answer
 from records import DataError, read_records, write_jsonl
 from training import World, integer, real
 
@@ -69,7 +71,28 @@ def remove(text: str, *parts: str) -> str:
     return text
 
 
-def is_right(answer, record: dict) -> bool:
+class Scored(NamedTuple):
+    """One reply and all that pairing asks of it, so that it is read once."""
+
+    text: str
+    reason: str
+    answer: rewards.Answer | None  # None: the reply is malformed
+    right: bool
+
+    @property
+    def well_formed(self) -> bool:
+        return self.answer is not None
+
+
+def read(reply: str, record: dict) -> Scored:
+    """A reply read strictly, as `rewards.score` reads it."""
+    parts = rewards.read_reply(reply, rewards.reply_format(record))
+    reason, answer_text = parts if parts is not None else ("", "")
+    answer = rewards.read_answer(answer_text, record) if parts is not None else None
+    return Scored(reply, reason, answer, is_right(answer, record))
+
+
+def is_right(answer: rewards.Answer | None, record: dict) -> bool:
     """Whether an answer passes the filter: there is one, and it is right enough for its type (a box: half overlap)."""
     return answer is not None and rewards.is_right(answer, record)
 
@@ -93,56 +116,55 @@ def make_pair(
     chosen, why = choose(record, policy_replies, judge)
     if chosen is None:
         return None, why
-    if reject_from == "chosen":
-        candidates = [chosen]
-    else:
-        if not base_replies:
-            return None, "base never finished"
-        candidates = [
-            reply for reply in base_replies if coupled or is_right(rewards.find_answer(reply, record), record)
-        ]
-        if not candidates:
-            return None, "base never right"
+    if reject_from == "base" and not base_replies:
+        return None, "base never finished"
+
+    candidates = [chosen] if reject_from == "chosen" else (read(text, record) for text in base_replies)
+    why = "base never right"
     for reply in candidates:
+        if not (coupled or found_right(reply, record)):
+            continue
+        why = "rejected cannot be broken"
         rejected, corruption = break_format(reply, record, rng)
-        if rejected is not None and rejected != chosen:
-            return {**record, "chosen": chosen, "rejected": rejected, "corruption": corruption}, None
-    return None, "rejected cannot be broken"
+        if rejected is not None and rejected != chosen.text:
+            return {**record, "chosen": chosen.text, "rejected": rejected, "corruption": corruption}, None
+    return None, why
 
 
-def choose(record: dict, replies: list[str], judge: str) -> tuple[str | None, str | None]:
+def choose(record: dict, replies: list[str], judge: str) -> tuple[Scored | None, str | None]:
     """The first well-formed and right reply whose reasoning does not contradict it, or (None, what was missing)."""
-    if not replies:
-        return None, "policy never finished"
-    scores = [(reply, rewards.score(reply, record)) for reply in replies]
-    formed = [(reply, score["answer"]) for reply, score in scores if score["format"]]
-    if not formed:
-        return None, "policy never well-formed"
-    right = [(reply, answer) for reply, answer in formed if is_right(answer, record)]
-    if not right:
-        return None, "policy never right"
-    for reply, answer in right:
-        reason = rewards.read_reply(reply, rewards.reply_format(record))[0]
-        if judge == "none" or not rewards.contradicts(reason, answer, record):
-            return reply, None
-    return None, "reasoning contradicts"
+    why = "policy never finished" if not replies else "policy never well-formed"
+    for text in replies:
+        reply = read(text, record)
+        if reply.right:
+            if judge == "none" or not contradicts(reply.reason, reply.answer, record):
+                return reply, None
+            why = "reasoning contradicts"
+        elif reply.well_formed and why == "policy never well-formed":
+            why = "policy never right"
+    return None, why
 
 
-def break_format(reply: str, record: dict, rng: random.Random) -> tuple[str | None, str | None]:
+def found_right(reply: Scored, record: dict) -> bool:
+    """Whether a reply is right as it stands, or a reader would take the right answer from it."""
+    return reply.right or is_right(find_answer(reply.text, record), record)
+
+
+def break_format(reply: Scored, record: dict, rng: random.Random) -> tuple[str | None, str | None]:
     """(malformed reply, corruption): one of the kinds that change the reply and break its format, all equally likely.
 
     (reply, None) if no kind does but the reply is malformed as it is; (None, None) if it is well-formed.
     """
     broken = {}
     for kind in CORRUPTIONS:
-        text = corrupt(reply, kind)
-        if text != reply and text.strip() and not rewards.score(text, record)["format"]:
+        text = corrupt(reply.text, kind)
+        if text != reply.text and text.strip() and not read(text, record).well_formed:
             broken[kind] = text
     if broken:
         kind = rng.choice(list(broken))
         return broken[kind], kind
-    if reply.strip() and not rewards.score(reply, record)["format"]:
-        return reply, None
+    if reply.text.strip() and not reply.well_formed:
+        return reply.text, None
     return None, None
 
 

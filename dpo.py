@@ -38,6 +38,7 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float) -> tuple[t
 
     All inputs (B,): log-probs *summed* over the reply, in nats. Returns (loss (B,), margin (B,)), not averaged.
     """
+    # The reference enters as a difference: a reply that was likely to begin with earns nothing for being likely.
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return -F.logsigmoid(margin), margin
 
@@ -67,6 +68,7 @@ def reference_log_probs(policy, encoder, world, pairs, indices, budget) -> dict[
 
     indices are dealt over the ranks; every rank gets every result. budget: tokens and patches per forward.
     """
+    # Each rank computes its share; the whole pass costs one forward over the data.
     mine, found = indices[world.rank :: world.size], {}
     window = 256  # encoded pairs held at a time
     for start in tqdm(range(0, math.ceil(len(indices) / world.size), window), desc="reference", disable=not world.main):
@@ -86,6 +88,7 @@ def reference_log_probs(policy, encoder, world, pairs, indices, budget) -> dict[
 def read_or_compute_reference(run, policy, encoder, pairs, needed, budget) -> dict[int, tuple[float, float]]:
     """reference_log_probs of the pairs in `needed`, from run.out/reference.json as far as a resumed run has them."""
     file, world = run.out / "reference.json", run.world
+    # Only a run that has made steps may trust the file: at step 0 it may be another run's.
     known = {}
     if world.main and run.step and file.exists():
         known = json.loads(file.read_text())
@@ -166,6 +169,7 @@ def main(argv=None):
     # 2. Reference: log-probs of all pairs that will be seen, before the first update
     reference = {}
     if args.loss != "sft":
+        # The policy is still the reference here, so no second model is ever loaded.
         reference = read_or_compute_reference(run, policy, encoder, pairs, order, args.micro_tokens)
     optimizer = training.adamw(policy, args.lr)
     run.restore(policy, optimizer)
@@ -182,6 +186,7 @@ def main(argv=None):
         next_batch = order[(step + 1) * args.batch : (step + 2) * args.batch]
         encoder.prefetch(pairs[index] for index in next_batch[world.rank :: world.size])
         timer.end("rest")
+        # Counted over all ranks before the first backward: SPECS' L_SFT is a mean over all tokens of the batch.
         chosen_tokens = world.sum(sum(len(replies[0]) for _, replies in groups))[0]
         micros = training.micro_batches(world, model.group_sizes(groups), args.micro_tokens)
         sums = dict.fromkeys(LOSS_METRICS[:2] if args.loss == "sft" else LOSS_METRICS, 0.0)
@@ -193,6 +198,7 @@ def main(argv=None):
             loss_sft = sft_loss(logp[chosen], mask[chosen], real_pairs / chosen_tokens)
             loss, metrics = loss_sft, {}
             if args.loss != "sft":
+                # (2B, T) -> (B, 2): chosen and rejected are neighbours, as as_group laid them out.
                 summed = logp.sum(1).view(-1, 2)
                 ref = torch.tensor([reference[mine[i]] for i in micro] or [(0.0, 0.0)], device=logp.device)
                 losses, margin = dpo_loss(summed[:, 0], summed[:, 1], ref[:, 0], ref[:, 1], args.beta)

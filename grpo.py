@@ -44,6 +44,7 @@ def group_advantages(rewards: torch.Tensor, scale: str = "group", eps: float = 1
     "batch": the group's mean is taken off, the spread is the unbiased std of all P·G rewards.
     A group of one has nothing to compare with: its advantage is 0.
     """
+    # The group's mean is the baseline: it needs no value network, and takes off what all replies have in common.
     centred = rewards - rewards.mean(1, keepdim=True)
     # Exactly 0 for a group of equal rewards: the mean of equal numbers may be off by a rounding.
     same = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
@@ -64,6 +65,7 @@ def policy_ratio(logp, old_logp, mask, ratio: str = "token") -> torch.Tensor:
     # Masked before exp: padding may hold anything, NaN included.
     log_ratio = (logp - old_logp).masked_fill(~mask, 0.0)
     if ratio == "sequence":
+        # A mean, not a sum: the ratio of a long reply would be astronomically far from 1.
         mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
         log_ratio = mean.expand_as(log_ratio)
     elif ratio != "token":
@@ -77,12 +79,14 @@ def clipped_surrogate(r, advantage, clip_low: float, clip_high: float) -> tuple[
     The two-sided clip of DAPO (arXiv 2503.14476). r (B, T), advantage (B,). Where the advantage is 0, nothing is.
     """
     plain = r * advantage[:, None]
+    # One-sided, by the minimum below: a token that has moved against its advantage keeps its gradient.
     bounded = r.clamp(1 - clip_low, 1 + clip_high) * advantage[:, None]
     return torch.minimum(plain, bounded), bounded < plain
 
 
 def k3(logp, ref_logp, mask) -> torch.Tensor:
     """Schulman's low-variance estimate of KL(π ‖ π_ref) per token (B, T), never negative; 0 off the mask."""
+    # Masked before exp, as in policy_ratio.
     gap = (ref_logp - logp).masked_fill(~mask, 0.0)
     return gap.exp() - gap - 1
 
@@ -276,6 +280,7 @@ def reference_log_probs(reference, groups, temperature):
 
 def batch_metrics(world, scores, replies, tokens, signal, P, G) -> dict:
     """Means over all replies of the batch, on every rank. tokens: of the whole batch; signal: groups that have one."""
+    # Sums first, then one division: ranks may hold different numbers of tokens.
     flat_scores = [score for group in scores for score in group]
     flat_replies = [reply for group in replies for reply in group]
     sums = {name: sum(score[name] for score in flat_scores) for name in ("reward", "accuracy", "format")}
@@ -320,6 +325,7 @@ def learning_metrics(world, sums: dict, tokens: float, updates: int) -> dict:
 
     Groups without a signal are skipped, but their tokens count: nothing of them is clipped.
     """
+    # A maximum cannot be summed, so it travels by itself.
     largest_gap = max(world.gather(sums["sampler_gap"]))
     total = dict(zip(TOKEN_SUMS, world.sum(*(sums[name] for name in TOKEN_SUMS)), strict=True))
     learned = max(1.0, total["tokens"])
@@ -341,11 +347,13 @@ def main(argv=None):
     P, G = args.prompts, args.group
     if P % world.size:
         raise DataError(f"--prompts {P} cannot be dealt evenly to {world.size} processes")
+    # Input and run directory are checked before anything expensive: a typo must not cost a model's loading time.
     records = read_records(args.data, rewards.check_gold)
     run = training.Run.open(vars(args), world, vllm_sampler.MAY_CHANGE)
     options = training.load_options(args)
     policy, encoder = model.load(args.model, world, train=True, **options)
     encoder.check(world, records)
+    # The reference exists only where a KL asks for it; it costs the memory of a second model.
     reference = model.load_reference(args.model, world, **options) if args.kl else None
     optimizer = training.adamw(policy, args.lr)
     pending = run.restore(policy, optimizer)
@@ -366,6 +374,7 @@ def main(argv=None):
     if args.one_step_off_policy:
         sample = vllm_sampler.OneStepOffPolicy(sample, encoder, questions, run.step, args.steps, pending)
         sampler_state = sample.to_json
+    # What the loop hands on unchanged.
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
     clipping = {"clip_low": args.clip_low, "clip_high": args.clip_high, "ratio": args.ratio}
     timer = training.PhaseTimer(world, policy.compute_dtype if args.measure_peak else None)
@@ -383,9 +392,11 @@ def main(argv=None):
 
         # 2. Score: rules give each reply a reward, the group gives it an advantage
         texts, scores = score_replies(encoder, mine, replies, args.format_weight)
+        # Every rank sees all rewards: --advantage-scale batch needs the spread of the whole batch.
         advantages = group_advantages(gather_rewards(world, scores, P, G), args.advantage_scale)
         advantages = advantages[world.rank :: world.size]
         lengths = torch.tensor([[len(reply.ids) for reply in group] for group in replies]).float()
+        # Counted before the first backward, over all ranks: the loss must not depend on how the batch is divided.
         tokens = world.sum(lengths.sum())[0]
         timer.end("score")
 
@@ -395,6 +406,7 @@ def main(argv=None):
         learned_groups = [groups[p] for p in useful]
         filler = (prompts[0], [replies[0][0].ids[:1]])  # keeps ranks in step, at weight 0
         micros = training.micro_batches(world, model.group_sizes(learned_groups), args.micro_tokens)
+        # A function of the step alone, so that a resumed run has the same.
         lr = training.learning_rate(step, args.steps, args.lr, args.schedule, args.warmup)
         old_logps, norm, sums = {}, 0.0, dict.fromkeys(TOKEN_SUMS, 0.0)
         for _ in range(args.updates if any(world.gather(len(useful))) else 0):

@@ -83,6 +83,7 @@ class Encoder:
             self.tokenizer.chat_template = template_beside(Path(folder))
         if None in (self.image_token, self.end_id) or not self.tokenizer("a", add_special_tokens=False)["input_ids"]:
             raise DataError(f"{folder}: its tokenizer files are missing or incomplete")
+        # Futures, so that two questions about one picture wait for the same encoding.
         self._pictures: OrderedDict[str, Future] = OrderedDict()  # by path, the least recently used first
         self._bytes_left, self._lock = cache_bytes, threading.Lock()
         self._measured = {}
@@ -145,6 +146,7 @@ class Encoder:
     def chat(self, record: dict) -> str:
         """The prompt as text, image tokens in place (one each), ready for the assistant's first token."""
         count, text = len(record["images"]), record["prompt"]
+        # Without markers all pictures come first, as in every public data set we read.
         pieces = text.split("<image>") if "<image>" in text else [""] * count + [text]
         content = []
         for index, piece in enumerate(pieces):
@@ -162,6 +164,7 @@ class Encoder:
 
     def measure(self, record: dict) -> tuple[list[int], list[int]]:
         """(ids with one token per image, image tokens each image will take), without reading pixels. DataError."""
+        # By content, not by id: the samples of one prompt, and epochs, ask again and again.
         key = record["prompt"], *record["images"]
         if key not in self._measured:
             if len(self._measured) == 2**16:  # some 100 MB
@@ -219,6 +222,7 @@ class Encoder:
         plain, counts = self.measure(record)
         ids = torch.tensor(self._expand(plain, counts))
         pixels = grids = None
+        # Pixels only here: checks and lengths never read them.
         if record["images"]:
             pictures = [self.picture(path) for path in record["images"]]
             pixels = torch.cat([pixels for pixels, _ in pictures])
@@ -297,6 +301,7 @@ def pack(groups: list[tuple[Prompt, list[torch.Tensor]]]) -> Batch:
     """
     prompts = [prompt for prompt, _ in groups]
     replies = [reply for _, group in groups for reply in group]
+    # The last token of a reply is predicted but predicts nothing.
     fed = [len(reply) - 1 for reply in replies]
     ids = torch.cat([prompt.ids for prompt in prompts] + [reply[:-1] for reply in replies])
 
@@ -305,6 +310,7 @@ def pack(groups: list[tuple[Prompt, list[torch.Tensor]]]) -> Batch:
     number = torch.cat([torch.arange(size) for size in fed] or [first_position])
     sizes = torch.tensor(fed, dtype=torch.long)
     reply_positions = first_position.repeat_interleave(sizes) + number
+    # A reply is text: all its position axes are equal.
     axes = len(prompts[0].positions)
     positions = torch.cat([prompt.positions for prompt in prompts] + [reply_positions.expand(axes, -1)], 1)
 
@@ -344,6 +350,7 @@ def pictures_of(prompts: list[Prompt]) -> tuple[torch.Tensor | None, torch.Tenso
 def unpack(values: torch.Tensor, cell: torch.Tensor, fill=0.0) -> torch.Tensor:
     """Per-token values (N,) at their (reply, token) cells: -> (B, T). Differentiable."""
     shape = int(cell[0].max()) + 1, int(cell[1].max()) + 1
+    # index_put, not assignment: gradients flow through it.
     return values.new_full(shape, fill).index_put((cell[0], cell[1]), values)
 
 
@@ -377,6 +384,7 @@ class TokenLogProbs(torch.autograd.Function):
             chunk = slice(start, start + rows)
             logits = token_logits(hidden[chunk], weight, temperature, forbidden)
             ctx.lse[chunk] = logits.logsumexp(-1)
+            # Targets are looked up in the chunk that holds their state, by index, without a loop over tokens.
             inside, cell = targets_in_chunk(source, targets, start, len(logits))
             out = torch.where(inside, logits[cell] - ctx.lse[source], out)
         return out
@@ -387,6 +395,7 @@ class TokenLogProbs(torch.autograd.Function):
         grad = grad / (ctx.temperature or 1.0)
         # One hidden state may predict several targets: a prompt's last one, the first token of every reply.
         total = torch.zeros_like(ctx.lse).index_add_(0, source, grad)
+        # Nothing is computed for what is frozen.
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), ctx.rows):
@@ -470,6 +479,7 @@ class Policy(nn.Module):
         weight = self.hf.lm_head.weight
         if batch.targets is None:
             return token_logits(hidden, weight, temperature, self.forbidden)
+        # As many rows of fp32 logits as the budget allows: with 151,936 tokens a row is 0.6 MB.
         rows = max(1, self.chunk_bytes // (4 * len(weight)))
         return TokenLogProbs.apply(hidden, weight, batch.source, batch.targets, temperature, self.forbidden, rows)
 
@@ -517,6 +527,7 @@ def load(
     half = dtype == "bf16"
     if attn == "flash" and not (cuda and half):
         raise DataError("--attn flash needs a CUDA GPU and --dtype bf16; use --attn sdpa, which is exact everywhere")
+    # Before anything is read: HSDP needs equal groups of processes.
     if world.size % sharding.replicas:
         raise DataError(f"--replicas {sharding.replicas} does not divide the {world.size} process(es)")
     try:
@@ -638,6 +649,7 @@ def read_weights(policy: Policy, folder: str) -> None:
     missing = sorted(weights.keys() - keys.keys())
     if missing:
         raise DataError(f"{folder}: its safetensors lack {', '.join(missing[:3])}")
+    # dcp reads only the slices that a process holds.
     wanted = {keys[name]: weight for name, weight in weights.items()}
     dcp.load(wanted, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
 
@@ -670,6 +682,7 @@ class Cost:
             sizes = [len(reply) - 1 for reply in replies]
             pairs = length * (length + 1) / 2  # of query and key
             pairs += sum(size * (size + 1) / 2 + size * length for size in sizes)
+            # The prompt once, whatever the number of replies.
             text += 2 * self.decoder * (length + sum(sizes))
             text += 2 * self.head * (1 + sum(sizes))
             text += 4 * self.width * pairs

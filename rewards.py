@@ -25,16 +25,15 @@ letters, digits, grids and boxes. Where the public code of Jigsaw-R1 is looser t
 the answer when a tag is missing, the last capital letter counts, repeated indices get partial credit) this file follows
 the paper.
 
-How mathematics is read and compared is in math_answers.py and, below it, expressions.py.
-
-`find_answer` and `contradicts` are the two lenient readers. They only help to build pairs and never earn a reward.
+How mathematics is read and compared is in math_answers.py and, below it, expressions.py. The lenient readers, which
+only help to build pairs and never earn a reward, are in judge.py.
 """
 
 import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +41,6 @@ import math_answers
 
 MAX_REPLY = 100_000  # characters; a longer reply is not read at all
 MAX_ANSWER = 2_000  # characters of an answer of any type
-MAX_TAIL = 1_000  # characters at the end of a reason that `contradicts` looks at: its rules may be quadratic
 
 # What .strip() takes off. Python's own default would take off dozens of Unicode spaces too.
 SPACE = " \t\r\n"
@@ -384,10 +382,6 @@ def brackets_nest(text: str) -> bool:
 Answer = Any  # what a type reads: "B", 12, [2, 1, 4, 3]
 
 
-def never_contradicts(tail: str, answer: Answer, record: dict) -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class AnswerType:
     """One kind of answer. A new one is an entry of ANSWER_TYPES, its functions, and a test."""
@@ -400,8 +394,6 @@ class AnswerType:
     accuracy: Callable[[Answer, dict], float]
     # (record): raises ValueError, with a one-line cause, for a gold that cannot be scored; the others rely on it
     check: Callable[[dict], None]
-    # (the end of a reason, answer, record) -> whether the reason ends in another answer
-    contradicts: Callable[[str, Answer, dict], bool] = never_contradicts
     # The accuracy from which an answer counts as right, where that is a yes or no
     right_from: float = 1.0
     # As `read`, where the format wants the answer alone (ReplyFormat.answer_may_be_wrapped); None: `read` itself
@@ -788,105 +780,6 @@ def check_math(record: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Contradictions: whether the reasoning ends in another answer than the one given
-#
-# Lenient reading, for building pairs only; it says True only in plain cases. Each type's rule gets the end of the
-# reason (at most MAX_TAIL characters, not blank), the answer and the record. Evidence for more than one answer is no
-# evidence.
-
-CONCLUSION = re.compile(r"\b(?:so|therefore|thus|hence|answer)\b|=", re.IGNORECASE | re.ASCII)
-NEGATED = re.compile(r"(?:\bnot|n't)\s+(?:\w+\s+){0,2}$", re.IGNORECASE)
-
-
-def sentences_of(text: str) -> list[str]:
-    return [sentence for sentence in re.split(r"(?<=[.!?;])\s+|\n+", text) if sentence.strip()]
-
-
-def conclusion_of(text: str) -> str | None:
-    """What follows the last conclusion word, or None if there is no such word."""
-    if not CONCLUSION.search(text):
-        return None
-    return CONCLUSION.split(text)[-1]
-
-
-def letter_contradicts(tail: str, answer: str, record: dict) -> bool:
-    """By an option's letter standing alone, and, separately, by an option's text.
-
-    Looks at what follows the last conclusion word of the last sentence, then at the last sentence, then at the last
-    two. The first of them that holds evidence decides.
-    """
-    sentences = sentences_of(tail)
-    last, last_two = sentences[-1], " ".join(sentences[-2:])
-    texts = (conclusion_of(last) or "", last, last_two)
-    for options_named in (letters_in, options_in):
-        for text in texts:
-            found = options_named(text, record)
-            if found:
-                break
-        if len(found) == 1 and found != {answer}:
-            return True
-    return False
-
-
-def letters_in(text: str, record: dict) -> set[str]:
-    """Option letters that stand alone. "A" before a lower-case word is the article, unless "option" announces it.
-
-    An option within three words after "not" does not count, here and in `options_in`.
-    """
-    letters, found = letters_of(record), set()
-    for match in re.finditer(r"(?<![A-Za-z0-9'])[A-Z](?![A-Za-z0-9'])", text):
-        letter, before, after = match.group(), text[: match.start()], text[match.end() :]
-        announced = re.search(r"(?:option|choice|letter|answer|answer is) $", before)
-        is_article = letter in "AI" and re.match(r" +[a-z]", after) and not announced
-        if letter in letters and not is_article and not NEGATED.search(before):
-            found.add(letter)
-    return found
-
-
-def options_in(text: str, record: dict) -> set[str]:
-    """Letters of the options whose text occurs as whole words.
-
-    A longer option hides the shorter ones inside it: "above and left" is not "above".
-    """
-    letter_of = {}
-    for letter, option in zip(LETTERS, record.get("options") or [], strict=False):
-        if plain(option):
-            letter_of[plain(option)] = letter
-    if not letter_of:
-        return set()
-
-    longest_first = sorted(letter_of, key=len, reverse=True)
-    any_option = "|".join(re.escape(option) for option in longest_first)
-    folded = " ".join(text.casefold().split())
-    matches = re.finditer(rf"(?<!\w)(?:{any_option})(?!\w)", folded)
-    return {letter_of[match.group()] for match in matches if not NEGATED.search(folded[: match.start()])}
-
-
-def number_contradicts(tail: str, answer: int | str, record: dict) -> bool:
-    """By the one number after the last conclusion word of the last two sentences."""
-    conclusion = conclusion_of(" ".join(sentences_of(tail)[-2:]))
-    if conclusion is None:
-        return False
-    numbers = {float(number) for number in NUMBER.findall(conclusion)}
-    return len(numbers) == 1 and numbers != {float(answer)}
-
-
-def math_contradicts(tail: str, answer: str, record: dict) -> bool:
-    """As a number does, if the answer is one."""
-    return bool(NUMBER.fullmatch(answer)) and number_contradicts(tail, answer, record)
-
-
-def grid_contradicts(tail: str, answer: list[int], record: dict) -> bool:
-    """By the arrangement after the last conclusion word. It may be written in rows, so sentences do not matter."""
-    conclusion = conclusion_of(tail)
-    if conclusion is None:
-        return False
-    written = conclusion.strip(SPACE + ".:").removeprefix("is").lstrip(SPACE + ":")
-    concluded = read_indices(written, len(answer))
-    return concluded is not None and concluded != answer
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The table of answer types
 
 ANSWER_TYPES = {
@@ -896,7 +789,6 @@ ANSWER_TYPES = {
         read_bare=read_one_capital,
         accuracy=letter_accuracy,
         check=check_letter,
-        contradicts=letter_contradicts,
     ),
     "digit": AnswerType(
         grammar='a whole number of at most 15 digits: "12", "12.", "twelve", "12 cars", "7 + 5 = 12" -> 12',
@@ -904,14 +796,12 @@ ANSWER_TYPES = {
         read_bare=read_ascii_digits,
         accuracy=digit_accuracy,
         check=check_digit,
-        contradicts=number_contradicts,
     ),
     "grid": AnswerType(
         grammar='rows * cols indices from 1: "2 1 4 3", "2,1,4,3", "[[2, 1], [4, 3]]", "2 1; 4 3" -> [2, 1, 4, 3]',
         read=read_grid,
         accuracy=grid_accuracy,
         check=check_grid,
-        contradicts=grid_contradicts,
     ),
     "box": AnswerType(
         grammar='x1, y1, x2, y2: "10, 20, 30.5, 40", "[10 20 30.5 40]", "(10,20,30.5,40)" -> [10.0, 20.0, 30.5, 40.0]',
@@ -931,7 +821,6 @@ ANSWER_TYPES = {
         read=read_math,
         accuracy=math_accuracy,
         check=check_math,
-        contradicts=math_contradicts,
     ),
     "text": AnswerType(
         grammar='one line without reply tags, as it stands: "two dogs", "Two dogs."',
@@ -978,7 +867,7 @@ def read_answer(text: str, record: dict, wrapped: bool | None = None) -> Answer 
 
 
 def accuracy(answer: Answer, record: dict) -> float:
-    """How right a parsed answer is, in [0, 1]. `answer` comes from `read_answer` or `find_answer`."""
+    """How right a parsed answer is, in [0, 1]. `answer` comes from `read_answer` or `judge.find_answer`."""
     return type_of(record).accuracy(answer, record)
 
 
@@ -1018,80 +907,3 @@ def check_gold(record: dict) -> None:
     if format_name is not None and format_name not in list(REPLY_FORMATS):
         raise ValueError(f"reply_format {format_name!r} is unknown (known: {', '.join(REPLY_FORMATS)})")
     ANSWER_TYPES[type_name].check(record)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Lenient readers, for building pairs only
-
-
-def find_answer(reply: str, record: dict) -> Answer | None:
-    """The answer a reader would take from a reply that may be malformed, or None. It filters pairs, it is no reward.
-
-    The first kind of place where anything can be read decides, and two different answers at places of one kind are
-    None. Each piece is read by the grammar of `read_answer`.
-    """
-    if len(reply) > MAX_REPLY:
-        return None
-    for pieces in answer_places(reply, record):
-        answers = []
-        for piece in pieces:
-            answer = read_answer(piece, record, wrapped=True)
-            if answer is None:
-                # A model that goes on talking after its answer: the first line alone is the second try.
-                first_line = piece.strip(SPACE).split("\n")[0]
-                answer = read_answer(first_line, record, wrapped=True)
-            if answer is not None and answer not in answers:
-                answers.append(answer)
-        if answers:
-            return answers[0] if len(answers) == 1 else None
-    return None
-
-
-def answer_places(reply: str, record: dict) -> Iterator[list[str]]:
-    r"""Pieces of a reply where an answer may stand, kind by kind, the surest kind of place first."""
-    # 1. Where the prompt asked for it
-    asked = read_reply(reply, reply_format(record))
-    yield [asked[1]] if asked else []
-
-    # 2. <answer> blocks (the last ten, so that time stays linear)
-    after_tags = reply.split("<answer>")[1:]
-    yield [block.partition("</answer>")[0] for block in after_tags[-10:] if "</answer>" in block]
-
-    # 3. What follows the last "Answer:" or "<answer>", up to the next tag: "B</think>" -> "B"
-    announced = [reply.rpartition(mark)[2] for mark in ("Answer:", "<answer>") if mark in reply]
-    yield [TAG.split(text, maxsplit=1)[0] for text in announced]
-
-    # 4. \boxed{}
-    yield boxed_contents(reply)
-
-    # 5. Where another prompt would have asked for it
-    other_formats = [read_reply(reply, name) for name in REPLY_FORMATS]
-    yield [parts[1] for parts in other_formats if parts]
-
-    # 6. What follows the thinking
-    yield [reply.rpartition("</think>")[2]] if "</think>" in reply else []
-
-    # 7. The last line, and 8. its last sentence
-    lines = [line for line in reply.split("\n") if line.strip(SPACE)]
-    last_line = [TAG.sub("", line) for line in lines[-1:]]
-    yield last_line
-    yield [re.split(r"[.!?] +", line)[-1] for line in last_line]
-
-
-def boxed_contents(reply: str) -> list[str]:
-    r"""Contents of the \boxed{} of a reply, at most the last ten (so that time stays linear)."""
-    contents = []
-    openings = [match.end() - 1 for match in re.finditer(r"\\boxed\{", reply)]
-    for opening in openings[-10:]:
-        end = closing_brace(reply, opening)
-        if end is not None:
-            contents.append(reply[opening + 1 : end])
-    return contents
-
-
-def contradicts(reason: str, answer: Answer | None, record: dict) -> bool:
-    """Whether the reasoning ends in another answer than the one given, by the rule of the record's answer type."""
-    tail = reason[-MAX_TAIL:]
-    if answer is None or not tail.strip():
-        return False
-    return type_of(record).contradicts(tail, answer, record)

@@ -61,6 +61,7 @@ def sample(
         raise ValueError("greedy decoding gives one reply: n must be 1")
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
     replies = [None] * len(prompts)
+    # Ranks sample different prompts and end at different times: they must not wait for each other's weights.
     gather_weights(policy)
     # Prompts of similar length share a round, as many as the KV cache takes.
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
@@ -85,6 +86,7 @@ def sample_round(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_t
     device, total = policy.forbidden.device, len(prompts) * n
     prefill = pack([(prompt, []) for prompt in prompts]).to(device)
     prefill.layout.kv_cache = {}
+    # The packed row of the trainer, without replies: what is computed here is what training computes.
     logits = policy(prefill, temperature)  # (R, V): every reply starts from its prompt's last token
     cache = ReplyCache(prefill.layout, [n] * len(prompts), max_new_tokens - 1)
     next_logits = partial(decode, policy, cache, temperature=temperature)
@@ -93,6 +95,7 @@ def sample_round(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_t
     streams = [np.random.default_rng([seed, g]).random(max_new_tokens) for seed in seeds for g in range(n)]
     uniform = torch.from_numpy(np.stack(streams)).to(device)  # (B, T) fp64
     start = torch.tensor([prompt.next for prompt in prompts], device=device).repeat_interleave(n)
+    # Everything below stays on the device; Python looks at it only in pauses.
     end_ids = torch.tensor(policy.end_ids, device=device)
 
     tokens = torch.zeros(total, max_new_tokens, dtype=torch.long, device=device)
@@ -148,6 +151,7 @@ class ReplyCache:
         self.shared, self.own = {}, {}
         for layer, states in layout.kv_cache.items():
             self.shared[layer] = states if self.flash else [self.prompts.pad(x) for x in states]
+            # Allocated once for the longest reply: growing by concatenation would copy the cache every step.
             self.own[layer] = [x.new_empty(sum(counts), capacity, *x.shape[1:]) for x in states]
         self.by_prompt = Segments.of(counts).to(device)
         repeats = torch.tensor(counts, device=device)
@@ -219,6 +223,7 @@ def decode(policy: Policy, cache: ReplyCache, token, position, temperature: floa
         out = cache.attend(number, q, k, v, layer.scaling)
         hidden = hidden + layer.o_proj(out.flatten(1))
         hidden = hidden + block.mlp(rms_norm(block.post_attention_layernorm, hidden))
+    # All B hidden states are read here: each predicts the next token of its sequence.
     hidden = rms_norm(text.norm, hidden)
     return token_logits(hidden, policy.hf.lm_head.weight, temperature, policy.forbidden)
 
@@ -247,6 +252,7 @@ def sample_tokens(logits, uniform, temperature: float, top_k: int, top_p: float,
     if temperature == 0:
         token = logits.argmax(-1, keepdim=True)
         return token, logits.gather(-1, token) - lse
+    # Log-probs are taken before the filters, as the trainer takes them.
     filtered = filter_logits(logits, top_k, top_p)
     mass = (filtered - filtered.amax(-1, keepdim=True)).exp()
     mass = F.pad(mass, (0, -mass.shape[-1] % block)).unflatten(-1, (-1, block))  # (R, blocks, block)
@@ -281,6 +287,7 @@ def filter_logits(logits, top_k: int, top_p: float):
 def cache_capacity(policy: Policy) -> int:
     """Tokens of KV cache that fit: into 1 GiB on a CPU, into a third of the free memory of a GPU (a power of two, so
     that small changes of what is free do not change how prompts are dealt to rounds)."""
+    # Two tensors a layer, keys and values.
     layers = policy.family.decoder(policy.hf).layers
     token_bytes = 2 * len(layers) * layers[0].self_attn.k_proj.out_features * (2 if policy.half else 4)
     memory = 2**30

@@ -172,6 +172,7 @@ class World:
         """Sum numbers over all ranks: floats in, floats out."""
         if self.size == 1:
             return [float(value) for value in values]
+        # fp64: counts of tokens must stay exact.
         tensor = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.tolist()
@@ -196,6 +197,7 @@ def setup() -> World:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if size > 1 and not dist.is_initialized():
+        # gloo beside nccl: objects and checkpoints travel through main memory.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return World(dist.get_rank() if size > 1 else 0, size, device)
@@ -295,6 +297,7 @@ def shard(policy: nn.Module, world: World, compute_dtype: torch.dtype | None, sh
     if compute_dtype is not None:
         # Inputs are not cast: a cast gives every unit a copy of the Layout, and the KV cache it collects is lost.
         options["mp_policy"] = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+    # Pinned, so that copies to the GPU overlap with computing.
     if sharding.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     for unit in policy.units():
@@ -378,12 +381,14 @@ def micro_batches(world: World, sizes: list[int], budget: int) -> list[list[int]
     """
     budget = budget or (16384 if world.device.type == "cuda" else 3072)
     batches, left = [], 0
+    # Largest first: what is too large for any budget gets a micro-batch of its own, early.
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         if not batches or sizes[index] > left:
             batches.append([])
             left = budget
         batches[-1].append(index)
         left -= sizes[index]
+    # A rank with fewer forwards than the others would hang in their collectives.
     most = max(world.gather(len(batches)))
     return batches + [[] for _ in range(most - len(batches))]
 
@@ -395,6 +400,7 @@ def update(policy: nn.Module, optimizer: torch.optim.Optimizer, lr: float, max_n
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
+    # Over all shards: a DTensor's norm is the global one.
     norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm or math.inf)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     if not math.isfinite(norm):
@@ -457,6 +463,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
     cuda = device.type == "cuda"
     best = 0.0
     for size in (2048, 4096, 8192) if cuda else (512, 1024, 2048):
+        # Random numbers: products of zeros run faster on some machines.
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         for budget in (seconds / 10, seconds / 3):  # first to warm up
             count, begun = 0, time.perf_counter()
@@ -509,7 +516,9 @@ class Run:
         run = cls(Path(settings["out"]), world)
         if world.size > 1:
             run.group = dist.new_group(backend="gloo")
+        # How a run was continued is no setting of it.
         recorded = {key: settings[key] for key in sorted(settings) if key not in ("resume", "overwrite")}
+        # Rank 0 looks, all ranks hear: otherwise one would go on where another has stopped.
         problem = run._prepare(settings, recorded, MAY_CHANGE + may_change) if world.main else None
         problem = world.gather(problem)[0]
         if problem:
@@ -603,6 +612,7 @@ class Run:
             for leftover in (folder, partial_of(folder)):
                 shutil.rmtree(leftover, ignore_errors=True)
         self.world.barrier()
+        # The optimizer changes weights in place, so the writer gets copies.
         state = checkpoint_state(policy, optimizer)
         copied = {name: value.to("cpu", copy=True) for name, value in state.items()}
         self.writing = self.writer.submit(self._write, folder, copied, keep, extra)
@@ -705,6 +715,7 @@ def save_model(policy, encoder, folder, world: World = World(0, 1, None), file_b
     folder = Path(folder)
     weights = {name.removeprefix("hf."): weight for name, weight in policy.named_parameters()}
     files = divide_into_files(policy.hf, weights, file_bytes)
+    # The naming that from_pretrained and vLLM expect.
     names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     if len(files) == 1:
         names = ["model.safetensors"]
@@ -742,6 +753,7 @@ def divide_into_files(hf: nn.Module, weights: dict, file_bytes: int) -> list[lis
     from transformers.core_model_loading import revert_weight_conversion
 
     order = list(weights)
+    # transformers maps names through tensors; numbers in tensors come back with the new names.
     numbers = revert_weight_conversion(hf, {name: torch.tensor(number) for number, name in enumerate(order)})
     files, left = [], 0
     for key, number in numbers.items():

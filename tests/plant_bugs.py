@@ -53,6 +53,7 @@ PARITY = "tests/test_parity.py"
 REWARDS = "tests/test_rewards.py"
 ANSWERS = "tests/test_answers.py"
 HEDGES = some("test_rewards", "a_hedge_is_not_even_readable_as_mathematics")
+JUDGE = "tests/test_judge.py"
 JIGSAW = "tests/test_jigsaw.py"
 TOY = "tests/test_toy.py"
 # The other files take longer: from them only the tests that must notice.
@@ -131,6 +132,7 @@ PAIRS = some(
     "each_corruption_moves_its_tags_and_no_other_character",
     "every_corruption_breaks_the_format_and_leaves_the_answer_to_a_reader",
     "chosen_is_the_policys_and_rejected_the_bases_broken",
+    "the_first_reply_that_passes_is_taken_on_both_sides",
     "the_five_corruptions_are_equally_likely",
     "a_question_without_a_pair_says_why",
 )
@@ -274,11 +276,12 @@ BUGS = [Bug(*entry) for entry in (
      'remove(reply, "<answer>", "</answer>")', PAIRS),
     ("the same corruption is taken every time", "distill.py",
      "kind = rng.choice(list(broken))", "kind = list(broken)[0]", PAIRS),
-    ("a wrong reply can be rejected", "distill.py", "if coupled or is_right(", "if True or is_right(", PAIRS),
+    ("a wrong reply can be rejected", "distill.py",
+     "if not (coupled or found_right(", "if not (True or found_right(", PAIRS),
     ("a wrong reply can be chosen", "distill.py",
-     "for reply, answer in formed if is_right(answer, record)]", "for reply, answer in formed]", PAIRS),
+     "        if reply.right:", "        if reply.well_formed:", PAIRS),
     ("reasoning that contradicts its answer is chosen", "distill.py",
-     "not rewards.contradicts(reason, answer, record)", "True", PAIRS),
+     "not contradicts(reply.reason, reply.answer, record)", "True", PAIRS),
 
     # ---- attention.py
     ("a prompt's tokens see the future", "attention.py",
@@ -485,6 +488,23 @@ BUGS = [Bug(*entry) for entry in (
      "self.engine.begin(policy, prompts, n, seeds=self.seeds, **options)",
      "self.engine.begin(policy, prompts, n, seeds=seeds, **options)", PARITY),
 
+    # ---- judge.py and claims.py
+    ("a reason about the other piece is read the same way round", "claims.py",
+     "return question.letter_of.get(opposite(question.text_of(letter)))", "return letter", JUDGE),
+    ("what is taken back still counts", "claims.py", 'or words == ["no"]:', 'and words == ["no"]:', JUDGE),
+    ("a denied option is a claimed one", "claims.py", "if claim.denied:", "if False:", JUDGE),
+    ("any subject will do for an option", "claims.py",
+     "return asked and len(rest) <= 1", "return len(rest) <= 1", JUDGE),
+    ("a conclusion counts no more than a remark", "claims.py",
+     "self.firm = self.firm or claim.firm", "self.firm = False", JUDGE),
+    ("U+2212 is no minus", "claims.py", '"−": "-", ', "", JUDGE),
+    ("a step of the sum is taken for its result", "judge.py",
+     "said = concluded[-1].group(1)", "said = concluded[0].group(1)", JUDGE),
+    ("two answers at one kind of place are the first", "judge.py",
+     "return answers[0] if len(answers) == 1 else None", "return answers[0]", JUDGE),
+    ("an echo of the options is an answer", "judge.py", "if len(echoed) < 2:", "if True:", JUDGE),
+    ("an arrangement that was given up decides", "judge.py", "if not PASSED_OVER.search(sentence):", "if True:", JUDGE),
+
     # ---- rewards.py
     ("the format weight is ignored", "rewards.py", "format_weight * well_formed", "0.5 * well_formed", REWARDS),
     ("the accuracy weight is ignored", "rewards.py", "accuracy_weight * right", "right", REWARDS),
@@ -506,8 +526,6 @@ BUGS = [Bug(*entry) for entry in (
     ("the union of two boxes counts their intersection twice", "rewards.py",
      "both / (area + gold_area - both)", "both / (area + gold_area)", REWARDS),
     ("a box must overlap wholly to be right", "rewards.py", "right_from=0.5", "right_from=1.0", REWARDS),
-    ("a contradiction is looked for before the conclusion", "rewards.py",
-     "return CONCLUSION.split(text)[-1]", "return CONCLUSION.split(text)[0]", REWARDS),
     ("JSON may hold further keys", "rewards.py",
      'set(value) != {"reason", "answer"}', 'not set(value) >= {"reason", "answer"}', REWARDS),
     ("Answer: may stand twice", "rewards.py", 'reply.count("Answer:") != 1', 'reply.count("Answer:") < 1', REWARDS),

@@ -13,6 +13,7 @@ import pytest
 
 import distill
 import jigsaw
+import judge
 import model
 import rewards
 import training
@@ -136,7 +137,7 @@ def test_a_question_without_a_pair_says_why(policy, base, reason):
 
 def test_a_base_reply_that_cannot_be_broken_gives_no_pair():
     bare = {**RECORD, "think": False, "reply_format": "bare"}
-    assert pair_of(["B"], ["B", "(B)"], bare) == (None, "rejected cannot be broken")
+    assert pair_of(["B"], ["B", " B\n"], bare) == (None, "rejected cannot be broken")
 
 
 def test_the_first_reply_that_passes_is_taken_on_both_sides():
@@ -151,7 +152,7 @@ def test_without_the_judge_a_contradiction_passes():
 
 def test_coupled_pairs_may_differ_in_correctness():
     pair, _ = pair_of([GOOD], [WRONG], coupled=True)
-    assert pair["chosen"] == GOOD and rewards.find_answer(pair["rejected"], RECORD) in ("A", None)
+    assert pair["chosen"] == GOOD and judge.find_answer(pair["rejected"], RECORD) in ("A", None)
     assert pair["rejected"] == distill.corrupt(WRONG, pair["corruption"])
 
 
@@ -166,6 +167,41 @@ def test_a_grid_must_be_wholly_right_and_a_box_half():
     box = {"answer_type": "box", "answer": [0, 0, 10, 10], "think": True}
     assert distill.is_right([0, 0, 10, 5], box) and not distill.is_right([0, 0, 10, 4.9], box)
     assert not distill.is_right(None, grid)
+
+
+def count_reads(monkeypatch):
+    """A counter of how often each text is split into reason and answer."""
+    reads, split = Counter(), rewards.read_reply
+
+    def counting(reply, format_name):
+        reads[reply] += 1
+        return split(reply, format_name)
+
+    monkeypatch.setattr(rewards, "read_reply", counting)
+    monkeypatch.setattr(judge, "read_reply", counting)
+    return reads
+
+
+def test_an_easy_pair_reads_each_text_once(monkeypatch):
+    reads = count_reads(monkeypatch)
+    base = "<think>no light, so below</think><answer>(B)</answer>"
+    assert pair_of([GOOD, GOOD + " "], [base, LOOSE])[1] is None
+    broken = {distill.corrupt(base, kind) for kind in distill.CORRUPTIONS}
+    assert reads == dict.fromkeys([GOOD, base, *broken], 1)
+
+
+def test_a_corrupted_chosen_reply_is_read_once_itself(monkeypatch):
+    reads = count_reads(monkeypatch)
+    assert pair_of([GOOD], [], reject_from="chosen")[1] is None
+    broken = {distill.corrupt(GOOD, kind) for kind in distill.CORRUPTIONS}
+    assert reads == dict.fromkeys([GOOD, *broken], 1)
+
+
+def test_a_scored_reply_is_what_the_reward_says(monkeypatch):
+    for reply in (GOOD, WRONG, LOOSE, "", "<think>R</think><answer>C</answer>"):
+        scored, parts = distill.read(reply, RECORD), rewards.score(reply, RECORD)
+        assert (scored.answer, scored.well_formed) == (parts["answer"], parts["format"] == 1.0)
+        assert scored.right == (parts["accuracy"] == 1.0)
 
 
 def test_the_account_counts_every_question_once():

@@ -1,6 +1,5 @@
 """rewards.py: what is read, what is not, and what an answer is worth. Every number is worked by hand."""
 
-import dataclasses
 import json
 import random
 import re
@@ -607,24 +606,7 @@ def test_one_entry_in_the_table_is_a_whole_new_answer_type(monkeypatch):
     assert rewards.score(think("The answer is $8:00$"), record)["reward"] == 0.75 + 0.5
     assert rewards.score(think("7.45"), record) == {"reward": 0.0, "accuracy": 0.0, "format": 0.0, "answer": None}
     assert rewards.score('{"reason": "R", "answer": "7:45"}', {**record, "reply_format": "json"})["reward"] == 1.5
-    assert rewards.find_answer("<think>R\nAnswer: 7:45", record) == 465
-    assert rewards.find_answer("<answer>7:45</answer><answer>8:00</answer>", record) is None
     assert rewards.is_right(480, record) and not rewards.is_right(481, record)
-    assert rewards.contradicts("so it is 8:00", 465, record) is False
-
-
-def test_a_type_says_itself_when_reasoning_contradicts_its_answer(monkeypatch):
-    def clock_contradicts(tail, answer, record):
-        return read_clock(tail.split()[-1], record) not in (None, answer)
-
-    clock = dataclasses.replace(CLOCK, contradicts=clock_contradicts)
-    monkeypatch.setitem(rewards.ANSWER_TYPES, "clock", clock)
-    record = of("clock", "7:45")
-    assert rewards.contradicts("so it is 8:00", 465, record) is True
-    assert rewards.contradicts("so it is 7:45", 465, record) is False
-    assert rewards.contradicts("so it is late", 465, record) is False
-    assert rewards.contradicts(" \n", 465, record) is False
-    assert rewards.contradicts("so it is 8:00", None, record) is False
 
 
 def test_one_entry_in_the_table_is_a_whole_new_reply_format(monkeypatch):
@@ -640,7 +622,6 @@ def test_one_entry_in_the_table_is_a_whole_new_reply_format(monkeypatch):
     assert rewards.score("R => B", record)["reward"] == 1.5
     for reply in ("=> B", "R =>", "R B", "R => The answer is B", think("B")):
         assert rewards.score(reply, record)["reward"] == 0.0, reply
-    assert rewards.find_answer("R => B", letter("B", "think")) == "B"
 
 
 def test_an_answer_counts_as_right_from_its_type_s_threshold_on():
@@ -722,8 +703,6 @@ def test_hostile_replies_never_raise_never_score_and_are_read_fast():
             assert parts["accuracy"] == 0.0, (name, record)
             # Format may only be earned where the text is one readable, wrong answer: any single line is a text answer.
             assert parts["format"] == 0.0 or record["answer_type"] in ("text", "math"), (name, record)
-            rewards.find_answer(reply, record)
-            rewards.contradicts(reply, parts["answer"], record)
             assert time.perf_counter() - start < 2.0, (name, record)
 
 
@@ -732,44 +711,44 @@ def test_a_megabyte_is_not_read_even_if_it_is_well_formed():
     assert rewards.score(think("B", "x" * (rewards.MAX_REPLY - 50)), letter("B"))["reward"] == 1.5
 
 
+SHREDS = [
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "A",
+    "B",
+    " ",
+    "\n",
+    "R",
+    "\\boxed{",
+    "}",
+    "$",
+    "Answer: ",
+    '{"answer": ',
+    '"',
+    "2 1 4 3",
+    "[",
+    "]",
+    ",",
+    "٣",
+    "\x00",
+    "1/2",
+    "^",
+    "<reason>",
+    "</reason>",
+    "<result>",
+    "</result>",
+    "not ",
+    " or ",
+    "above",
+]
+
+
 def test_random_shreds_of_replies_never_raise_and_only_the_whole_shape_scores():
     rng = random.Random(5)
-    shreds = [
-        "<think>",
-        "</think>",
-        "<answer>",
-        "</answer>",
-        "A",
-        "B",
-        " ",
-        "\n",
-        "R",
-        "\\boxed{",
-        "}",
-        "$",
-        "Answer: ",
-        '{"answer": ',
-        '"',
-    ]
-    shreds += [
-        "2 1 4 3",
-        "[",
-        "]",
-        ",",
-        "٣",
-        "\x00",
-        "1/2",
-        "^",
-        "<reason>",
-        "</reason>",
-        "<result>",
-        "</result>",
-        "not ",
-        " or ",
-        "above",
-    ]
     for _ in range(4000):
-        reply = "".join(rng.choice(shreds) for _ in range(rng.randrange(1, 14)))
+        reply = "".join(rng.choice(SHREDS) for _ in range(rng.randrange(1, 14)))
         record = rng.choice(KINDS[:14])
         parts = rewards.score(reply, record)
         if parts["format"]:
@@ -777,8 +756,6 @@ def test_random_shreds_of_replies_never_raise_and_only_the_whole_shape_scores():
             assert parts["answer"] is not None
         else:
             assert parts["accuracy"] == parts["reward"] == 0.0
-        rewards.find_answer(reply, record)
-        rewards.contradicts(reply, rewards.find_answer(reply, record), record)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -854,116 +831,3 @@ def test_a_gold_answer_is_right_when_it_is_given_back():
             "line": f"R\nAnswer: {text}",
         }[record["reply_format"]]
         assert rewards.score(reply, record)["reward"] == 1.5, record
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Lenient reading
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        think("B"),
-        "<answer>B</answer>",
-        "A it is. <answer>B</answer> so",
-        "<think>R</think><answer>B",
-        "<think>R</think>Answer:B",
-        "<think>R\nB</think>",
-        "<think>R</think>B",
-        "R B <think>R</think>\nB",
-        "R\nB",
-        "R\nThe answer is B.",
-        "It is dark. so it was below. B",
-        "R \\boxed{B} and so on",
-        "R\nAnswer: B\nI hope this helps",
-        "<think>R Answer: B</think>",
-        "B",
-        '{"reason": "A", "answer": "B"}',
-        "<reason>A</reason><result>B</result>",
-        "<answer>B</answer><answer>(B)</answer>",
-    ],
-)
-def test_a_reader_finds_b_in_a_malformed_reply(reply):
-    assert rewards.find_answer(reply, letter("B")) == "B"
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        "",
-        "R",
-        "A or B",
-        "<answer>A</answer><answer>B</answer>",
-        "\\boxed{A} \\boxed{B}",
-        "<answer>A or B</answer>",
-        "A is above, B is below",
-        "R B",
-    ],
-)
-def test_a_reader_finds_nothing_where_nothing_or_two_things_are_said(reply):
-    assert rewards.find_answer(reply, letter("B")) is None
-
-
-def test_the_asked_place_goes_before_every_other_place():
-    assert rewards.find_answer("<think>\\boxed{A}\nAnswer: A</think><answer>B</answer>", letter()) == "B"
-    assert rewards.find_answer("<answer>A</answer>\nAnswer: B", letter("B", "line")) == "B"
-    assert rewards.find_answer("Answer: A\n<answer>B</answer> so", letter("B", "line")) == "B"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Contradictions
-
-
-@pytest.mark.parametrize(
-    "reason, answer, expected",
-    [
-        ("it is darker so it is below", "B", False),
-        ("it is darker so it is below", "A", True),
-        ("it is darker so it is above", "B", True),
-        ("it is darker so the answer is A", "B", True),
-        ("it is darker so the answer is A", "A", False),
-        ("The light is above. So it is below.", "B", False),
-        ("The light is below. So it is above.", "B", True),
-        ("It is above and left", "C", False),
-        ("It is above and left", "A", True),
-        ("It is above", "C", True),
-        ("above or below", "A", False),
-        ("either above or above and left", "B", False),
-        ("It is not option A", "B", False),
-        ("It is not above", "A", False),
-        ("It is not above, so it is below", "A", True),
-        ("It isn't quite above, so below", "B", False),
-        ("A dark piece lies under a light one", "B", False),
-        ("option A it is", "B", True),
-        ("(A)", "B", True),
-        ("so above, so B", "B", True),
-        ("so below, so B", "B", False),
-        ("it is aboveground", "B", False),
-        ("it is darker", "B", False),
-        ("", "B", False),
-        ("below. It is darker. It is blue.", "A", False),
-    ],
-)
-def test_reasoning_that_ends_in_another_option_contradicts_the_answer(reason, answer, expected):
-    assert rewards.contradicts(reason, answer, letter()) is expected
-
-
-def test_without_options_only_letters_can_contradict():
-    record = of("letter", "Q")
-    assert rewards.contradicts("it is round, so the answer is O", "Q", record) is True
-    assert rewards.contradicts("it is round, so the answer is Q", "Q", record) is False
-    assert rewards.contradicts("it is round", "Q", record) is False
-
-
-def test_numbers_and_grids_after_a_conclusion_word_are_compared():
-    digit = of("digit", 5)
-    assert rewards.contradicts("3 + 1 = 4", 5, digit) is True
-    assert rewards.contradicts("3 + 2 = 5", 5, digit) is False
-    assert rewards.contradicts("I see 3 and 2", 5, digit) is False
-    assert rewards.contradicts("so the answer is 4 because of 3", 5, digit) is False
-    assert rewards.contradicts("so the answer is 4", 5, digit) is True
-    assert rewards.contradicts("so it is 0.25", "0.5", of("math", "0.5")) is True
-    assert rewards.contradicts("so it is 0.50", "0.5", of("math", "0.5")) is False
-    assert rewards.contradicts("Therefore 1 2 4 3.", [2, 1, 4, 3], grid()) is True
-    assert rewards.contradicts("The answer is:\n2 1\n4 3", [2, 1, 4, 3], grid()) is False
-    assert rewards.contradicts("so the answer is 3 1", [2, 1, 4, 3], grid()) is False

@@ -253,14 +253,14 @@ def test_replicas_must_divide_the_processes(material, tmp_path, capsys):
 
 
 def test_sigterm_stops_both_processes_with_a_checkpoint_that_one_process_goes_on_with(material, tmp_path):
-    settings = material.grpo(lr=LR, steps=30, save_every=0, kl=0.04)
+    settings = material.grpo(lr=LR, steps=300, save_every=0, kl=0.04)
     process = start(*TWO_PROCESSES, ROOT / "grpo.py", **settings, out=tmp_path / "out")
     stop(process, tmp_path / "out", 3, signal.SIGTERM)  # torchrun passes it on
     status, _, err = end(process)
     done = len(rows(tmp_path / "out"))
-    assert status != 0 and 3 <= done < 30
+    assert status != 0 and 3 <= done < 300
     assert (tmp_path / "out/LATEST").read_text() == f"step_{done:06d}", err
-    assert f"stopped after step {done} of 30" in err
+    assert f"stopped after step {done} of 300" in err
     steps = done + 2
     call("grpo", **settings | {"steps": steps}, out=tmp_path / "out", resume=True)
     call("grpo", **settings | {"steps": steps}, out=tmp_path / "whole")
@@ -314,7 +314,7 @@ def test_the_recipe_for_two_nodes_runs_as_two_nodes_of_one_process(material, tmp
         for node in nodes:  # one that has lost the other waits for it
             if node.poll() is None:
                 kill(node)
-    assert "on 2 GPU(s), GiB on each" in first and "GiB" not in second
+    assert all("fits: grpo.py" in out and ", 2 GPU(s), " in out for out in (first, second))  # both nodes look
     assert len(rows(tmp_path / "out")) == 2
     written = json.loads((tmp_path / "out/args.json").read_text())
     assert written["replicas"] == 2 and written["schedule"] == "linear"

@@ -6,6 +6,7 @@ has the fields. Everything that can be wrong with a file is found here, before a
 
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,17 +76,23 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
 
 
 def read_records(
-    paths: str | Path | list, check: Callable[[dict], None] | None = None, text_fields: tuple = ()
+    paths: str | Path | list,
+    check: Callable[[dict], None] | None = None,
+    text_fields: tuple = (),
+    skip_bad: bool = False,
 ) -> list[dict]:
     """Read and validate records.jsonl files. Everything is checked, pictures included, before it returns.
 
     paths: one path or a list. check(record): raises ValueError with a cause when the stage cannot use the record
     (rewards.check_gold). text_fields: further fields that must be non-empty text ("chosen", "rejected" for pairs).
+    skip_bad: leave out the records that `check` refuses, and say on stderr how many and why the first; every other
+    mistake in a file still ends the run.
     Returns a list of dicts; `images` holds absolute paths, `_where` is "file:line". Raises DataError.
     """
     records = []
     first_seen = {}  # id -> where
     pictures = {}  # absolute path -> where it is named first
+    skipped = []  # "file:line: cause" of each record left out
     for path in [paths] if isinstance(paths, str | Path) else paths:
         before = len(records)
         for number, record in read_jsonl(path):
@@ -95,19 +102,24 @@ def read_records(
                 raise DataError(f'{where}: id "{record["id"]}" stands already at {first_seen[record["id"]]}')
             first_seen[record["id"]] = where
 
-            folder = Path(path).parent
-            record["images"] = [str((folder / name).resolve()) for name in record["images"]]
-            for name in record["images"]:
-                pictures.setdefault(name, where)
-
             if check is not None:
                 try:
                     check(record)
                 except ValueError as error:
-                    raise DataError(f"{where}: {error}") from error
+                    if not skip_bad:
+                        raise DataError(f"{where}: {error}") from error
+                    skipped.append(f"{where}: {error}")
+                    continue
+
+            folder = Path(path).parent
+            record["images"] = [str((folder / name).resolve()) for name in record["images"]]
+            for name in record["images"]:
+                pictures.setdefault(name, where)
             records.append({**record, "_where": where})
         if len(records) == before:
-            raise DataError(f"{path}: no records")
+            raise DataError(f"{path}: no records" + (f" left; {skipped[-1]}" if skipped else ""))
+    if skipped:
+        print(f"skipped {len(skipped)} records: first {skipped[0]}", file=sys.stderr)
 
     with ThreadPoolExecutor(8) as pool:
         for problem in pool.map(problem_with_picture, pictures, pictures.values()):

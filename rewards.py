@@ -17,30 +17,30 @@ Two tables hold what can be extended: REPLY_FORMATS and ANSWER_TYPES. A new answ
 with its functions above it; nothing else in this file knows any type by name.
 
 Reading is a full match against a small grammar, never a search: "A or B" is not an A with something behind it, it is no
-letter at all. Nothing here evaluates model output, and every reading takes time linear in the reply.
+letter at all. What may stand around an answer (frames, leads, a plain sentence) is a fixed list, and only formats that
+give the answer a place of its own allow it. Nothing here executes model output, and every reading takes bounded time.
 
 Sources: SPECS (arXiv 2510.25801) for the shape of a reply and the weights 1.0 and 0.5; Jigsaw-R1 (arXiv 2505.23590) for
 letters, digits, grids and boxes. Where the public code of Jigsaw-R1 is looser than its paper (the whole reply counts as
 the answer when a tag is missing, the last capital letter counts, repeated indices get partial credit) this file follows
 the paper.
 
-The lenient readers, which only help to build pairs and never earn a reward, are in judge.py.
+How mathematics is read and compared is in math_answers.py and, below it, expressions.py. The lenient readers, which
+only help to build pairs and never earn a reward, are in judge.py.
 """
 
 import json
-import logging
 import math
 import re
-import threading
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
+
+import math_answers
 
 MAX_REPLY = 100_000  # characters; a longer reply is not read at all
 MAX_ANSWER = 2_000  # characters of an answer of any type
-MAX_MATH = 200  # characters of a mathematical answer: what a computer algebra system is allowed to see
-MATH_SECONDS = 3  # per comparison, where a timeout is possible (main thread)
 
 # What .strip() takes off. Python's own default would take off dozens of Unicode spaces too.
 SPACE = " \t\r\n"
@@ -169,7 +169,9 @@ class ReplyFormat:
 
     read: Callable[[str], tuple[str, str] | None]  # stripped reply -> (reason, answer text); its grammar: the docstring
     reason_may_be_empty: bool = False
-    # Whether "The answer is B", \boxed{B} and $B$ are read as B. Not where the prompt asks for the answer alone.
+    # The switch of leniency. True: the answer may stand in a frame or a sentence and in any usual spelling: \boxed{B},
+    # "The answer is B.", "(B)", "B. below", "3 cars". False: exactly what the type's `read_bare` takes, "B" or "3", as
+    # Jigsaw-R1 wants it where the prompt asks for the answer alone.
     answer_may_be_wrapped: bool = True
 
 
@@ -216,34 +218,162 @@ def read_reply(reply: str, format_name: str) -> tuple[str, str] | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What may stand around an answer
+# What may stand around an answer: characters, frames, leads, sentences
 
-# "The answer is", "Final answer:", "Option". re.ASCII: only letters that are ASCII themselves.
-LEAD = re.compile(
-    r"(?:(?:the|my)[ ])?(?:(?:final|correct)[ ])?(?:answer|option)(?:[ ]is)?:?[ ]", re.IGNORECASE | re.ASCII
+INVISIBLE = re.compile("[\u200b-\u200d\u2060\ufeff]")
+# These compatibility forms mean more than the plain character: ² is an exponent, ½ a fraction.
+MEANINGFUL = ("<super>", "<sub>", "<fraction>")
+
+
+def fold(text: str) -> str:
+    """Full-width, circled and bold characters as plain ones (NFKC). Letters of other alphabets stay what they are."""
+    folded = []
+    for character in unicodedata.normalize("NFC", INVISIBLE.sub("", text)):
+        keeps = unicodedata.decomposition(character).startswith(MEANINGFUL)
+        folded.append(character if keeps else unicodedata.normalize("NFKC", character))
+    return "".join(folded).replace("、", ",")
+
+
+# (opening, closing) marks that may stand around a whole answer, if neither stands inside
+FRAMES = [
+    ("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"), ('"', '"'), ("“", "”"), ("'", "'"),
+    ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("「", "」"), ("【", "】"), ("_", "_"),
+]  # fmt: skip
+COMMAND = re.compile(r"\\(?:boxed|fbox|text|textbf|textit|textrm|mathrm|mathbf|mathit|boldsymbol|underline)(?=\{)")
+FENCE = re.compile(r"```[A-Za-z]*[ ]*\n(.*?)\n?```", re.DOTALL)
+BOLD = re.compile(r"(?<![\w*])\*\*(?=\S)([^*\n]+?)(?<=\S)\*\*(?![\w*])")
+HEADING = re.compile(r"#{1,6}[ ]*(?=[A-Za-z])")
+CLOSING_WORDS = re.compile(r"[.]?\s+I hope it is correct\.?$")
+
+# "The answer is", "Final answer:", "Option", then the same in other languages. re.ASCII: an ASCII letter is meant.
+LEADS = [
+    re.compile(
+        r"(?:(?:so|thus|hence|therefore|finally|i think|i believe)(?:,[ ]?|[ ]))?(?:(?:the|my|our)[ ])?"
+        r"(?:(?:final|correct|right|best)[ ])?"
+        r"(?:(?:answer|ans|option|choice)\.?(?:[ ](?:is|would be|must be))?"
+        r"|(?:solution|result|letter|total|count)(?:[ ]is|(?=[ ]?:)))"
+        r"(?:[ ]?[:=]\s*|\s+)(?:(?:option|choice)[ ])?",
+        re.IGNORECASE | re.ASCII,
+    ),
+    re.compile(r"(?:i (?:would |will )?)?(?:choose|pick|select) (?:(?:option|choice) )?", re.IGNORECASE | re.ASCII),
+    re.compile(
+        r"(?:(?:所以|因此|故|综上)\s*,?\s*)?"
+        r"(?:(?:最终|正确)?(?:答案|结果|选项)\s*(?:是|为|选)?|应?选择?)\s*:?\s*"
+        r"|(?:答え|正解|解答)\s*は?\s*:?\s*"
+    ),
+    re.compile(r"(?:최종 )?(?:정답|답)\s*(?:은|는)?\s*:?\s*"),
+    re.compile(
+        r"(?:la réponse(?: finale| correcte)? est|réponse|(?:die )?(?:richtige )?antwort(?: ist| lautet)?"
+        r"|la respuesta(?: final| correcta)? es|respuesta|a resposta(?: final| correta)? é|resposta"
+        r"|la risposta(?: finale| corretta)? è|risposta|правильный ответ|ответ|đáp án(?: đúng)?(?: là)?)"
+        r"(?:[ ]?:\s*|[ ])",
+        re.IGNORECASE,
+    ),
+]
+TAILS = re.compile(
+    r"[ ]is(?: the)? (?:correct|right|best)(?: (?:answer|option|choice|one))?\.?$|[ ]is the answer\.?$"
+    r"|です[.。]?$|입니다[.]?$",
+    re.IGNORECASE | re.ASCII,
 )
 
 
 def unwrap(text: str) -> str:
-    r"""Takes off, in this order, each at most once: a lead, the full stop behind a frame, $...$, \boxed{...}, $...$."""
-    lead = LEAD.match(text)
-    if lead:
-        text = text[lead.end() :].strip(SPACE)
-    if text.endswith(("}.", "$.")):
+    r"""The answer without what may stand around it.
+
+    That is leads ("The answer is"), tails ("is correct"), frames (\boxed{}, $$, **, code fences, quotes) and the full
+    stop behind a frame.
+    """
+    for _ in range(8):
+        before = text
+        text = CLOSING_WORDS.sub("", text.strip(SPACE))
+        text = BOLD.sub(r"\1", HEADING.sub("", text, count=1) if text.startswith("#") else text)
+        text = unframe(text.removesuffix("。"))
+        for lead in LEADS:
+            found = lead.match(text)
+            if found and found.end() > 0:
+                text = text[found.end() :].strip(SPACE)
+                break
+        text = TAILS.sub("", text)
+        if text == before:
+            break
+    return text
+
+
+def unframe(text: str) -> str:
+    """Without the outermost frame, if there is one around the whole text."""
+    if text[-2:-1] and text[-2:-1] in "}$)]*`\"”" and text.endswith("."):
         text = text[:-1]
-    text = undollar(text)
+    fence = FENCE.fullmatch(text)
+    if fence and "```" not in fence[1]:
+        return fence[1].strip(SPACE)
+    if text.startswith("\\displaystyle"):
+        return text.removeprefix("\\displaystyle").strip(SPACE)
 
-    is_boxed = text.startswith("\\boxed{") and closing_brace(text, len("\\boxed")) == len(text) - 1
-    if is_boxed:
-        text = undollar(text[len("\\boxed{") : -1].strip(SPACE))
+    command = COMMAND.match(text)
+    if command and closing_brace(text, command.end()) == len(text) - 1:
+        return text[command.end() + 1 : -1].strip(SPACE)
+    for opening, closing in FRAMES:
+        inner = text[len(opening) : len(text) - len(closing)]
+        framed = text.startswith(opening) and text.endswith(closing) and inner.strip(SPACE)
+        if framed and opening not in inner and closing not in inner:
+            return inner.strip(SPACE)
+    return answer_in_json(text)
+
+
+def answer_in_json(text: str) -> str:
+    """{"answer": "B"} without its braces."""
+    if text.startswith("{") and text.endswith("}") and '"answer"' in text:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+        if list(value) == ["answer"] and isinstance(value["answer"], str | int | float | list):
+            inner = value["answer"]
+            return json.dumps(inner) if isinstance(inner, list) else str(inner).strip(SPACE)
     return text
 
 
-def undollar(text: str) -> str:
-    """$...$ without its dollar signs, if they are the only ones."""
-    if len(text) > 2 and text[0] == text[-1] == "$" and text.count("$") == 2:
-        return text[1:-1].strip(SPACE)
-    return text
+# A plain statement: what stands before its verb must be words (or $x$), and none that doubts or denies.
+STATEMENT = re.compile(
+    r"(?P<subject>(?:[A-Za-z']+|\$[A-Za-z]{1,2}\$)(?:[ ](?:[A-Za-z']+|\$[A-Za-z]{1,2}\$)){0,14}?)"
+    r"[ ](?:(?:is|are|was|equals|gets?|takes?|has|have|see|counts?|came from|comes from)"
+    r"(?: equal to| located at| at)?:?|at|on)\s+(?P<rest>.+)",
+    re.DOTALL,
+)
+CONNECTIVE = re.compile(r"(?:so|thus|hence|therefore|then|in total|a total of)\b,?[ ]+", re.IGNORECASE)
+LAST_SENTENCE = re.compile(
+    r"(?P<before>.+?)[,.;][ ]+(?:so |thus |hence |therefore |and )?(?=(?:the|my) (?:final )?answer is )", re.IGNORECASE
+)
+DOUBT = re.compile(
+    r"n't\b|\b(?:not|no|nor|neither|never|nothing|nobody|none|hardly|if|unless|or|either|whether|that|which|who|when"
+    r"|false|wrong|incorrect|unlikely|impossible|doubt\w*|maybe|perhaps|possibly|might|may|could|least|most|than|between|about|except|without)\b",
+    re.IGNORECASE,
+)
+
+
+def stated(text: str) -> str | None:
+    """What a plain sentence says its subject is: "There are 5 ways." -> "5 ways". None for anything less plain."""
+    last = LAST_SENTENCE.fullmatch(text + "\n") or LAST_SENTENCE.match(text)
+    if last and not DOUBT.search(last["before"]):
+        return unwrap(text[last.end() :])
+    connective = CONNECTIVE.match(text)
+    if connective:
+        text = text[connective.end() :]
+    statement = STATEMENT.fullmatch(text)
+    if statement and not DOUBT.search(statement["subject"]):
+        return unwrap(statement["rest"])
+    return unwrap(text) if connective else None
+
+
+def brackets_nest(text: str) -> bool:
+    """Whether each bracket is closed by its own kind, in order."""
+    expected = []
+    for character in re.findall(r"[()\[\]{}]", text):
+        if character in "([{":
+            expected.append({"(": ")", "[": "]", "{": "}"}[character])
+        elif not expected or expected.pop() != character:
+            return False
+    return not expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,12 +396,16 @@ class AnswerType:
     check: Callable[[dict], None]
     # The accuracy from which an answer counts as right, where that is a yes or no
     right_from: float = 1.0
+    # As `read`, where the format wants the answer alone (ReplyFormat.answer_may_be_wrapped); None: `read` itself
+    read_bare: Callable[[str, dict], Answer | None] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Letters: which option
 
-LETTER = re.compile(r"(?:\(([A-Z])\)\.?|([A-Z])[.):]?)(?:[ ]+(.+))?")
+ONE_LETTER = re.compile(r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|\{([A-Za-z])\}|([A-Za-z])\)?)[.:]?")
+LETTER_AND_TEXT = re.compile(r"(?:\(([A-Za-z])\)[.:]?|([A-Za-z])(?:[.):]|,|[ ]-|(?=\n)))(\s*)(\S.*)")
+TEXT_AND_LETTER = re.compile(r"(.+)[ ]\(([A-Z])\)\.?")
 
 
 def letters_of(record: dict) -> str:
@@ -280,23 +414,54 @@ def letters_of(record: dict) -> str:
     return LETTERS[: len(options)] if options else LETTERS
 
 
-def read_letter(text: str, record: dict) -> str | None:
-    match = LETTER.fullmatch(text)
-    if not match:
-        return None
-    letter, written_out = match.group(1) or match.group(2), match.group(3)
-    if letter not in letters_of(record):
-        return None
-    if written_out is None:
-        return letter
+def read_one_capital(text: str, record: dict) -> str | None:
+    return text if re.fullmatch("[A-Z]", text) and text in letters_of(record) else None
 
-    # "B. above" is option B written out; "B above", "B. below" and "B or C" are not.
-    options = record.get("options")
-    marked = text[0] == "(" or text[1] in ".):"
-    option = str(options[LETTERS.index(letter)]).strip(SPACE) if options else ""
-    if not marked or not option or written_out not in (option, f"{option}."):
-        return None
-    return letter
+
+def read_letter(text: str, record: dict) -> str | None:
+    """One letter, or the text of one option, or both if they belong together: "B above" names nothing."""
+    text = without_layout(text)
+    alone = ONE_LETTER.fullmatch(text)
+    if alone:
+        letter = "".join(filter(None, alone.groups())).upper()
+        return letter if letter in letters_of(record) else None
+    by_text = option_with_text(text, record)
+    if by_text is not None:
+        return by_text
+
+    both = LETTER_AND_TEXT.fullmatch(text)
+    if both:
+        letter, written_out = (both[1] or both[2]).upper(), both[4]
+        marked = both[3] and (both[1] or text[1] in ".):")
+        if not record.get("options") and marked and letter in letters_of(record):
+            # Nothing to compare with; a second letter would be a second answer.
+            return None if re.search(r"(?<![A-Za-z])[A-Z](?![A-Za-z])", written_out) else letter
+    else:
+        both = TEXT_AND_LETTER.fullmatch(text)
+        if not both:
+            return None
+        letter, written_out = both[2], both[1]
+    return letter if option_with_text(written_out, record) == letter else None
+
+
+def without_layout(text: str) -> str:
+    r"""\textbf{(B)}\ \text{green} -> (B) green"""
+    text = re.sub(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\[ ,;]", " ", text)
+    if text.count("$") % 2 == 0:
+        text = text.replace("$", "")
+    return text.strip(SPACE)
+
+
+def option_with_text(text: str, record: dict) -> str | None:
+    """The letter of the one option with this text, as `plain` compares; without the article if none has it with."""
+    options = record.get("options") or []
+    for comparable in (plain, without_article):
+        wanted, texts = comparable(text), [comparable(option) for option in options]
+        same = [letter for letter, option in zip(LETTERS, texts, strict=False) if option == wanted]
+        if same and wanted:
+            return same[0] if len(same) == 1 else None
+    return None
 
 
 def letter_accuracy(answer: str, record: dict) -> float:
@@ -316,9 +481,43 @@ def check_letter(record: dict) -> None:
 # Digits: one whole number
 
 
+NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
+COUNT = re.compile(
+    r"(?:position |number |no\. |#|= ?)?(?P<number>[0-9]{1,15}|[0-9]{1,3}(?:,[0-9]{3}){1,4}|[a-z]+)(?:\.0{0,9})?"
+    r"(?: \((?P<again>[a-z0-9]+)\))?"
+    r"(?: (?P<noun>[a-z]+(?: [a-z]+)?)| ?[\u3040-\u30ff\u4e00-\u9fff]{1,2}(?<![十百千万億亿]))??"
+    r"(?: in total)?\.?",
+    re.IGNORECASE | re.ASCII,
+)
+
+
+def read_ascii_digits(text: str, record: dict) -> int | None:
+    return int(text) if re.fullmatch("[0-9]{1,15}", text) else None
+
+
 def read_digit(text: str, record: dict) -> int | None:
-    match = re.fullmatch(r"([0-9]{1,15})\.?", text)
-    return int(match.group(1)) if match else None
+    """A whole number, perhaps as a word or with what is counted: "1,200", "3 cars", "three (3)", "2 + 1 = 3"."""
+    if "=" in text[1:]:
+        # A true equation, or one with a name on the left, has its right side as its value.
+        has_value = isinstance(math_answers.read(text), math_answers.Number)
+        return read_ascii_digits(text.rpartition("=")[2].strip(SPACE + ".$"), record) if has_value else None
+    match = COUNT.fullmatch(re.sub(r"^\((.*)\)$|^\[(.*)\]$", r"\1\2", text))
+    if not match or match["noun"] and not math_answers.noun_called(match["noun"]):
+        return None
+    number = whole_number(match["number"])
+    if match["again"] and whole_number(match["again"]) != number:
+        return None
+    return number
+
+
+def whole_number(written: str) -> int | None:
+    digits = written.replace(",", "")
+    if digits.isdigit():
+        return int(digits)
+    return NUMBER_WORDS.index(written.lower()) if written.lower() in NUMBER_WORDS else None
 
 
 def digit_accuracy(answer: int, record: dict) -> float:
@@ -343,10 +542,8 @@ def grid_size(record: dict) -> int:
 
 
 def read_indices(text: str, size: int) -> list[int] | None:
-    """`size` indices from 1 to `size`, in any brackets or none. They may repeat: that is wrong, but readable."""
-    if not re.fullmatch(r"[0-9 ,\t\r\n\[\]()]+", text):
-        return None
-    if text.count("[") != text.count("]") or text.count("(") != text.count(")"):
+    """`size` indices from 1 to `size`, in any brackets that nest, or none. They may repeat: wrong, but readable."""
+    if not re.fullmatch(r"[0-9 ,;|\t\r\n\[\](){}]+", text) or not brackets_nest(text):
         return None
     numbers = re.findall(r"[0-9]+", text)
     if len(numbers) != size or any(len(number) > 6 for number in numbers):
@@ -357,8 +554,18 @@ def read_indices(text: str, size: int) -> list[int] | None:
     return indices if in_range else None
 
 
+GRID_LAYOUT = re.compile(
+    r"\\(?:begin|end)\{[a-z]*(?:matrix|array)\}(?:\{[lcr|]*\})?|\\\\|\\left|\\right|&"  # LaTeX
+    r"|\|[ :|-]*-[ :|-]*\|"  # the line below a table's head
+    r"|\b(?:row [0-9]+|(?:first|second|third|fourth|fifth|sixth) row):"
+    r"|(?<= )/(?= )",
+    re.IGNORECASE,
+)
+
+
 def read_grid(text: str, record: dict) -> list[int] | None:
-    return read_indices(text, grid_size(record))
+    """As `read_indices`, and out of a LaTeX matrix, a table, or rows with their names."""
+    return read_indices(GRID_LAYOUT.sub(" ", text).strip(SPACE + "."), grid_size(record))
 
 
 def is_arrangement(indices: list[int], size: int) -> bool:
@@ -394,22 +601,70 @@ def is_whole(value: object) -> bool:
 NUMBER = re.compile(r"-?[0-9]{1,9}(?:\.[0-9]{1,9})?")
 
 
+COORDINATE = re.compile(r"-?(?:[0-9]{1,9}(?:\.[0-9]{1,9})?|\.[0-9]{1,9})")
+# What detectors write around their numbers, and the names of the numbers, which then must all be there
+BOX_TAGS = re.compile(
+    r"<\|?/?(?:box|point|box_start|box_end|point_start|point_end)\|?>"
+    r"|\\left|\\right|\b(?:pyautogui\.)?click(?=\()|(?<=[0-9])px"
+)
+BOX_KEYS = ("bbox_2d", "bbox", "box", "box_2d", "point_2d", "point")
+COORDINATE_NAMES = (["x", "y"], ["x1", "y1", "x2", "y2"], ["xmin", "ymin", "xmax", "ymax"])
+NAMES_BEFORE = re.compile(r"\((?:x, ?y|x1, ?y1, ?x2, ?y2)\) ?= ?")
+
+
 def read_numbers(text: str, count: int) -> list[float] | None:
-    """`count` decimal numbers between commas or spaces, in one pair of brackets or none."""
-    if text[:1] + text[-1:] in ("[]", "()"):
-        text = text[1:-1]
-    numbers = re.split(r"[ \t\r\n]*,[ \t\r\n]*|[ \t\r\n]+", text.strip(SPACE))
-    if len(numbers) != count or not all(NUMBER.fullmatch(number) for number in numbers):
+    """`count` decimal numbers between commas or spaces, in brackets that nest, or none."""
+    if not brackets_nest(text) or re.search(r",\s*,", text):
+        return None
+    numbers = [number for number in re.split(r"[\s,;()\[\]{}]+", text) if number]
+    if len(numbers) != count or not all(COORDINATE.fullmatch(number) for number in numbers):
         return None
     return [float(number) for number in numbers]
 
 
+def read_coordinates(text: str, count: int) -> list[float] | None:
+    """As `read_numbers`, and out of JSON ({"bbox_2d": [...]}), detection tags, or names: "x=1, y=2"."""
+    text = coordinates_in_json(BOX_TAGS.sub(" ", text).strip(SPACE).removesuffix("."))
+    text = NAMES_BEFORE.sub("", text, count=1)
+    names = re.findall(r"([a-z]+[0-9]?) ?[=:]", text)
+    if names:
+        if names not in COORDINATE_NAMES:
+            return None
+        text = re.sub(r"[a-z]+[0-9]? ?[=:]", " ", text)
+    return read_numbers(text, count)
+
+
+def coordinates_in_json(text: str) -> str:
+    """The numbers of a JSON object, or of a list of one object, as text; other texts as they are."""
+    if '"' not in text:
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, dict):
+        return text
+    found = [value[key] for key in BOX_KEYS if key in value]
+    if len(found) == 1 and isinstance(found[0], list):
+        return json.dumps(found[0])
+    return json.dumps({key: number for key, number in value.items() if key != "label"}).replace('"', "").strip("{}")
+
+
 def read_box(text: str, record: dict) -> list[float] | None:
-    return read_numbers(text, 4)
+    return read_coordinates(text, 4)
 
 
 def read_point(text: str, record: dict) -> list[float] | None:
-    return read_numbers(text, 2)
+    """A point, or the centre of a box, as ScreenSpot counts it."""
+    point = read_coordinates(text, 2)
+    if point is not None:
+        return point
+    box = read_coordinates(text, 4)
+    if box is None or box[2] <= box[0] or box[3] <= box[1]:
+        return None
+    return [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]
 
 
 def iou(box: list[float], gold: list[float]) -> float:
@@ -443,7 +698,12 @@ def check_box(record: dict) -> None:
 
 
 def is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the largest float
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,8 +711,14 @@ def is_finite(value: object) -> bool:
 
 
 def plain(text: object) -> str:
-    """Text as it is compared: case, runs of white space and a closing full stop do not matter."""
-    return " ".join(str(text).casefold().split()).removesuffix(".").rstrip()
+    """Text as it is compared: case, runs of white space, closing full stops, the form of quotes do not matter."""
+    text = unicodedata.normalize("NFKC", str(text)).replace("’", "'").replace("−", "-")
+    return " ".join(text.casefold().split()).rstrip(" .。")
+
+
+def without_article(text: object) -> str:
+    """As `plain`, without an article in front and an exclamation mark behind."""
+    return re.sub(r"^(?:- )?(?:(?:the|an|a) )?(?=.)", "", plain(text).rstrip("!"))
 
 
 def accepted_texts(gold: str | list[str]) -> list[str]:
@@ -470,8 +736,9 @@ def text_accuracy(answer: str, record: dict) -> float:
     accepted = set()
     for text in accepted_texts(record["answer"]):
         # Reading may have taken a lead off ("option a" -> "a"), so the gold text counts with and without its own.
-        accepted |= {plain(text), plain(unwrap(text))}
-    return float(plain(answer) in accepted)
+        accepted |= {without_article(text), without_article(unwrap(fold(text)))}
+    said = {without_article(answer), without_article(stated(answer) or answer)}
+    return float(bool(said & accepted))
 
 
 def check_text(record: dict) -> None:
@@ -489,134 +756,27 @@ def check_text(record: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mathematics: an expression of the same value, by math-verify
-#
-# A computer algebra system is never safe from "9^9^9^9": big integers are computed in C, where no timeout reaches, and
-# a timeout by signal exists in the main thread only. So the text is checked first: short, known commands, small
-# exponents, no towers of them, small factorials.
-
-MATH_TEXT = re.compile(r"[0-9A-Za-z+\-*/^_=<>()\[\]{}|,.!%&:'\\ ~]+")
-MATH_COMMANDS = frozenset(
-    "frac dfrac tfrac sqrt pi cdot times div left right text mathrm mathbf infty cup cap in le leq ge geq lt gt ne neq "
-    "sin cos tan cot sec csc arcsin arccos arctan log ln circ degree angle alpha beta gamma delta theta lambda mu phi "
-    "omega begin end quad emptyset varnothing mid".split()
-)
-MATH_HEDGE = re.compile(r"(?<![A-Za-z])(?:or|and|not|either|neither|maybe)(?![A-Za-z])", re.IGNORECASE)
-# ^12, ^x, ^\circ, ^{anything short without another exponent}, ^{\frac{1}{2}}
-EXPONENT = re.compile(
-    r"\^(?:([0-9]{1,3})(?![0-9.])|([A-Za-z]|\\circ|\\degree)|\{([^{}^]{1,20})\}"
-    r"|\{(-?\\[dt]?frac\{[0-9]{1,3}\}\{[0-9]{1,3}\})\})"
-)
-SMALL_FACTORIAL = re.compile(r"(?<![0-9])[0-9]{1,2}!(?!!)")
-
-
-def harmless_math(text: str) -> bool:
-    """True if the text is short, names one value, and cannot make a computer algebra system run for long."""
-    if len(text) > MAX_MATH or not MATH_TEXT.fullmatch(text):
-        return False
-    if "**" in text or "--" in text or MATH_HEDGE.search(text):
-        return False
-    if any(command not in MATH_COMMANDS for command in re.findall(r"\\([A-Za-z]+)", text)):
-        return False
-    if any(len(number) > 30 for number in re.findall(r"[0-9]+", text)):
-        return False
-    if re.search(r"\{ *\}", text):
-        return False  # math-verify drops an empty \text{}, which would join two numbers to a long one
-    return one_value(text) and small_factorials(text) and small_powers(text)
-
-
-def one_value(text: str) -> bool:
-    """False for "4 = 5" and "4 = x = 5", of which math-verify would take the last value; "x = 5" is one value."""
-    for part in text.split(","):
-        left, equals, right = part.partition("=")
-        if equals and ("=" in right or not re.search(r"[A-Za-z]", left)):
-            return False
-    return True
-
-
-def small_factorials(text: str) -> bool:
-    """Every ! stands behind a number of at most two digits, and nothing is raised to a power beside it."""
-    if "!" not in text:
-        return True
-    return "^" not in text and text.count("!") == len(SMALL_FACTORIAL.findall(text))
-
-
-def small_powers(text: str) -> bool:
-    """Written out, the powers would be numbers of bounded length and sums of a bounded number of terms."""
-    powers = list(EXPONENT.finditer(text))
-    if len(powers) != text.count("^"):
-        return False  # an exponent that is long, or has an exponent itself
-
-    # Powers may stand on powers, so the exponents multiply: all of them, and those of a bracket, which is expanded.
-    product, product_on_brackets = 1, 1
-    for power in powers:
-        numbers = re.findall(r"[0-9]+", power.group())
-        exponent = math.prod(max(1, int(number)) for number in numbers)
-        product *= exponent
-        base = text[: power.start()].rstrip()
-        if base.endswith((")", "]", "}", "|")):
-            product_on_brackets *= exponent
-
-    without_commands = re.sub(r"\\[A-Za-z]+", "", text)
-    variables = len(set(re.findall(r"[A-Za-z]", without_commands)))
-    if variables == 0:
-        limit = 1000
-    elif variables <= 2:
-        limit = 60
-    else:
-        limit = 5
-    return product <= 1000 and product_on_brackets <= limit
-
-
-def math_seconds() -> int | None:
-    """math-verify's timeout is a signal, which only the main thread can have. Elsewhere `harmless_math` must do."""
-    return MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
-
-
-@lru_cache(maxsize=4096)  # the gold answer meets every reply of its group
-def parse_math(text: str) -> list:
-    """[one sympy expression] or []. The whole text is the expression: nothing is searched for inside it."""
-    if not harmless_math(text):
-        return []
-    # Imported here: it brings sympy, which takes a second and which only this answer type needs.
-    from math_verify import LatexExtractionConfig, parse
-
-    # Only the LaTeX reader: the one for plain expressions ends in Python's eval.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at every timeout, and once about having none
-    found = parse(
-        f"${text}$",
-        [LatexExtractionConfig()],
-        fallback_mode="no_fallback",
-        extraction_mode="first_match",
-        parsing_timeout=math_seconds(),
-    )
-    return [value for value in found if not isinstance(value, str)]
-
-
-def same_math(gold: str, answer: str) -> bool:
-    """Whether two expressions are the same text but for spaces, or else equal in value (math-verify)."""
-    if "".join(unwrap(gold).split()) == "".join(answer.split()):
-        return True
-    from math_verify import verify
-
-    return bool(verify(parse_math(unwrap(gold)), parse_math(answer), timeout_seconds=math_seconds()))
+# Mathematics: an expression, a set, an interval … of the same value. How it is read: math_answers.py
 
 
 def read_math(text: str, record: dict) -> str | None:
-    """The expression as text if math-verify can parse it, else None."""
-    text = text.removesuffix(".")
-    return text if parse_math(text) else None
+    """The text itself if it can be read as an answer to this gold, else None."""
+    return text if math_answers.read_reply(math_gold(record), text) else None
+
+
+def math_gold(record: dict) -> str:
+    return unwrap(fold(str(record["answer"])))
 
 
 def math_accuracy(answer: str, record: dict) -> float:
-    return float(same_math(str(record["answer"]), answer))
+    return float(math_answers.same_answer(math_gold(record), answer))
 
 
 def check_math(record: dict) -> None:
     gold = record.get("answer")
     readable = isinstance(gold, str | int | float) and not isinstance(gold, bool)
-    if not readable or not parse_math(unwrap(str(gold).strip(SPACE))):
-        raise ValueError(f"answer {gold!r:.80} cannot be read as mathematics")
+    if not readable or math_answers.read(math_gold(record)) is None:
+        raise ValueError(f"answer {gold!r:.80} cannot be read as mathematics with a finite value")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -624,19 +784,21 @@ def check_math(record: dict) -> None:
 
 ANSWER_TYPES = {
     "letter": AnswerType(
-        grammar='one capital: "B", "(B)", "(B).", "B.", "B)", "B:", or marked and with its option, "B. below" -> "B"',
+        grammar='one letter: "B", "(B)", "B.", "b", or its option, or both: "below", "B. below", "below (B)" -> "B"',
         read=read_letter,
+        read_bare=read_one_capital,
         accuracy=letter_accuracy,
         check=check_letter,
     ),
     "digit": AnswerType(
-        grammar='a whole number of at most 15 ASCII digits: "12", "12." -> 12',
+        grammar='a whole number of at most 15 digits: "12", "12.", "twelve", "12 cars", "7 + 5 = 12" -> 12',
         read=read_digit,
+        read_bare=read_ascii_digits,
         accuracy=digit_accuracy,
         check=check_digit,
     ),
     "grid": AnswerType(
-        grammar='rows * cols indices from 1: "2 1 4 3", "2,1,4,3", "[[2, 1], [4, 3]]", "(2 1) (4 3)" -> [2, 1, 4, 3]',
+        grammar='rows * cols indices from 1: "2 1 4 3", "2,1,4,3", "[[2, 1], [4, 3]]", "2 1; 4 3" -> [2, 1, 4, 3]',
         read=read_grid,
         accuracy=grid_accuracy,
         check=check_grid,
@@ -649,13 +811,13 @@ ANSWER_TYPES = {
         right_from=0.5,  # the usual threshold for a found object
     ),
     "point": AnswerType(
-        grammar='x, y: "10, 20.5", "[10 20.5]", "(10, 20.5)" -> [10.0, 20.5]',
+        grammar='x, y, or a box with that centre: "10, 20.5", "(10, 20.5)", "[5, 20, 15, 21]" -> [10.0, 20.5]',
         read=read_point,
         accuracy=point_accuracy,
         check=check_box,
     ),
     "math": AnswerType(
-        grammar=r'what math-verify can parse, as text: "0.5", "x = 5", "\frac{\sqrt{3}}{2}", "(1, 2)", "5."',
+        grammar=r'mathematics with a finite value, as text: "0.5", "x = 5", "\frac{\sqrt{3}}{2}", "(1, 2)", "5 cm"',
         read=read_math,
         accuracy=math_accuracy,
         check=check_math,
@@ -684,17 +846,24 @@ def type_of(record: dict) -> AnswerType:
 def read_answer(text: str, record: dict, wrapped: bool | None = None) -> Answer | None:
     r"""Reads one answer by the strict grammar of the record's answer type. None if the whole text does not match.
 
-    wrapped: whether a lead ("The answer is B") and a frame (\boxed{B}, $B$) may stand around it. Default: yes in every
-    format but `bare`, where the prompt asks for the answer and nothing else.
+    wrapped: whether a frame (\boxed{B}, $B$), a lead ("The answer is B") or a plain sentence may stand around it, and
+    the answer in any usual spelling. Default: as the format says (ReplyFormat.answer_may_be_wrapped).
     """
     if wrapped is None:
         wrapped = format_called(reply_format(record)).answer_may_be_wrapped
+    kind = type_of(record)
     text = text.strip(SPACE)
     if len(text) > MAX_ANSWER:
         return None
-    if wrapped:
-        text = unwrap(text)
-    return type_of(record).read(text, record)
+    if not wrapped:
+        return (kind.read_bare or kind.read)(text, record)
+
+    text = unwrap(fold(text))
+    answer = kind.read(text, record)
+    if answer is None:
+        statement = stated(text)
+        answer = kind.read(statement, record) if statement else None
+    return answer
 
 
 def accuracy(answer: Answer, record: dict) -> float:

@@ -137,7 +137,7 @@ def test_a_question_without_a_pair_says_why(policy, base, reason):
 
 def test_a_base_reply_that_cannot_be_broken_gives_no_pair():
     bare = {**RECORD, "think": False, "reply_format": "bare"}
-    assert pair_of(["B"], ["B", "(B)"], bare) == (None, "rejected cannot be broken")
+    assert pair_of(["B"], ["B", " B\n"], bare) == (None, "rejected cannot be broken")
 
 
 def test_the_first_reply_that_passes_is_taken_on_both_sides():

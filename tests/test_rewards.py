@@ -60,7 +60,7 @@ def test_the_format_follows_think_unless_the_record_names_one():
 
 GOOD = {
     "think": ["<think>R</think><answer>B</answer>", " \n<think> R </think>\n\n<answer>\nB\n</answer>\t\n"],
-    "bare": ["B", " B\n", "(B)", "B.", "B)", "B. below"],
+    "bare": ["B", " B\n"],
     "tags": ["<reason>R</reason><result>B</result>", "<reason>R</reason> \n <result>B</result>\n"],
     "boxed": ["R \\boxed{B}", "R $\\boxed{B}$.", "\\boxed{B}", "R\n\\boxed{ B }.\n", "R $\\boxed{B}.$"],
     "json": ['{"reason": "R", "answer": "B"}', '\n{"answer": "B",\n "reason": "R"}\n'],
@@ -99,6 +99,12 @@ BAD = {
         "<think>R</think><answer>B</answer>\x00",
     ],
     "bare": [
+        "(B)",
+        "B.",
+        "B)",
+        "B. below",
+        "below",
+        "Ｂ",
         "The answer is B",
         "\\boxed{B}",
         "$B$",
@@ -245,8 +251,6 @@ def test_these_say_letter_b(text):
         "not B",
         "not A",
         "The answer is not B",
-        "b",
-        "(b)",
         "",
         " ",
         "D",
@@ -256,12 +260,12 @@ def test_these_say_letter_b(text):
         "B above",
         "B below",
         "B. below it",
-        "below",
+        "below or above",
+        "not below",
         "\\boxed{A} \\boxed{B}",
-        "\\boxed{\\boxed{B}}",
         "$B",
         "((B))",
-        "[B]",
+        "[B)",
     ]
     + [
         "The answer is A or B",
@@ -269,7 +273,7 @@ def test_these_say_letter_b(text):
         "The answer is",
         "B?",
         "B!",
-        "Ｂ",
+        "Ƀ",
         "В",
         "B\x00",
         "B\nA",
@@ -282,14 +286,15 @@ def test_these_say_no_letter(text):
     assert rewards.score(think(text), letter("B"))["reward"] == 0.0
 
 
-def test_without_options_every_capital_is_a_letter_but_none_can_be_written_out():
+def test_without_options_every_capital_is_a_letter_and_what_is_written_out_cannot_be_checked():
     record = of("letter", "Q")
-    assert rewards.read_answer("Q", record) == "Q"
-    for text in ("Q. quiet", "Q. None", "Q. ", "É"):
-        assert rewards.read_answer(text, record) in (None, "Q" if text == "Q. " else None)
+    for text in ("Q", "Q. ", "Q. quiet", "(Q) none of these"):
+        assert rewards.read_answer(text, record) == "Q", text
+    for text in ("É", "Q. A or B", "Q quiet", "quiet", "Q, quiet"):
+        assert rewards.read_answer(text, record) is None, text
 
 
-def test_digits_are_ascii_whole_numbers():
+def test_digits_are_whole_numbers():
     for text, value in [
         ("7", 7),
         ("0", 0),
@@ -298,24 +303,26 @@ def test_digits_are_ascii_whole_numbers():
         ("\\boxed{12}", 12),
         ("The answer is 12", 12),
         ("$12$", 12),
+        ("7.0", 7),
+        ("seven", 7),
+        ("７", 7),
+        ("1,000", 1000),
     ]:
         assert rewards.read_answer(text, of("digit", 1)) == value
     for text in [
         "-7",
         "+7",
-        "7.0",
         "7.5",
         "1e999",
         "1e3",
         "0x1F",
         "7 8",
         "7 or 8",
-        "seven",
+        "seventh",
         "٣",
-        "７",
         "²",
         "1_000",
-        "1,000",
+        "1,00",
         "9" * 16,
         "9" * 5000,
     ]:
@@ -340,7 +347,7 @@ def test_a_grid_is_read_in_any_of_its_usual_spellings():
 
 @pytest.mark.parametrize(
     "text",
-    ["2143", "2 1 4", "2 1 4 3 1", "2 1 4 5", "0 1 2 3", "2 1 4 -3", "2;1;4;3", "a 2 1 4 3", "2 1 4 ٣", "[2 1 4 3"],
+    ["2143", "2 1 4", "2 1 4 3 1", "2 1 4 5", "0 1 2 3", "2 1 4 -3", "2:1:4:3", "a 2 1 4 3", "2 1 4 ٣", "[2 1 4 3"],
 )
 def test_these_are_no_grid_of_four(text):
     assert rewards.score(think(text), grid()) == {"reward": 0.0, "accuracy": 0.0, "format": 0.0, "answer": None}
@@ -473,7 +480,6 @@ def test_mathematics_is_compared_by_value():
         "5?",
         "5.6.7",
         "٥",
-        "５",
         "\\text{5 or 6}",
         "\\boxed{4} \\boxed{5}",
         "\\boxed{4}, 5",
@@ -489,37 +495,6 @@ def test_another_value_or_a_second_value_is_not_five(text):
 @pytest.mark.parametrize("text", ["4 or 5", "5 or 6", "5 and 6", "not 5", "5 OR 6", "4 = 5", "x=4=5", "5; 6", "5?"])
 def test_a_hedge_is_not_even_readable_as_mathematics(text):
     assert rewards.score(think(text), of("math", "5"))["format"] == 0.0
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "9^{9^9}",
-        "9**9",
-        "9^9999",
-        "9^99999999",
-        "9^{9999}",
-        "99^{99}!",
-        "99^99!",
-        "100!",
-        "9!!",
-        "(9!)!",
-        "9^9\\text{}999",
-        "9^9\\text{ }999",
-    ]
-    + [
-        "9^9\\!999",
-        "((9^{99})^{99})^{99}",
-        "(a+b+c)^{6}",
-        "(a+b)^{61}",
-        "\\sum_{n=1}^{9} n",
-        "9" * 31,
-        "1+" * 100 + "1",
-    ],
-)
-def test_what_could_keep_algebra_busy_is_not_shown_to_it(text):
-    assert not rewards.harmless_math(text)
-    assert rewards.parse_math(text) == []
 
 
 def test_a_mathematical_bomb_is_refused_before_any_algebra_is_done():
@@ -543,6 +518,13 @@ def test_a_mathematical_bomb_is_refused_before_any_algebra_is_done():
         "\\sum_{n=1}^{1000000000} n^n",
         "\\int_0^1 x^x dx",
         "(a+b+c+d+e+f)^{60}",
+        "((9^{99})^{99})^{99}",
+        "\\sin^{999}(x)",
+        "(" * 60 + "x" + ")^{99}" * 20,
+        "\\tan(" * 20 + "x" + ")" * 20,
+        "9^9\\text{}999",
+        "9^9\\text{ }999",
+        "(a+b)^{61}",
         "{" * 90 + "1" + "}" * 90 + "^" * 10,
         "(" * 199,
         "1+" * 5000 + "1",
@@ -552,7 +534,7 @@ def test_a_mathematical_bomb_is_refused_before_any_algebra_is_done():
         "1e999",
     ]:
         assert rewards.score(think(text), of("math", "5"))["accuracy"] == 0.0, text
-    assert time.perf_counter() - start < 5.0
+    assert time.perf_counter() - start < 2.0
 
 
 def test_mathematics_is_read_outside_the_main_thread_too():
@@ -700,8 +682,6 @@ HOSTILE = {
     "letters": think("A." * 900),
     "lone surrogates": think("\ud800\udfff"),
     "right to left": think("\u202eA"),
-    "zero width": think("A\u200b"),
-    "full width": think("Ａ"),
     "other digits": think("١"),
     "superscript": think("¹"),
     "a null byte": think("A\x00"),

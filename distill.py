@@ -198,6 +198,8 @@ def parse_args(argv=None):
     add("--policy", required=True, help="model of the chosen replies (directory or hub id): GRPO-zero, a teacher, …")
     add("--base", help="model of the rejected replies: the one the cold start trains; unused with --reject-from chosen")
     add("--data", required=True, nargs="+", help="records.jsonl files: prompts, images and gold answers")
+    add("--skip-bad", action="store_true",
+        help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
     add("--out", required=True, help="pairs.jsonl to write: records with chosen and rejected")
     add("--limit", type=integer("[0, inf)"), default=0, help="use the first N records only; 0: all")
     add("--seed", type=integer("[0, inf)"), default=0,
@@ -288,7 +290,7 @@ def main(argv=None):
     # 1. Read: everything that can be wrong is found before a model is loaded
     out = Path(args.out)
     check_paths(out, {"--policy": args.policy, "--base": args.base})
-    records = read_records(args.data, rewards.check_gold)[: args.limit or None]
+    records = read_records(args.data, rewards.check_gold, skip_bad=args.skip_bad)[: args.limit or None]
     places = range(world.rank, len(records), world.size)
     mine = [records[place] for place in places]
 

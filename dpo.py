@@ -110,6 +110,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", required=True, help="checkpoint to start from (directory or hub id); also the frozen reference")
     add("--data", required=True, nargs="+", help="pairs.jsonl files (distill.py writes them); SFT needs only `chosen`")
+    add("--skip-bad", action="store_true",
+        help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
     add("--out", required=True, help="run directory; ends as a model directory for the next stage")
     add("--seed", type=integer("[0, inf)"), default=0, help="fixes the order of the pairs")
 
@@ -158,7 +160,7 @@ def main(argv=None):
 
     # 1. Read the pairs
     text_fields = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
-    pairs = read_records(args.data, rewards.check_gold, text_fields)
+    pairs = read_records(args.data, rewards.check_gold, text_fields, args.skip_bad)
     steps = args.steps or math.ceil(len(pairs) / args.batch)
     total = args.steps * args.batch or len(pairs)  # one pass ends with the last pair, in a smaller batch
     order = epoch_order(args.seed, len(pairs), 0, total)

@@ -168,7 +168,7 @@ def format_gains(
 ROLES = ("data", "id", "ood")
 
 
-def read_files(files: dict[str, list[str]], limit: int | None) -> list[dict]:
+def read_files(files: dict[str, list[str]], limit: int | None, skip_bad: bool = False) -> list[dict]:
     """All records of {role: files}, in that order, with "_file" (absolute), "_role" and "_source".
 
     limit: only so many of each file. A file named twice is read once, in its last role: a file of --data that is also
@@ -177,7 +177,7 @@ def read_files(files: dict[str, list[str]], limit: int | None) -> list[dict]:
     roles = {os.path.abspath(path): role for role in ROLES for path in files[role]}
     records = []
     for path, role in roles.items():
-        for record in read_records(path, check=rewards.check_gold)[:limit]:
+        for record in read_records(path, rewards.check_gold, skip_bad=skip_bad)[:limit]:
             form = rewards.reply_format(record)
             source = record["source"] if form == "think" else f"{record['source']}:{form}"
             records.append(record | {"_file": path, "_role": role, "_source": source})
@@ -321,6 +321,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("what to evaluate").add_argument
     add("--model", metavar="DIR", help="model or run directory, or a hub id")
     add("--data", nargs="+", default=[], metavar="FILE", help="records.jsonl files")
+    add("--skip-bad", action="store_true",
+        help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")
     add("--out", type=Path, metavar="FILE.json", help="the result file to write")
     add("--limit", type=integer("[1, inf)"), metavar="N", help="only the first N records of each file (default: all)")
     add("--batch", type=integer("[1, inf)"), default=64, metavar="N",
@@ -388,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     world = training.setup()
 
     # 1 read: what is wrong with the input is found here, before the model is loaded
-    records = read_files({"data": args.data, "id": args.id, "ood": args.ood}, args.limit)
+    records = read_files({"data": args.data, "id": args.id, "ood": args.ood}, args.limit, args.skip_bad)
     folder = args.out.absolute().parent
     before = read_baseline(args.baseline, records, folder) if args.baseline else None
     weights = dict(args.ood_weights) if args.ood_weights else None

@@ -199,6 +199,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", required=True, help="checkpoint to start from (directory or hub id)")
     add("--data", required=True, nargs="+", help="records.jsonl files: prompts, images and gold answers")
+    add("--skip-bad", action="store_true",
+        help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
     add("--out", required=True, help="run directory; ends as a model directory for the next stage")
     add("--seed", type=integer("[0, inf)"), default=0, help="fixes the order of the prompts and every sample")
 
@@ -348,7 +350,7 @@ def main(argv=None):
     if P % world.size:
         raise DataError(f"--prompts {P} cannot be dealt evenly to {world.size} processes")
     # Input and run directory are checked before anything expensive: a typo must not cost a model's loading time.
-    records = read_records(args.data, rewards.check_gold)
+    records = read_records(args.data, rewards.check_gold, skip_bad=args.skip_bad)
     run = training.Run.open(vars(args), world, vllm_sampler.MAY_CHANGE)
     options = training.load_options(args)
     policy, encoder = model.load(args.model, world, train=True, **options)

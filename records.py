@@ -5,6 +5,7 @@ has the fields. Everything that can be wrong with a file is found here, before a
 """
 
 import json
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -118,7 +119,7 @@ def read_records(
             records.append({**record, "_where": where})
         if len(records) == before:
             raise DataError(f"{path}: no records" + (f" left; {skipped[-1]}" if skipped else ""))
-    if skipped:
+    if skipped and os.environ.get("RANK", "0") == "0":  # every rank reads the same
         print(f"skipped {len(skipped)} records: first {skipped[0]}", file=sys.stderr)
 
     with ThreadPoolExecutor(8) as pool:

@@ -625,7 +625,7 @@ def test_help_shows_each_group_and_each_flag_once_of(stage, parser_of):
 # What add_training_flags gives both trainers: of args.json these are the machine's and the run directory's part.
 MACHINE = {"max_pixels", "dtype", "attn", "freeze_vision", "micro_tokens", "gradient_checkpointing", "shard",
            "replicas", "offload", "accumulate", "measure_peak", "save_every", "keep"}  # fmt: skip
-COMMON = {"model", "data", "out", "seed", "steps", "lr", "schedule", "warmup", "grad_clip"}
+COMMON = {"model", "data", "skip_bad", "out", "seed", "steps", "lr", "schedule", "warmup", "grad_clip"}
 SETTINGS = {
     "dpo": COMMON | MACHINE | {"loss", "beta", "sft_weight", "batch"},
     "grpo": COMMON | MACHINE | {
@@ -769,3 +769,13 @@ def test_a_stage_that_fails_says_why_in_under_40_lines_wherever_it_runs(material
         assert part.count("\n") < 40, part
         for noise in ("torch/distributed", "by peer", "c10d"):
             assert noise not in part, part
+
+
+def test_skip_bad_leaves_out_what_cannot_be_scored_and_says_how_many(material, tmp_path, capsys):
+    bad = material.question("unscorable", "What is it?", answer="perhaps", answer_type="digit")
+    data = write(material.folder / "with_bad.jsonl", [*material.records[:4], bad])
+    with pytest.raises(DataError, match=r"with_bad.jsonl:5: answer 'perhaps' is not a whole number"):
+        call("grpo", **material.grpo(data=data, steps=1, out=tmp_path / "stops"))
+    call("grpo", **material.grpo(data=data, steps=1, out=tmp_path / "goes on", skip_bad=True))
+    assert f"skipped 1 records: first {data}:5: answer 'perhaps'" in capsys.readouterr().err
+    assert len(rows(tmp_path / "goes on")) == 1

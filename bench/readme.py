@@ -193,10 +193,9 @@ def demo_tables() -> str:
     runs = list(logs.values())
     seeds = ", ".join(str(run["seed"]) for run in runs)
     count = SEEDS.get(len(runs), f"{len(runs)} seeds")
-    minutes = min(run["seconds"] for run in runs) / 60
     range_ = ": mean (lowest–highest)" if len(runs) > 1 else ""
     lines = [
-        f"`make demo`, {count} ({seeds}){range_}; commit `{commit}`; {minutes:.0f} minutes on two CPU cores.",
+        f"`make demo`, {count} ({seeds}){range_}; commit `{commit}`.",
         "Held-out pictures, replies sampled at temperature 1, percent.",
         "",
         "| after | format 2x1 | accuracy 2x1 | of readable answers | 3x1 | 4x1 | 2x2 |",

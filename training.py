@@ -491,6 +491,9 @@ def peak_memory(device: torch.device) -> int:
 # Run directory
 
 
+PATIENCE = 2.0  # seconds between two signals that are two wishes
+
+
 @dataclass
 class Run:
     """A training run's directory: args.json, log.jsonl, samples.jsonl, checkpoints/, LATEST, and at the end the model.
@@ -501,7 +504,8 @@ class Run:
     out: Path
     world: World
     step: int = 0
-    stop: bool = False  # somebody asked for it, by a signal
+    stop: bool = False  # somebody asked for it: a signal to this process, or to another rank
+    asked: float | None = None  # when this process itself got its first signal, by time.monotonic
     group: object = None  # process group of the thread that writes checkpoints
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     writing: object = None  # future of that thread's present task
@@ -568,8 +572,12 @@ class Run:
             shutil.rmtree(unfinished)
 
     def _ask_to_stop(self, number, frame):
-        if self.stop:  # asked twice: do not wait for the step to end
+        # Asked twice means by a person, seconds apart: then the step is not waited for. A launcher and a scheduler may
+        # send the same wish together, and another rank may have passed it on before the signal arrives here.
+        now = time.monotonic()
+        if self.asked is not None and now - self.asked > PATIENCE:
             raise KeyboardInterrupt
+        self.asked = now if self.asked is None else self.asked
         self.stop = True
 
     def log(self, row: dict, samples: list[dict] = ()) -> None:

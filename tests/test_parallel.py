@@ -259,6 +259,7 @@ def test_sigterm_stops_both_processes_with_a_checkpoint_that_one_process_goes_on
     status, _, err = end(process)
     done = len(rows(tmp_path / "out"))
     assert status != 0 and 3 <= done < 300
+    assert (tmp_path / "out/LATEST").exists(), err
     assert (tmp_path / "out/LATEST").read_text() == f"step_{done:06d}", err
     assert f"stopped after step {done} of 300" in err
     steps = done + 2

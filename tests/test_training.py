@@ -461,3 +461,15 @@ def test_the_exit_status_says_whose_fault_it_was(capsys, error, status, said):
     printed = capsys.readouterr().err.lstrip("\n")
     assert (caught.value.code or 0) == status
     assert printed == said or (status == 1 and printed.endswith(said))
+
+
+def test_one_wish_to_stop_may_arrive_several_times_and_a_second_one_comes_seconds_later(tmp_path, monkeypatch):
+    run, now = training.Run(tmp_path, CPU), [100.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    run.stop = True  # another rank was asked first, and has passed it on
+    run._ask_to_stop(signal.SIGTERM, None)
+    now[0] += 1.0
+    run._ask_to_stop(signal.SIGTERM, None)  # by the scheduler, after the launcher
+    now[0] += 1.5
+    with pytest.raises(KeyboardInterrupt):
+        run._ask_to_stop(signal.SIGINT, None)

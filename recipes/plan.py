@@ -402,8 +402,8 @@ def parse_command(command: str) -> tuple[str, argparse.Namespace, int]:
         raise DataError(f"{script}: no stage that runs a model")
     args = importlib.import_module(stage).parse_args(flags)
     launcher = training.Parser("torchrun")
-    launcher.add_argument("--nproc_per_node", "--nproc-per-node", type=integer("[1, inf)"), default=1)
-    launcher.add_argument("--nnodes", type=integer("[1, inf)"), default=1)
+    launcher.add_argument("--nproc_per_node", "--nproc-per-node", type=integer("[1, 1e5]"), default=1)
+    launcher.add_argument("--nnodes", type=integer("[1, 1e5]"), default=1)
     launched, _ = launcher.parse_known_args(before)
     return stage, args, launched.nproc_per_node * launched.nnodes
 
@@ -525,17 +525,17 @@ def commands_of(recipe: str, arguments: list[str]) -> list[str]:
 
 
 def parse_args(argv=None):
-    parser = training.Parser(__doc__)
+    parser = training.Parser(__doc__, commands=("--command",))
     add = parser.add_argument
     add("model", nargs="?", help=f"a model directory, or a published size: {', '.join(SHAPES)}")
     add("--command", help="judge this command line of a stage, in quotes, instead of the flags below")
     add("--recipe", nargs="+", metavar="FILE", help="judge every stage that this recipe, given these words, would run")
     add("--as", nargs=2, action="append", default=[], dest="models", metavar=("NAME", "MODEL"),
         help="with --command: what stands for a model that is not there yet")  # fmt: skip
-    add("--gpus", type=integer("[1, inf)"), default=8, help="processes, one a GPU, over all nodes")
-    add("--gpu-gib", type=real("(0, inf)"), default=80.0, help="GiB of a GPU")
+    add("--gpus", type=integer("[1, 1e5]"), default=8, help="processes, one a GPU, over all nodes")
+    add("--gpu-gib", type=real("[1, 1e6]"), default=80.0, help="GiB of a GPU")
     add("--shard", default="full", choices=["full", "grad", "none"], help="as in grpo.py")
-    add("--replicas", type=integer("[1, inf)"), default=1, help="as in grpo.py")
+    add("--replicas", type=integer("[1, 1e5]"), default=1, help="as in grpo.py")
     add("--offload", action="store_true", help="as in grpo.py")
     add("--accumulate", default="whole", choices=["whole", "shards"], help="as in grpo.py")
     add("--kl", action="store_true", help="with a reference model (grpo.py --kl above 0)")
@@ -543,13 +543,13 @@ def parse_args(argv=None):
     add("--gradient-checkpointing", default="on", choices=["on", "off"], help="as in grpo.py")
     add("--dtype", default="bf16", choices=["fp32", "bf16"], help="as in grpo.py")
     add("--sampler", default="builtin", choices=["builtin", "vllm", "none"], help="as in grpo.py; none: dpo.py")
-    add("--vllm-tp", type=integer("[1, inf)"), default=1, help="as in grpo.py: GPUs that share one vLLM")
+    add("--vllm-tp", type=integer("[1, 1024]"), default=1, help="as in grpo.py: GPUs that share one vLLM")
     add("--vllm-memory", type=real("(0, 1)"), default=0.4, help="as in grpo.py")
-    add("--micro-tokens", type=integer("[1, inf)"), default=16384, help="tokens and patches per forward")
-    add("--prompt", type=integer("[1, inf)"), default=400, help="tokens of a prompt, image tokens included")
-    add("--image", type=integer("[0, inf)"), default=324, help="image tokens among them")
-    add("--group", type=integer("[1, inf)"), default=8, help="replies per prompt (2: a DPO pair)")
-    add("--reply", type=integer("[1, inf)"), default=512, help="tokens of a reply")
+    add("--micro-tokens", type=integer("[1, 1e9]"), default=16384, help="tokens and patches per forward")
+    add("--prompt", type=integer("[1, 1e7]"), default=400, help="tokens of a prompt, image tokens included")
+    add("--image", type=integer("[0, 1e7]"), default=324, help="image tokens among them")
+    add("--group", type=integer("[1, 1e5]"), default=8, help="replies per prompt (2: a DPO pair)")
+    add("--reply", type=integer("[1, 1e7]"), default=512, help="tokens of a reply")
     args = parser.parse_args(argv)
     if sum(thing is not None for thing in (args.model, args.command, args.recipe)) != 1:
         parser.error("one of a model, --command and --recipe must be given")

@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import bugs_flags
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
 PATIENCE = 60  # seconds more than without a bug, before the tests are suspected to hang
@@ -659,6 +661,7 @@ BUGS = [Bug(*entry) for entry in (
      'keys = ("accuracy", "accuracy_read", "format")', 'keys = ("accuracy", "accuracy", "format")', REPORT),
 )]
 # fmt: on
+BUGS += [Bug(*entry) for entry in bugs_flags.BUGS]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -201,8 +201,8 @@ def parse_args(argv=None):
     add("--skip-bad", action="store_true",
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
     add("--out", required=True, help="pairs.jsonl to write: records with chosen and rejected")
-    add("--limit", type=integer("[0, inf)"), default=0, help="use the first N records only; 0: all")
-    add("--seed", type=integer("[0, inf)"), default=0,
+    add("--limit", type=integer("[0, 1e9]"), default=0, help="use the first N records only; 0: all")
+    add("--seed", type=integer("[0, 4294967295]"), default=0,
         help="fixes every sample, whatever --batch and the number of processes")  # fmt: skip
 
     add = parser.add_argument_group("pairs").add_argument
@@ -213,13 +213,13 @@ def parse_args(argv=None):
         help="refuse chosen replies whose reasoning contradicts their answer, by rule; none: take them")  # fmt: skip
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--samples", type=integer("[1, inf)"), default=4,
+    add("--samples", type=integer("[1, 1e5]"), default=4,
         help="replies per question from each model; more samples, fewer lost questions")  # fmt: skip
-    add("--temperature", type=real("[0, inf)"), default=1.0,
+    add("--temperature", type=real("0 or [1e-4, 1e4]"), default=1.0,
         help="sampling temperature of both models; 0: greedy, --samples 1 only")  # fmt: skip
-    add("--max-new-tokens", type=integer("[1, inf)"), default=512,
+    add("--max-new-tokens", type=integer("[1, 1e6]"), default=512,
         help="longest reply in tokens; a reply truncated there is not used")  # fmt: skip
-    add("--batch", type=integer("[1, inf)"), default=64,
+    add("--batch", type=integer("[1, 1e6]"), default=64,
         help="questions encoded at a time; the memory of sampling is bounded by itself")  # fmt: skip
 
     vllm_sampler.add_sampler_flags(parser)

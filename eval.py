@@ -312,7 +312,7 @@ def named_weight(text: str) -> tuple[str, float]:
     source, _, weight = text.rpartition("=")
     if not source:
         raise argparse.ArgumentTypeError(f"must be SOURCE=WEIGHT, not {text}")
-    return source, real("(0, inf)")(weight)
+    return source, real("[1e-6, 1e6]")(weight)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -324,10 +324,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--skip-bad", action="store_true",
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")
     add("--out", type=Path, metavar="FILE.json", help="the result file to write")
-    add("--limit", type=integer("[1, inf)"), metavar="N", help="only the first N records of each file (default: all)")
-    add("--batch", type=integer("[1, inf)"), default=64, metavar="N",
+    add("--limit", type=integer("[1, 1e9]"), metavar="N", help="only the first N records of each file (default: all)")
+    add("--batch", type=integer("[1, 1e6]"), default=64, metavar="N",
         help="records a call and process: a matter of memory and speed, not of results")
-    add("--keep-replies", type=integer("[0, inf)"), default=20, metavar="N",
+    add("--keep-replies", type=integer("[0, 1e9]"), default=20, metavar="N",
         help="records of each source whose replies are stored word for word")
 
     add = parser.add_argument_group("generalization factor (GF)").add_argument
@@ -339,15 +339,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="weight of each OOD source in the OOD gain (default: all alike)")
 
     add = parser.add_argument_group("replies").add_argument
-    add("--samples", type=integer("[1, inf)"), default=1, metavar="N", help="replies a record; above 1: pass@k")
-    add("--temperature", type=real("[0, inf)"), default=0.0, metavar="X",
+    add("--samples", type=integer("[1, 1e5]"), default=1, metavar="N", help="replies a record; above 1: pass@k")
+    add("--temperature", type=real("0 or [1e-4, 1e4]"), default=0.0, metavar="X",
         help="0: greedy; must be above 0 when --samples is above 1")
-    add("--top-k", type=integer("[0, inf)"), default=0, metavar="N",
+    add("--top-k", type=integer("[0, 1e6]"), default=0, metavar="N",
         help="sample from the N likeliest tokens; 0: from all")
     add("--top-p", type=real("(0, 1]"), default=1.0, metavar="X",
         help="sample from the likeliest tokens that hold this share of the probability; 1: from all")
-    add("--max-new-tokens", type=integer("[1, inf)"), default=512, metavar="N", help="longest reply in tokens")
-    add("--seed", type=integer("[0, inf)"), default=0, metavar="N",
+    add("--max-new-tokens", type=integer("[1, 1e6]"), default=512, metavar="N", help="longest reply in tokens")
+    add("--seed", type=integer("[0, 4294967295]"), default=0, metavar="N",
         help="sampled replies follow from it, greedy ones do not")
 
     vllm_sampler.add_sampler_flags(parser)

@@ -26,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import bugs_flags
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
 PATIENCE = 60  # seconds more than without a bug, before the tests are suspected to hang
@@ -662,6 +664,7 @@ BUGS = [Bug(*entry) for entry in (
 for path in sorted(Path(__file__).resolve().parent.glob("bugs_*.py")):
     BUGS += [Bug(*entry) for entry in runpy.run_path(str(path))["BUGS"]]
 # fmt: on
+BUGS += [Bug(*entry) for entry in bugs_flags.BUGS]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ from torch import nn
 import training
 from attention import Layout, Segments
 from families import Family, family_of, matrix_weights
-from records import DataError, open_picture, picture_size
+from pictures import MAX_IMAGE_PIXELS, PictureError, open_picture, picture_size
+from records import DataError
 from training import DEFAULT_SHARDING, World
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,13 +67,17 @@ class Prompt:
 class Encoder:
     """Turns records into prompts and texts into replies with the checkpoint's own tokenizer and image settings.
 
-    Encoded pictures are cached (up to cache_bytes) because epochs come back to them.
+    Encoded pictures are cached (up to cache_bytes) because epochs come back to them. max_image_pixels: the largest
+    width x height of an image file that is opened.
     """
 
-    def __init__(self, folder: str, family: Family, hf: nn.Module, cache_bytes: int = 512 * 2**20):
+    def __init__(
+        self, folder: str, family: Family, hf: nn.Module, cache_bytes: int = 512 * 2**20,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+    ):  # fmt: skip
         from transformers import AutoTokenizer
 
-        self.family, self.hf = family, hf
+        self.family, self.hf, self.max_image_pixels = family, hf, max_image_pixels
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.forbidden = family.forbidden(self.tokenizer)
         self.image_id = self.forbidden[0]
@@ -98,7 +103,7 @@ class Encoder:
 
     def image(self, path: str) -> Image.Image:
         """The picture of an image file, resized as every engine gets it."""
-        return self.family.resize(open_picture(path))
+        return self.family.resize(open_picture(path, self.max_image_pixels))
 
     def images(self, paths: list[str]) -> list[Image.Image]:
         """The pictures of several image files, side by side in worker threads."""
@@ -123,7 +128,7 @@ class Encoder:
 
     def _encode(self, path):
         # numpy: a torch operation in this thread would start a team of threads of its own, against the main one's.
-        picture = open_picture(path)
+        picture = open_picture(path, self.max_image_pixels)
         grid = self.family.grid(*picture.size)
         pixels = self.family.pixels(self.family.resize(picture))
         encoded = torch.from_numpy(pixels), torch.tensor(grid)
@@ -178,12 +183,14 @@ class Encoder:
         if plain.count(self.image_id) != len(record["images"]) or others & set(plain):
             raise DataError(f"{where}: the prompt's text holds image or video tokens of its own")
         counts = []
-        try:
-            for path in record["images"]:
-                grid = self.family.grid(*picture_size(path))
-                counts.append(self.family.tokens_per_picture(grid))
-        except (OSError, ValueError) as error:  # too thin a strip, or gone since the records were read
-            raise DataError(f"{where}: an image cannot be encoded ({error})") from error
+        for path in record["images"]:
+            try:
+                grid = self.family.grid(*picture_size(path, self.max_image_pixels))
+            except PictureError as error:  # gone, or changed, since the records were read
+                raise DataError(f"{where}: {error}") from error
+            except ValueError as error:  # too thin a strip
+                raise DataError(f'{where}: image "{path}" cannot be encoded ({error})') from error
+            counts.append(self.family.tokens_per_picture(grid))
         length = len(self._expand(plain, counts))
         if length >= self.max_length:
             raise DataError(f"{where}: {length} prompt tokens, the model takes {self.max_length}; lower --max-pixels")
@@ -216,13 +223,16 @@ class Encoder:
             raise DataError(problem)
 
     def prompt(self, record: dict) -> Prompt:
-        """Encode a record's question. DataError when text and images do not fit each other."""
+        """Encode a record's question. DataError when text and images do not fit each other, or a picture is gone."""
         plain, counts = self.measure(record)
         ids = torch.tensor(self._expand(plain, counts))
         pixels = grids = None
         # Pixels only here: checks and lengths never read them.
         if record["images"]:
-            pictures = [self.picture(path) for path in record["images"]]
+            try:
+                pictures = [self.picture(path) for path in record["images"]]
+            except PictureError as error:
+                raise DataError(f"{record.get('_where', record['id'])}: {error}") from error
             pixels = torch.cat([pixels for pixels, _ in pictures])
             grids = torch.stack([grid for _, grid in pictures])
         positions = self.family.positions(self.hf, ids, grids)

@@ -12,7 +12,8 @@ from groups import every_family
 from PIL import Image
 
 import model
-from records import DataError, open_picture
+from pictures import open_picture
+from records import DataError
 
 QWEN = [family for family in FAMILIES if family.startswith("qwen")]
 

@@ -1,4 +1,4 @@
-"""Pictures are opened as a person sees them, in one place for trainer, samplers and jigsaw.py: records.open_picture."""
+"""Pictures are opened as a person sees them, in one place for trainer, samplers and jigsaw.py: pictures.py."""
 
 import random
 
@@ -9,7 +9,8 @@ from PIL import Image
 
 import jigsaw
 import model
-from records import as_seen, open_picture, picture_size, write_jsonl
+from pictures import as_seen, open_picture, picture_size
+from records import write_jsonl
 
 # Left to right from black to white, top to bottom the same: what each file below shows on a screen.
 RAMP = np.linspace(0, 1, 64)[None].repeat(32, 0)  # (H, W), 1 is white

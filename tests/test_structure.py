@@ -16,13 +16,14 @@ import model
 STAGES = {"distill", "dpo", "eval", "grpo", "jigsaw", "rewards"}
 # Shared files, and what each may import of ours. Every entry names only files that stand above it.
 SHARED = {
-    "records": set(),
+    "pictures": set(),
+    "records": {"pictures"},
     "attention": set(),
     "expressions": set(),
     "math_answers": {"expressions"},
     "training": {"records"},
     "families": {"attention", "records"},
-    "model": {"attention", "families", "records", "training"},
+    "model": {"attention", "families", "pictures", "records", "training"},
     "sampler": {"attention", "model", "training"},
     "vllm_sampler": {"model", "records", "sampler", "training"},
     "report": {"records", "training"},
@@ -70,7 +71,7 @@ def test_a_shared_file_imports_only_what_stands_above_it_and_no_stage(name):
 def test_rewards_and_jigsaw_import_nothing_of_ours_but_how_mathematics_is_compared(name, allowed):
     assert imports_of(tree_of(name), everywhere=False) <= allowed
     # Scenes are asked for by --scenes only, and folders of pictures are opened as the trainer opens them.
-    assert imports_of(tree_of(name), everywhere=True) <= allowed | {"toy", "records"}
+    assert imports_of(tree_of(name), everywhere=True) <= allowed | {"toy", "pictures"}
 
 
 @pytest.mark.parametrize("name", sorted(STAGES))

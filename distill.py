@@ -290,7 +290,10 @@ def main(argv=None):
     # 1. Read: everything that can be wrong is found before a model is loaded
     out = Path(args.out)
     check_paths(out, {"--policy": args.policy, "--base": args.base})
-    records = read_records(args.data, rewards.check_gold, skip_bad=args.skip_bad)[: args.limit or None]
+    records = read_records(
+        args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels
+    )
+    records = records[: args.limit or None]
     places = range(world.rank, len(records), world.size)
     mine = [records[place] for place in places]
 
@@ -298,6 +301,7 @@ def main(argv=None):
     options = {name: getattr(args, name) for name in ("samples", "temperature", "max_new_tokens", "batch")}
     options |= {"engine": args.sampler, "vllm_memory": args.vllm_memory}
     options |= {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
+    options |= {"max_image_pixels": args.max_image_pixels}
     # Even and odd seeds: the two models must not use the same random numbers.
     seeds = [2 * (args.seed * 10**9 + place) for place in places]
     policy_texts = sample_texts("policy", args.policy, world, mine, seeds, **options)

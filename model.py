@@ -513,8 +513,8 @@ def log_probs(policy: Policy, groups: list, temperature: float = 1.0) -> tuple[t
 
 
 def load(
-    path: str, world: World, *, dtype="auto", attn="auto", max_pixels=None, train=False, freeze_vision=False,
-    gradient_checkpointing="auto", sharding=DEFAULT_SHARDING,
+    path: str, world: World, *, dtype="auto", attn="auto", max_pixels=None, max_image_pixels=MAX_IMAGE_PIXELS,
+    train=False, freeze_vision=False, gradient_checkpointing="auto", sharding=DEFAULT_SHARDING,
 ) -> tuple[Policy, Encoder]:  # fmt: skip
     """Load a checkpoint directory or hub id: -> (Policy on world.device, Encoder). Only safetensors are read.
 
@@ -542,7 +542,7 @@ def load(
         folder = local_folder(path)
         weight_dtype = torch.float32 if train or not half else torch.bfloat16
         policy, encoder = build(
-            folder, weight_dtype, max_pixels, chunk_bytes=2**29 if cuda else 2**26,
+            folder, weight_dtype, max_pixels, max_image_pixels, chunk_bytes=2**29 if cuda else 2**26,
             flash=attn != "sdpa" and cuda and half, half=half, trains=train, sharding=sharding,
         )  # fmt: skip
         hf, family = policy.hf, policy.family
@@ -576,7 +576,9 @@ def load_reference(path: str, world: World, *, sharding=DEFAULT_SHARDING, **opti
     return policy.requires_grad_(False)
 
 
-def build(folder: str, dtype: torch.dtype, max_pixels: int | None = None, **options) -> tuple[Policy, Encoder]:
+def build(
+    folder: str, dtype: torch.dtype, max_pixels: int | None = None, max_image_pixels: int = MAX_IMAGE_PIXELS, **options
+) -> tuple[Policy, Encoder]:  # fmt: skip
     """A policy without memory (on the meta device) and its encoder. options: those of Policy. DataError, OSError."""
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
@@ -595,7 +597,7 @@ def build(folder: str, dtype: torch.dtype, max_pixels: int | None = None, **opti
         config.tie_word_embeddings = text.tie_word_embeddings = False
     with torch.device("meta"):
         hf = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    encoder = Encoder(folder, family, hf)
+    encoder = Encoder(folder, family, hf, max_image_pixels=max_image_pixels)
     end_ids = {encoder.end_id}
     try:
         hf.generation_config = GenerationConfig.from_pretrained(folder)

@@ -21,7 +21,7 @@ SHARED = {
     "attention": set(),
     "expressions": set(),
     "math_answers": {"expressions"},
-    "training": {"records"},
+    "training": {"pictures", "records"},
     "families": {"attention", "records"},
     "model": {"attention", "families", "pictures", "records", "training"},
     "sampler": {"attention", "model", "training"},

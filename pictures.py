@@ -65,7 +65,7 @@ def opened(path, max_pixels):
     """An image file whose header was read and found sound; PictureError for whatever goes wrong with it inside."""
     # Pillow warns of sizes and of odd metadata, once for every file; what matters is an error here.
     warnings.filterwarnings("ignore", module="PIL")
-    # Its own bound would refuse what --max-image-pixels allows.
+    # Its own bound would refuse what ours allows. Ours as its own also holds for pictures inside of files (ICO).
     Image.MAX_IMAGE_PIXELS = max_pixels
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN]
@@ -86,6 +86,9 @@ def opened(path, max_pixels):
         raise
     except FileNotFoundError as error:
         raise PictureError(f'image "{path}" is missing') from error
+    except Image.DecompressionBombError as error:
+        # Twice the bound: Pillow itself refuses, before it says the size.
+        raise PictureError(f'image "{path}" has far more pixels than --max-image-pixels {max_pixels}') from error
     except Image.UnidentifiedImageError as error:
         raise PictureError(f'image "{path}" is broken, or no image ({", ".join(known)} are read)') from error
     except Exception as error:

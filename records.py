@@ -114,7 +114,7 @@ def read_records(
                     continue
 
             folder = Path(path).parent
-            record["images"] = [str((folder / name).resolve()) for name in record["images"]]
+            record["images"] = [os.path.realpath(folder / name) for name in record["images"]]
             for name in record["images"]:
                 pictures.setdefault(name, where)
             records.append({**record, "_where": where})

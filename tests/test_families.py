@@ -234,7 +234,7 @@ def test_max_pixels_bounds_the_tiles_and_stays_out_of_the_exported_settings(tiny
     training.save_model(policy, encoder, tmp_path)
     for name in ("preprocessor_config.json", "processor_config.json"):
         assert json.loads((tmp_path / name).read_text()) == json.loads((source / name).read_text())
-    with pytest.raises(DataError, match="--max-pixels 3000 is below one tile, 3136 pixels"):
+    with pytest.raises(DataError, match="--max-pixels 3000 is below one tile: at least 3136 pixels"):
         model.load(source, CPU, max_pixels=3000)
 
 

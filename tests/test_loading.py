@@ -168,7 +168,7 @@ def test_a_directory_that_is_no_sound_model_is_refused_in_one_line(tiny_dirs, tm
     with pytest.raises(DataError) as caught:
         model.load(tmp_path / "bad", CPU)
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'bad'}: ") and "\n" not in message
+    assert message.startswith(str(tmp_path / "bad")) and "\n" not in message
     if how == "another model type":
         assert f"gpt2 is not supported ({', '.join(families.FAMILIES)})" in message
     if how == "a weight is missing":

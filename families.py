@@ -386,6 +386,8 @@ class InternVL(Family):
         text, vision = config.get_text_config(), config.vision_config
         if text.model_type not in self.decoders:
             raise DataError(f"InternVL with a decoder {text.model_type} is not supported ({', '.join(self.decoders)})")
+        if config.vision_feature_layer != -1:
+            raise DataError(f"vision_feature_layer must be -1 (the last), it is {config.vision_feature_layer}")
         if not 0 < config.downsample_ratio <= 1:
             raise DataError(f"downsample_ratio of config.json must lie in (0, 1], it is {config.downsample_ratio}")
         drops = [name for name in self.dropouts if getattr(vision, name)]

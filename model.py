@@ -86,15 +86,15 @@ class Encoder:
         # A template in a file of its own wins over the tokenizer's, as in transformers' AutoProcessor.
         template = model_directory.template_beside(folder)
         with one_line(f"{folder}: its tokenizer cannot be loaded"):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, config=family.config, trust_remote_code=False)
             self.tokenizer.chat_template = template or self.tokenizer.chat_template
         with one_line(f"{folder}: its tokenizer does not work"):
             self.forbidden = family.forbidden(self.tokenizer)
             self.image_id = self.forbidden[0]
-            self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
-            self.max_length = family.config.get_text_config().max_position_embeddings
             self.end_id = self.tokenizer.eos_token_id
             check_tokenizer(self, folder)
+            self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
+        self.max_length = family.config.get_text_config().max_position_embeddings
         check_template(self, folder)
         # Futures, so that two questions about one picture wait for the same encoding.
         self._pictures: OrderedDict[str, Future] = OrderedDict()  # by path, the least recently used first
@@ -298,10 +298,11 @@ def check_tokenizer(encoder: Encoder, folder: str) -> None:
         raise DataError(f"{path} has tokens up to id {last}, the model has {rows} (vocab_size of config.json)")
     if encoder.end_id is None:
         raise DataError(f"{path} names no end token (eos_token of tokenizer_config.json)")
-    for what, token in (("image_token_id of config.json", encoder.image_id), ("its end token", encoder.end_id)):
-        name = tokenizer.convert_ids_to_tokens(token) if is_integer(token) and 0 <= token < rows else None
+    for token in (*encoder.forbidden, encoder.end_id):
+        known = is_integer(token) and 0 <= token < rows
+        name = tokenizer.convert_ids_to_tokens(token) if known else None
         if name is None or tokenizer(name, add_special_tokens=False)["input_ids"] != [token]:
-            raise DataError(f"{path} has no special token {token} ({what})")
+            raise DataError(f"{path} has no special token {token}, which stands for pictures or the end")
 
 
 TEMPLATE_STEPS = 10**5  # lines of a chat template that one question may take; the longest in use take some hundred

@@ -172,9 +172,24 @@ def read_settings(folder: str | Path) -> dict:
             check_no_code(read_object(folder / name), folder / name)
     if not exists(folder / "tokenizer.json") and not exists(folder / "vocab.json"):
         raise DataError(f"{folder}: its tokenizer files are missing (tokenizer.json, or vocab.json and merges.txt)")
+    if exists(folder / "tokenizer.json"):
+        check_vocabulary(folder / "tokenizer.json")
+    # Without them transformers takes another class, and another end token.
+    settings = read_object(folder / "tokenizer_config.json")
+    for key in ("eos_token", "tokenizer_class"):
+        if settings.get(key) is None:
+            raise DataError(f"{folder / 'tokenizer_config.json'}: the field {key} is missing")
     if exists(folder / "generation_config.json"):
         end_tokens(folder)
     return config
+
+
+def check_vocabulary(path: Path) -> None:
+    """Raise DataError unless tokenizer.json holds a vocabulary and its merges: without these, words become letters."""
+    vocabulary = read_object(path).get("model")
+    for key in ("vocab", "merges"):
+        if not isinstance(vocabulary, dict) or not isinstance(vocabulary.get(key), list | dict) or not vocabulary[key]:
+            raise DataError(f"{path}: its model has no {key}; only byte-pair encoding is known here")
 
 
 def exists(path: Path) -> bool:
@@ -211,6 +226,9 @@ def parts_of(config: dict, path: Path) -> dict[str, dict]:
             if not isinstance(config[name], dict):
                 raise DataError(f"{path}: {name} must be an object, it is {shown(config[name])}")
             parts[f"{name}."] = config[name]
+            kind = config[name].get("model_type", "")
+            if not isinstance(kind, str):
+                raise DataError(f"{path}: {name}.model_type must be text, it is {shown(kind)}")
     if "vision_config." not in parts:
         raise DataError(f"{path}: the field vision_config is missing")
     return parts
@@ -268,6 +286,9 @@ def check_rope(config: dict, path: Path) -> None:
     base = next((found for found in (text, *ropes) if "rope_theta" in found), {}).get("rope_theta")
     if not is_number(base) or base <= 0:
         raise DataError(f"{path}: rope_theta of its text part must be a positive number, it is {shown(base)}")
+    tower = config["vision_config"].get("rope_parameters") or {}
+    if not isinstance(tower, dict) or not is_number(tower.get("rope_theta", 1)) or tower.get("rope_theta", 1) <= 0:
+        raise DataError(f"{path}: rope_theta of its vision part must be a positive number, it is {shown(tower)}")
     if str(config.get("model_type")).startswith("qwen"):
         section = next((rope["mrope_section"] for rope in ropes if "mrope_section" in rope), None)
         whole = isinstance(section, list) and len(section) == 3 and all(is_integer(size) for size in section)

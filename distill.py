@@ -235,15 +235,13 @@ def parse_args(argv=None):
 
 
 def check_paths(out: Path, models: dict[str, str | None]) -> None:
-    """DataError if `out` cannot be written, or one of {flag: model path} names neither a model nor a hub id."""
+    """DataError if `out` cannot be written, or one of {flag: model path} names neither a sound model nor a hub id."""
     if out.is_dir():
         raise DataError(f"--out {out}: is a directory; name the file to write, such as {out / 'pairs.jsonl'}")
     for flag, path in models.items():
-        if path is None or Path(path, "config.json").is_file():
-            continue
-        hub_id = path.count("/") == 1 and not Path(path).exists()
-        if not hub_id:
-            raise DataError(f"{flag} {path}: no model directory (nor a hub id, which reads owner/name)")
+        hub_id = path is not None and path.count("/") == 1 and not Path(path).exists()
+        if path is not None and not hub_id:  # the base is loaded hours after the policy: what is wrong is said now
+            model.check_folder(path, flag)
 
 
 def sample_texts(

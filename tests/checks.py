@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 import model
 import training
+from records import DataError
 
 
 def export(args, world):
@@ -45,6 +46,18 @@ def memory(args, world):
         (Path(args.out) / "grown.json").write_text(json.dumps(grown))
 
 
+def refuse(args, world):
+    """Load args.model, which one rank alone must find fault with; every rank notes what it raised."""
+    problem = None
+    try:
+        model.load(args.model, world, train=True)
+    except DataError as error:
+        problem = str(error)
+    everybody = world.gather(problem)
+    if world.main:
+        Path(args.out).write_text(json.dumps(everybody))
+
+
 def fail(args, world):
     """The last rank fails while the others wait for it."""
     world.barrier()
@@ -53,7 +66,7 @@ def fail(args, world):
     world.barrier()
 
 
-CHECKS = {"export": export, "memory": memory, "fail": fail}
+CHECKS = {"export": export, "memory": memory, "refuse": refuse, "fail": fail}
 
 
 def main(argv):

@@ -15,6 +15,7 @@ the machine is merely busy, and the bug is tried again with more time; what stay
 
 import argparse
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -658,6 +659,9 @@ BUGS = [Bug(*entry) for entry in (
     ("the accuracy of readable answers is that of all", "report.py",
      'keys = ("accuracy", "accuracy_read", "format")', 'keys = ("accuracy", "accuracy", "format")', REPORT),
 )]
+# Those of a topic stand beside this file, in the same form: bugs_<topic>.py has a list BUGS of such tuples.
+for path in sorted(Path(__file__).resolve().parent.glob("bugs_*.py")):
+    BUGS += [Bug(*entry) for entry in runpy.run_path(str(path))["BUGS"]]
 # fmt: on
 
 

@@ -340,7 +340,7 @@ TEMPLATES = {
     "that looks behind the sandbox": ("{{ ''.__class__.__mro__ }}", "chat template failed"),
     "that loops 10^9 times": ("{% for a in range(1000000000) %}a{% endfor %}", "chat template failed"),
     "that loops in loops": (
-        "{% for a in range(99999) %}{% for b in range(99999) %}a{% endfor %}{% endfor %}", "steps"),
+        "{% for a in range(2000) %}{% for b in range(2000) %}a{% endfor %}{% endfor %}", "more than 100000 steps"),
     "that calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "chat template failed"),
     "that says nothing": ("{{ '' }}", "does not show a question"),
     "that forgets pictures": ("{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}",

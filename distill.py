@@ -235,15 +235,13 @@ def parse_args(argv=None):
 
 
 def check_paths(out: Path, models: dict[str, str | None]) -> None:
-    """DataError if `out` cannot be written, or one of {flag: model path} names neither a model nor a hub id."""
+    """DataError if `out` cannot be written, or one of {flag: model path} names neither a sound model nor a hub id."""
     if out.is_dir():
         raise DataError(f"--out {out}: is a directory; name the file to write, such as {out / 'pairs.jsonl'}")
     for flag, path in models.items():
-        if path is None or Path(path, "config.json").is_file():
-            continue
-        hub_id = path.count("/") == 1 and not Path(path).exists()
-        if not hub_id:
-            raise DataError(f"{flag} {path}: no model directory (nor a hub id, which reads owner/name)")
+        hub_id = path is not None and path.count("/") == 1 and not Path(path).exists()
+        if path is not None and not hub_id:  # the base is loaded hours after the policy: what is wrong is said now
+            model.check_folder(path, flag)
 
 
 def sample_texts(
@@ -290,7 +288,10 @@ def main(argv=None):
     # 1. Read: everything that can be wrong is found before a model is loaded
     out = Path(args.out)
     check_paths(out, {"--policy": args.policy, "--base": args.base})
-    records = read_records(args.data, rewards.check_gold, skip_bad=args.skip_bad)[: args.limit or None]
+    records = read_records(
+        args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels
+    )
+    records = records[: args.limit or None]
     places = range(world.rank, len(records), world.size)
     mine = [records[place] for place in places]
 
@@ -298,6 +299,7 @@ def main(argv=None):
     options = {name: getattr(args, name) for name in ("samples", "temperature", "max_new_tokens", "batch")}
     options |= {"engine": args.sampler, "vllm_memory": args.vllm_memory}
     options |= {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
+    options |= {"max_image_pixels": args.max_image_pixels}
     # Even and odd seeds: the two models must not use the same random numbers.
     seeds = [2 * (args.seed * 10**9 + place) for place in places]
     policy_texts = sample_texts("policy", args.policy, world, mine, seeds, **options)

@@ -159,7 +159,7 @@ def main(argv=None):
 
     # 1. Read the pairs
     text_fields = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
-    pairs = read_records(args.data, rewards.check_gold, text_fields, args.skip_bad)
+    pairs = read_records(args.data, rewards.check_gold, text_fields, args.skip_bad, args.max_image_pixels)
     steps = args.steps or math.ceil(len(pairs) / args.batch)
     total = args.steps * args.batch or len(pairs)  # one pass ends with the last pair, in a smaller batch
     order = epoch_order(args.seed, len(pairs), 0, total)

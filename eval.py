@@ -37,6 +37,7 @@ import rewards
 import sampler
 import training
 import vllm_sampler
+from pictures import MAX_IMAGE_PIXELS
 from records import DataError, read_records, write_text
 from training import integer, real
 
@@ -168,7 +169,9 @@ def format_gains(
 ROLES = ("data", "id", "ood")
 
 
-def read_files(files: dict[str, list[str]], limit: int | None, skip_bad: bool = False) -> list[dict]:
+def read_files(
+    files: dict[str, list[str]], limit: int | None, skip_bad: bool = False, max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> list[dict]:  # fmt: skip
     """All records of {role: files}, in that order, with "_file" (absolute), "_role" and "_source".
 
     limit: only so many of each file. A file named twice is read once, in its last role: a file of --data that is also
@@ -177,7 +180,8 @@ def read_files(files: dict[str, list[str]], limit: int | None, skip_bad: bool = 
     roles = {os.path.abspath(path): role for role in ROLES for path in files[role]}
     records = []
     for path, role in roles.items():
-        for record in read_records(path, rewards.check_gold, skip_bad=skip_bad)[:limit]:
+        whole = read_records(path, rewards.check_gold, skip_bad=skip_bad, max_image_pixels=max_image_pixels)
+        for record in whole[:limit]:
             form = rewards.reply_format(record)
             source = record["source"] if form == "think" else f"{record['source']}:{form}"
             records.append(record | {"_file": path, "_role": role, "_source": source})
@@ -390,7 +394,8 @@ def main(argv: list[str] | None = None) -> None:
     world = training.setup(args.timeout)
 
     # 1 read: what is wrong with the input is found here, before the model is loaded
-    records = read_files({"data": args.data, "id": args.id, "ood": args.ood}, args.limit, args.skip_bad)
+    files = {"data": args.data, "id": args.id, "ood": args.ood}
+    records = read_files(files, args.limit, args.skip_bad, args.max_image_pixels)
     folder = args.out.absolute().parent
     before = read_baseline(args.baseline, records, folder) if args.baseline else None
     weights = dict(args.ood_weights) if args.ood_weights else None
@@ -402,7 +407,10 @@ def main(argv: list[str] | None = None) -> None:
         raise DataError(f"--out {args.out}: its folder cannot be made ({error})") from error
 
     # A whole copy of the model in every process: nothing is trained, so nothing is sharded.
-    policy, encoder = model.load(args.model, world, dtype=args.dtype, attn=args.attn, max_pixels=args.max_pixels)
+    policy, encoder = model.load(
+        args.model, world, dtype=args.dtype, attn=args.attn, max_pixels=args.max_pixels,
+        max_image_pixels=args.max_image_pixels,
+    )  # fmt: skip
     # Records are dealt like cards, so that a file of long questions is shared by all processes.
     mine = range(world.rank, len(records), world.size)
     sample = sampler.sample

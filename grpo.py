@@ -358,7 +358,9 @@ def main(argv=None):
     if P % world.size:
         raise DataError(f"--prompts {P} cannot be dealt evenly to {world.size} processes")
     # Input and run directory are checked before anything expensive: a typo must not cost a model's loading time.
-    records = read_records(args.data, rewards.check_gold, skip_bad=args.skip_bad)
+    records = read_records(
+        args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels
+    )
     run = Run.open(vars(args), world, vllm_sampler.MAY_CHANGE)
     options = training.load_options(args)
     policy, encoder = model.load(args.model, world, train=True, **options)

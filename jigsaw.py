@@ -10,7 +10,7 @@ pieces are mixed. Positions are numbered row by row from 1. QUESTIONS says what 
 
 A new question is one function `ask_…` and one entry of that table.
 
-Pictures come from a folder, opened as the trainer opens them (records.open_picture). For the laptop demo they come from
+Pictures come from a folder, opened as the trainer opens them (pictures.py). For the laptop demo they come from
 toy/scenes.py (`--scenes`). Both are imported where they are needed, nothing else of this project is.
 
 Legend: H, W height and width of a picture in pixels; n = rows*cols pieces, each h x w; k, j positions; `order[x]` is
@@ -368,7 +368,7 @@ def list_pictures(folder: Path, split: str, test_fraction: float) -> list[Path]:
 def load_picture(path: Path, max_side: int | None) -> Image.Image:
     """RGB as the trainer will see it, shrunk so that neither side is longer than max_side pixels."""
     # Imported here, not above: puzzles from pictures somebody else opened need nothing of this project.
-    from records import open_picture
+    from pictures import open_picture
 
     try:
         picture = open_picture(path)

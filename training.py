@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pictures import MAX_IMAGE_PIXELS
 from processes import World, child_environment, run, setup  # noqa: F401, stages say training.setup and training.run
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,6 +148,8 @@ def add_model_flags(parser: Parser):
     group = parser.add_argument_group("model and machine")
     add = group.add_argument
     add("--max-pixels", type=integer("[1, 1e9]"), help="largest image area in pixels (default: the checkpoint's own)")
+    add("--max-image-pixels", type=integer("[1, 1e12]"), default=MAX_IMAGE_PIXELS,
+        help="an image file of more pixels is refused before it is decoded")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
         help="compute type; auto: bf16 on a GPU, fp32 on a CPU. Weights that learn stay fp32")  # fmt: skip
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
@@ -192,6 +195,7 @@ def add_training_flags(parser: Parser):
 
 # Flags of this file that may differ between a run and its resumption, like the number of processes.
 MAY_CHANGE = ("resume", "overwrite", "steps", "save_every", "keep", "max_skipped", "timeout", "measure_peak")
+MAY_CHANGE += ("max_image_pixels",)
 MAY_CHANGE += ("shard", "replicas", "offload", "accumulate")
 
 
@@ -201,6 +205,7 @@ def load_options(args) -> dict:
         "dtype": args.dtype,
         "attn": args.attn,
         "max_pixels": args.max_pixels,
+        "max_image_pixels": args.max_image_pixels,
         "freeze_vision": args.freeze_vision,
         "gradient_checkpointing": args.gradient_checkpointing,
         "sharding": Sharding(args.shard, args.replicas, args.offload, args.accumulate),

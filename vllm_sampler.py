@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import training
-from model import Encoder, Policy, Prompt, pack, unpack
+from model import Encoder, Policy, Prompt, check_folder, pack, unpack
 from records import DataError
 from sampler import Reply
 from training import World
@@ -102,7 +102,7 @@ class VLLM:
             tame_cpu_build()
         encoder.family.prepare_vllm()
         self.engine = LLM(
-            str(path),
+            check_folder(path),
             dtype="bfloat16" if policy.half else "float32",
             seed=seed,
             tensor_parallel_size=tp,

@@ -630,11 +630,11 @@ BUGS = [Bug(*entry) for entry in (
     ("the words of the warm-up data are false", "toy/primer.py", "values[k] > values[j]", "values[k] < values[j]", TOY),
 
     # ---- eval.py
-    ("a 16-bit picture is clipped", "records.py", "limits = (255.0, 65535.0) if whole", "limits = (255.0,) if whole",
+    ("a 16-bit picture is clipped", "pictures.py", "limits = (255.0, 65535.0) if whole", "limits = (255.0,) if whole",
      some("test_pictures", "a_ramp_from_black_to_white_is_one_whatever_the_file_stores")),
-    ("transparency is black", "records.py", 'image.size, "white")', 'image.size, "black")',
+    ("transparency is black", "pictures.py", 'image.size, "white")', 'image.size, "black")',
      some("test_pictures", "transparency_lies_on_white")),
-    ("a picture's size is not turned with it", "records.py", "return (height, width) if turned else (width, height)",
+    ("a picture's size is not turned with it", "pictures.py", "return (height, width) if turned else (width, height)",
      "return width, height", some("test_pictures", "a_picture_is_turned_as_its_camera_says_and_its_size_too")),
     ("a wish passed on by another rank counts as the first of two", "run_directory.py",
      "if self.asked is not None and now - self.asked > PATIENCE:", "if self.stop:",

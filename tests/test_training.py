@@ -110,6 +110,7 @@ def test_the_training_flags_reach_model_load(parser):
         "dtype": "fp32",
         "attn": "sdpa",
         "max_pixels": 900,
+        "max_image_pixels": 2**26,
         "freeze_vision": True,
         "gradient_checkpointing": "on",
         "sharding": training.Sharding("grad", replicas=2, offload=True, accumulate="shards"),

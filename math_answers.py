@@ -24,6 +24,7 @@ from functools import lru_cache
 from expressions import (
     FUNCTIONS,
     MAX_DEPTH,
+    MAX_EFFORT,
     MIN_FINITE,
     MP,
     PARTNER,
@@ -32,6 +33,7 @@ from expressions import (
     Tree,
     Unreadable,
     close,
+    effort,
     evaluate,
     letters_in,
     proportional,
@@ -293,7 +295,12 @@ def several(values: list[Value], has_or: bool) -> Value:
     return many([replace(item, name="") for item in items])
 
 
+MAX_ITEMS = 32  # each is compared with each
+
+
 def many(items: list, braces: bool = False) -> Many:
+    if len(items) > MAX_ITEMS:
+        raise Unreadable("too many values")
     for index, item in enumerate(items):
         if any(equal(item, other) for other in items[:index]):
             raise Unreadable("a value twice")
@@ -659,6 +666,8 @@ def read(text: str, units: str = "loose") -> Value | None:
     """The value of a text, or None if it has none."""
     try:
         tidied = tidy(text)
+        if effort(tidied) > MAX_EFFORT:
+            raise Unreadable("too much to compute")
         word = plain_word(tidied)
         if word:
             return Name(word, is_word=True)

@@ -243,7 +243,7 @@ COMMAND = re.compile(r"\\(?:boxed|fbox|text|textbf|textit|textrm|mathrm|mathbf|m
 FENCE = re.compile(r"```[A-Za-z]*[ ]*\n(.*?)\n?```", re.DOTALL)
 BOLD = re.compile(r"(?<![\w*])\*\*(?=\S)([^*\n]+?)(?<=\S)\*\*(?![\w*])")
 HEADING = re.compile(r"#{1,6}[ ]*(?=[A-Za-z])")
-CLOSING_WORDS = re.compile(r"[.]?\s+I hope it is correct\.?$")
+CLOSING_WORDS = re.compile(r"[.]?\s{1,9}I hope it is correct\.?$")
 
 # "The answer is", "Final answer:", "Option", then the same in other languages. re.ASCII: an ASCII letter is meant.
 LEADS = [
@@ -556,7 +556,7 @@ def read_indices(text: str, size: int) -> list[int] | None:
 
 GRID_LAYOUT = re.compile(
     r"\\(?:begin|end)\{[a-z]*(?:matrix|array)\}(?:\{[lcr|]*\})?|\\\\|\\left|\\right|&"  # LaTeX
-    r"|\|[ :|-]*-[ :|-]*\|"  # the line below a table's head
+    r"|\|(?=[ :|]*-)[ :|-]*\|"  # the line below a table's head
     r"|\b(?:row [0-9]+|(?:first|second|third|fourth|fifth|sixth) row):"
     r"|(?<= )/(?= )",
     re.IGNORECASE,
@@ -626,11 +626,11 @@ def read_coordinates(text: str, count: int) -> list[float] | None:
     """As `read_numbers`, and out of JSON ({"bbox_2d": [...]}), detection tags, or names: "x=1, y=2"."""
     text = coordinates_in_json(BOX_TAGS.sub(" ", text).strip(SPACE).removesuffix("."))
     text = NAMES_BEFORE.sub("", text, count=1)
-    names = re.findall(r"([a-z]+[0-9]?) ?[=:]", text)
+    names = re.findall(r"(?<![a-z])([a-z]{1,4}[0-9]?) ?[=:]", text)
     if names:
         if names not in COORDINATE_NAMES:
             return None
-        text = re.sub(r"[a-z]+[0-9]? ?[=:]", " ", text)
+        text = re.sub(r"(?<![a-z])[a-z]{1,4}[0-9]? ?[=:]", " ", text)
     return read_numbers(text, count)
 
 
@@ -858,7 +858,10 @@ def read_answer(text: str, record: dict, wrapped: bool | None = None) -> Answer 
     if not wrapped:
         return (kind.read_bare or kind.read)(text, record)
 
-    text = unwrap(fold(text))
+    folded = fold(text)
+    if len(folded) > MAX_ANSWER:
+        return None  # one character may become eighteen
+    text = unwrap(folded)
     answer = kind.read(text, record)
     if answer is None:
         statement = stated(text)

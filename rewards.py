@@ -398,6 +398,8 @@ class AnswerType:
     right_from: float = 1.0
     # As `read`, where the format wants the answer alone (ReplyFormat.answer_may_be_wrapped); None: `read` itself
     read_bare: Callable[[str, dict], Answer | None] | None = None
+    # Whether reading computes values: scoring.py then does it in a process of its own, under a limit
+    computes: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -796,6 +798,7 @@ ANSWER_TYPES = {
         read_bare=read_ascii_digits,
         accuracy=digit_accuracy,
         check=check_digit,
+        computes=True,  # "7 + 5 = 12" must be true
     ),
     "grid": AnswerType(
         grammar='rows * cols indices from 1: "2 1 4 3", "2,1,4,3", "[[2, 1], [4, 3]]", "2 1; 4 3" -> [2, 1, 4, 3]',
@@ -821,6 +824,7 @@ ANSWER_TYPES = {
         read=read_math,
         accuracy=math_accuracy,
         check=check_math,
+        computes=True,
     ),
     "text": AnswerType(
         grammar='one line without reply tags, as it stands: "two dogs", "Two dogs."',

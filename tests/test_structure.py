@@ -28,6 +28,7 @@ SHARED = {
     "report": {"records", "training"},
     "claims": {"rewards"},
     "judge": {"claims", "rewards"},
+    "scoring": {"judge", "rewards"},
 }
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))
 OURS = {*FILES, "toy", "bench", "recipes", "tests"}

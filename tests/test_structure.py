@@ -20,6 +20,7 @@ SHARED = {
     "attention": set(),
     "expressions": set(),
     "math_answers": {"expressions"},
+    "replies": set(),
     "training": {"records"},
     "families": {"attention", "records"},
     "model": {"attention", "families", "records", "training"},
@@ -67,7 +68,7 @@ def test_a_shared_file_imports_only_what_stands_above_it_and_no_stage(name):
     assert imports_of(tree_of(name), everywhere=True) <= SHARED[name]
 
 
-@pytest.mark.parametrize("name, allowed", [("rewards", {"math_answers"}), ("jigsaw", set())])
+@pytest.mark.parametrize("name, allowed", [("rewards", {"math_answers", "replies"}), ("jigsaw", set())])
 def test_rewards_and_jigsaw_import_nothing_of_ours_but_how_mathematics_is_compared(name, allowed):
     assert imports_of(tree_of(name), everywhere=False) <= allowed
     # Scenes are asked for by --scenes only, and folders of pictures are opened as the trainer opens them.

@@ -70,7 +70,8 @@ def units_by_spelling() -> dict[str, str]:
 
 UNITS = units_by_spelling()
 MONEY = ("\\dollar", "\\euro", "\\pound", "\\yen")
-# A gold of these may be answered by the number alone; cm, % and the others must be repeated.
+# A gold of these may be answered by the number alone; cm, % and the others must be repeated, or else one reply would be
+# right for 5 cm, 5 m and 5 kg (docs/answers.md).
 MAY_BE_LEFT_OUT = (*MONEY, "deg")
 # Behind a number these make another number or another statement of it: they are the names of no things.
 NO_NOUNS = set(

@@ -223,6 +223,21 @@ def test_mathematics_is_read_as_people_write_it(gold, right, wrong):
     check("math", gold, right, wrong)
 
 
+UNITS = ["cm", "m", "kg", "s", "cm^2", "km/h", "%", "L", "Hz", r"\Omega"]
+
+
+def test_a_number_alone_is_no_answer_to_a_gold_with_a_unit_for_it_would_be_one_to_every_unit():
+    for unit in UNITS:
+        check("math", f"5 {unit}", [f"5 {unit}"], ["5", *(f"5 {other}" for other in UNITS if other != unit)])
+    # The gold without a unit, where the question fixes it: both are right.
+    check("math", "5", ["5", *(f"5 {unit}" for unit in UNITS if unit != "%")], ["5%"])
+
+
+def test_what_goes_without_saying_may_be_left_out():
+    for gold, right in (("\\$5", "5"), ("5^\\circ", "5"), ("5 apples", "5"), ("5 euro", "5")):
+        check("math", gold, [gold, right], ["5 cm", "5%"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mathematics: what has no finite value is no answer
 

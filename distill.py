@@ -29,6 +29,7 @@ from tqdm import tqdm
 import model
 import rewards
 import sampler
+import scoring
 import training
 import vllm_sampler
 from judge import contradicts, find_answer
@@ -310,7 +311,9 @@ def main(argv=None):
     # 3. Pair
     choices = {"judge": args.judge, "coupled": args.coupled, "reject_from": args.reject_from}
     found = []
+    scorer = scoring.Scorer()
     for place, record, *texts in zip(places, mine, policy_texts, base_texts, strict=True):
+        texts = [scorer.readable(group, record) for group in texts]
         found.append(make_pair(record, *texts, random.Random(f"{args.seed}/{place}"), **choices))
     outcomes = [None] * len(records)
     for rank, part in enumerate(world.gather(found)):

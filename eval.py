@@ -26,6 +26,7 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -35,6 +36,7 @@ import model
 import report
 import rewards
 import sampler
+import scoring
 import training
 import vllm_sampler
 from pictures import MAX_IMAGE_PIXELS
@@ -229,13 +231,20 @@ def first_of_each_source(records: list[dict], count: int) -> set[int]:
 
 
 def score_row(
-    record: dict, texts: list[str], lengths: list[int], finished: list[bool], store: bool, folder: Path
+    record: dict,
+    texts: list[str],
+    lengths: list[int],
+    finished: list[bool],
+    store: bool,
+    folder: Path,
+    score: Callable[[str, dict], dict] = rewards.score,
 ) -> dict:
     """One row of the result file: the scores of a record's n replies; with `store` also what the report shows of it.
 
-    texts, lengths, finished: one a reply. Paths in the row are relative to `folder`.
+    texts, lengths, finished: one a reply. Paths in the row are relative to `folder`. score: rewards.score, or a
+    Scorer's.
     """
-    scores = [rewards.score(text, record) for text in texts]
+    scores = [score(text, record) for text in texts]
     row = {
         "id": record["id"],
         "source": record["_source"],
@@ -445,12 +454,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3 score: as in training, then every process gets every row
     stored = first_of_each_source(records, args.keep_replies)
+    scorer = scoring.Scorer()
     scored = {}  # index of a record -> its row
     for index, group in replies.items():
         texts = [encoder.decode(reply.ids) for reply in group]
         lengths = [len(reply.ids) for reply in group]
         finished = [bool(reply.finished) for reply in group]
-        scored[index] = score_row(records[index], texts, lengths, finished, index in stored, folder)
+        scored[index] = score_row(records[index], texts, lengths, finished, index in stored, folder, scorer.score)
     everyone = {index: row for part in world.gather(scored) for index, row in part.items()}
     rows = [everyone[index] for index in range(len(records))]
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import model
 import rewards
 import sampler
+import scoring
 import training
 import vllm_sampler
 from records import DataError, epoch_order, read_records
@@ -257,12 +258,12 @@ def parse_args(argv=None):
     return args
 
 
-def score_replies(encoder, records, replies, format_weight) -> tuple[list, list]:
+def score_replies(encoder, records, replies, scorer) -> tuple[list, list]:
     """(texts, scores) of the replies to some records, both [record][reply]; a score is what rewards.score returns."""
     texts = [[encoder.decode(reply.ids) for reply in group] for group in replies]
     scores = []
     for record, group in zip(records, texts, strict=True):
-        scores.append([rewards.score(text, record, format_weight=format_weight) for text in group])
+        scores.append([scorer.score(text, record) for text in group])
     return texts, scores
 
 
@@ -377,6 +378,7 @@ def main(argv=None):
         first_seed = (args.seed * 10**6 + step) * 10**6
         return [records[batch[place]] for place in places], [first_seed + place for place in places]
 
+    scorer = scoring.Scorer(format_weight=args.format_weight)
     sample, sampler_state = sampler.sample, dict
     if args.sampler == "vllm":
         sample = vllm_sampler.VLLM(
@@ -403,7 +405,7 @@ def main(argv=None):
         timer.end("sample", sum(cost.forward(groups)))
 
         # 2. Score: rules give each reply a reward, the group gives it an advantage
-        texts, scores = score_replies(encoder, mine, replies, args.format_weight)
+        texts, scores = score_replies(encoder, mine, replies, scorer)
         # Every rank sees all rewards: --advantage-scale batch needs the spread of the whole batch.
         advantages = group_advantages(gather_rewards(world, scores, P, G), args.advantage_scale)
         advantages = advantages[world.rank :: world.size]

@@ -26,8 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import bugs_flags
-
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
 PATIENCE = 60  # seconds more than without a bug, before the tests are suspected to hang
@@ -243,7 +241,7 @@ BUGS = [Bug(*entry) for entry in (
     ("the reference's log-probs are at temperature 1", "grpo.py",
      "model.log_probs(reference, groups, temperature)", "model.log_probs(reference, groups)", GRPO_SETTINGS),
     ("--format-weight is ignored", "grpo.py",
-     "rewards.score(text, record, format_weight=format_weight)", "rewards.score(text, record)", GRPO_SETTINGS),
+     "scoring.Scorer(format_weight=args.format_weight)", "scoring.Scorer()", GRPO_SETTINGS),
     ("after skipping groups the advantages of others are taken", "grpo.py",
      "torch.cat([advantages[p] for p in members])", "torch.cat([advantages[i] for i in micro])", GRPO_GRADIENT),
     ("skipped groups do not count in the normaliser", "grpo.py",
@@ -510,14 +508,14 @@ BUGS = [Bug(*entry) for entry in (
     # ---- rewards.py
     ("the format weight is ignored", "rewards.py", "format_weight * well_formed", "0.5 * well_formed", REWARDS),
     ("the accuracy weight is ignored", "rewards.py", "accuracy_weight * right", "right", REWARDS),
-    ("without tags the whole reply is the answer", "rewards.py",
+    ("without tags the whole reply is the answer", "replies.py",
      'read_blocks(reply, "think", "answer")', 'read_blocks(reply, "think", "answer") or ("-", reply)', REWARDS),
-    ("a tag may stand twice", "rewards.py", "reply.count(tag) != 1", "reply.count(tag) < 1", REWARDS),
-    ("words may stand between the blocks", "rewards.py",
+    ("a tag may stand twice", "replies.py", "reply.count(tag) != 1", "reply.count(tag) < 1", REWARDS),
+    ("words may stand between the blocks", "replies.py",
      "if between.strip(SPACE):", "if False:", REWARDS),
-    ("an empty block is well-formed", "rewards.py",
+    ("an empty block is well-formed", "replies.py",
      "if not reason and not wanted.reason_may_be_empty:", "if False:", REWARDS),
-    ("a bare answer may be wrapped in words", "rewards.py",
+    ("a bare answer may be wrapped in words", "replies.py",
      "answer_may_be_wrapped=False", "answer_may_be_wrapped=True", REWARDS),
     ("a grid counts only as a whole", "rewards.py",
      "return right / len(gold)", "return float(right == len(gold))", REWARDS),
@@ -528,14 +526,14 @@ BUGS = [Bug(*entry) for entry in (
     ("the union of two boxes counts their intersection twice", "rewards.py",
      "both / (area + gold_area - both)", "both / (area + gold_area)", REWARDS),
     ("a box must overlap wholly to be right", "rewards.py", "right_from=0.5", "right_from=1.0", REWARDS),
-    ("JSON may hold further keys", "rewards.py",
+    ("JSON may hold further keys", "replies.py",
      'set(value) != {"reason", "answer"}', 'not set(value) >= {"reason", "answer"}', REWARDS),
-    ("Answer: may stand twice", "rewards.py", 'reply.count("Answer:") != 1', 'reply.count("Answer:") < 1', REWARDS),
-    ("a box around the answer is not taken off", "rewards.py", "boxed|fbox|text", "fbox|text", ANSWERS),
+    ("Answer: may stand twice", "replies.py", 'reply.count("Answer:") != 1', 'reply.count("Answer:") < 1', REWARDS),
+    ("a box around the answer is not taken off", "replies.py", "boxed|fbox|text", "fbox|text", ANSWERS),
     ("full-width letters are not folded", "rewards.py",
-     "text = unwrap(fold(text))\n    answer", "text = unwrap(text)\n    answer", ANSWERS),
-    ("bold marks around a word stay", "rewards.py", 'BOLD.sub(r"\\1", ', "str(", ANSWERS),
-    ("a doubt in a sentence is not heard", "rewards.py",
+     "    folded = fold(text)\n", "    folded = text\n", ANSWERS),
+    ("bold marks around a word stay", "replies.py", 'BOLD.sub(r"\\1", ', "str(", ANSWERS),
+    ("a doubt in a sentence is not heard", "replies.py",
      'if statement and not DOUBT.search(statement["subject"]):', "if statement:", ANSWERS),
     ("an option's text is compared letter by letter", "rewards.py",
      "for comparable in (plain, without_article):", "for comparable in (str,):", ANSWERS),
@@ -664,7 +662,6 @@ BUGS = [Bug(*entry) for entry in (
 for path in sorted(Path(__file__).resolve().parent.glob("bugs_*.py")):
     BUGS += [Bug(*entry) for entry in runpy.run_path(str(path))["BUGS"]]
 # fmt: on
-BUGS += [Bug(*entry) for entry in bugs_flags.BUGS]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

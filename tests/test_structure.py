@@ -23,6 +23,7 @@ SHARED = {
     "attention": set(),
     "expressions": set(),
     "math_answers": {"expressions"},
+    "replies": set(),
     "training": {"pictures", "processes"},
     "run_directory": {"files", "processes", "records", "training"},
     "model_directory": {"records"},
@@ -33,6 +34,7 @@ SHARED = {
     "report": {"records", "training"},
     "claims": {"rewards"},
     "judge": {"claims", "rewards"},
+    "scoring": {"judge", "rewards"},
 }
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))
 OURS = {*FILES, "toy", "bench", "recipes", "tests"}
@@ -71,7 +73,7 @@ def test_a_shared_file_imports_only_what_stands_above_it_and_no_stage(name):
     assert imports_of(tree_of(name), everywhere=True) <= SHARED[name]
 
 
-@pytest.mark.parametrize("name, allowed", [("rewards", {"math_answers"}), ("jigsaw", set())])
+@pytest.mark.parametrize("name, allowed", [("rewards", {"math_answers", "replies"}), ("jigsaw", set())])
 def test_rewards_and_jigsaw_import_nothing_of_ours_but_how_mathematics_is_compared(name, allowed):
     assert imports_of(tree_of(name), everywhere=False) <= allowed
     # Scenes are asked for by --scenes only, and folders of pictures are opened as the trainer opens them.

@@ -37,9 +37,11 @@ import model_directory
 import training
 from attention import Layout, Segments
 from families import Family, family_of, matrix_weights
+from files import read_json_object
 from model_directory import is_integer
 from pictures import MAX_IMAGE_PIXELS, PictureError, open_picture, picture_size
 from records import DataError
+from run_directory import distributed_checkpoint
 from training import DEFAULT_SHARDING, World
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -669,7 +671,7 @@ def check_folder(path: str, flag: str = "--model") -> str:
 
 def family_in(folder: str) -> type[Family]:
     """The class of a directory's model_type. DataError."""
-    config = model_directory.read_object(Path(folder) / "config.json")
+    config = read_json_object(Path(folder) / "config.json")
     try:
         return family_of(config.get("model_type"))
     except DataError as error:
@@ -793,7 +795,7 @@ def read_weights(policy: Policy, folder: str, names: dict[str, str]) -> None:
     """
     from torch.distributed.checkpoint.api import CheckpointException
 
-    dcp, storage, _ = training.distributed_checkpoint()
+    dcp, storage, _ = distributed_checkpoint()
     weights = {name.removeprefix("hf."): weight.detach() for name, weight in policy.named_parameters()}
     # dcp reads only the slices that a process holds.
     wanted = {names[name]: weight for name, weight in weights.items()}
@@ -873,8 +875,11 @@ class Cost:
 # Names that this file had before it was divided; found on demand, for those files import this one.
 
 MOVED = {
-    "records": ("DataError", "read_jsonl", "read_records", "write_jsonl", "write_text", "epoch_order"),
-    "training": ("Run", "setup", "run", "adamw", "backward", "update", "learning_rate", "save_model"),
+    "files": ("DataError", "write_text"),
+    "records": ("read_jsonl", "read_records", "write_jsonl", "epoch_order"),
+    "processes": ("setup", "run"),
+    "run_directory": ("Run", "save_model"),
+    "training": ("adamw", "backward", "update", "learning_rate"),
     "sampler": ("sample", "Reply"),
     "vllm_sampler": ("VLLM",),
     "toy.tiny_model": ("make_tiny",),

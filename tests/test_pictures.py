@@ -280,7 +280,7 @@ def test_what_is_no_file_is_refused_without_being_opened(tmp_path, monkeypatch, 
     with pytest.raises(DataError, match=r"^.*r.jsonl:1: image .* is (broken|missing)") as caught:
         read_records(one_record(tmp_path, "a.png"))
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="a.png"):
+    with pytest.raises(PictureError, match="a.png"):
         picture_size("a.png")
 
 

@@ -28,7 +28,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import attention
-from model_directory import check_no_code, exists, is_integer, is_number, read_object, shown
+from files import read_json_object
+from model_directory import check_no_code, exists, is_integer, is_number, shown
 from records import DataError
 
 
@@ -156,7 +157,7 @@ def image_settings(folder: str | Path, kind: str) -> tuple[dict, Path]:
     default, but it is that of other models.
     """
     path = Path(folder) / "processor_config.json"
-    settings = read_object(path) if exists(path) else {}
+    settings = read_json_object(path) if exists(path) else {}
     check_no_code(settings, path)
     # New files have the image settings inside of the processor's.
     if "image_processor" in settings:
@@ -165,7 +166,7 @@ def image_settings(folder: str | Path, kind: str) -> tuple[dict, Path]:
             raise DataError(f"{path}: image_processor must be an object, it is {shown(settings)}")
     else:
         path = Path(folder) / "preprocessor_config.json"
-        settings = read_object(path)
+        settings = read_json_object(path)
     check_no_code(settings, path)
 
     # null and a missing field mean the same to transformers.

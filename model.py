@@ -37,6 +37,7 @@ import model_directory
 import training
 from attention import Layout, Segments
 from families import Family, family_of, matrix_weights
+from files import read_json_object
 from model_directory import is_integer
 from pictures import MAX_IMAGE_PIXELS, PictureError, open_picture, picture_size
 from records import DataError
@@ -670,7 +671,7 @@ def check_folder(path: str, flag: str = "--model") -> str:
 
 def family_in(folder: str) -> type[Family]:
     """The class of a directory's model_type. DataError."""
-    config = model_directory.read_object(Path(folder) / "config.json")
+    config = read_json_object(Path(folder) / "config.json")
     try:
         return family_of(config.get("model_type"))
     except DataError as error:

@@ -11,14 +11,13 @@ file, or it computes what its makers meant. model.check_folder asks all of this;
 
 import json
 import math
-import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from records import DataError
+from files import DataError, read_json_object, read_text
 
-JSON_BYTES = 256 * 2**20  # the largest JSON file that is read; tokenizer.json of large vocabularies has 10 to 30 MB
 TEMPLATE_BYTES = 2**20  # of a chat template; they have 1 to 20 kB
 HEADER_BYTES = 100 * 2**20  # of a safetensors file; the format's own bound
 
@@ -64,48 +63,14 @@ def steps_of(folder: Path) -> tuple[int | None, int | None]:
     if (folder / "LATEST").is_file():
         number = (folder / "LATEST").read_bytes()[:100].decode(errors="replace").strip().removeprefix("step_")
         done = int(number) if number.isdecimal() else None
-    if (folder / "args.json").is_file():
-        asked = read_object(folder / "args.json").get("steps")
+    with suppress(DataError):  # a run's files are no part of its model
+        asked = read_json_object(folder / "args.json").get("steps")
         planned = asked if is_integer(asked) and asked > 0 else None  # 0: as many as one pass over the data takes
     return done, planned
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# JSON files
-
-
-def read_bytes(path: Path, limit: int) -> bytes:
-    """A regular file of at most `limit` bytes (links are followed, as the hub's cache needs). DataError otherwise."""
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{path}: is no regular file")
-        if found.st_size > limit:
-            raise DataError(f"{path}: has {found.st_size} bytes, more than the {limit} that are read")
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: is missing") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def read_text(path: Path, limit: int = JSON_BYTES) -> str:
-    """A file of UTF-8 text of at most `limit` bytes. DataError otherwise."""
-    try:
-        return read_bytes(path, limit).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error})") from error
-
-
-def read_object(path: Path) -> dict:
-    """A JSON object. DataError for anything else."""
-    try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: a JSON object is needed, this is {type(value).__name__}")
-    return value
+# Values of JSON files
 
 
 def is_integer(value: Any) -> bool:
@@ -169,13 +134,13 @@ def read_settings(folder: str | Path) -> dict:
     config = read_config(folder / "config.json")
     for name in TOKENIZER_FILES:
         if exists(folder / name):
-            check_no_code(read_object(folder / name), folder / name)
+            check_no_code(read_json_object(folder / name), folder / name)
     if not exists(folder / "tokenizer.json") and not exists(folder / "vocab.json"):
         raise DataError(f"{folder}: its tokenizer files are missing (tokenizer.json, or vocab.json and merges.txt)")
     if exists(folder / "tokenizer.json"):
         check_vocabulary(folder / "tokenizer.json")
     # Without them transformers takes another class, and another end token.
-    settings = read_object(folder / "tokenizer_config.json")
+    settings = read_json_object(folder / "tokenizer_config.json")
     for key in ("eos_token", "tokenizer_class"):
         if settings.get(key) is None:
             raise DataError(f"{folder / 'tokenizer_config.json'}: the field {key} is missing")
@@ -186,7 +151,7 @@ def read_settings(folder: str | Path) -> dict:
 
 def check_vocabulary(path: Path) -> None:
     """Raise DataError unless tokenizer.json holds a vocabulary and its merges: without these, words become letters."""
-    vocabulary = read_object(path).get("model")
+    vocabulary = read_json_object(path).get("model")
     for key in ("vocab", "merges"):
         if not isinstance(vocabulary, dict) or not isinstance(vocabulary.get(key), list | dict) or not vocabulary[key]:
             raise DataError(f"{path}: its model has no {key}; only byte-pair encoding is known here")
@@ -199,7 +164,7 @@ def exists(path: Path) -> bool:
 
 def read_config(path: Path) -> dict:
     """config.json of a model that exists: of a sound size, with all that matters written down, not quantised."""
-    config = read_object(path)
+    config = read_json_object(path)
     check_no_code(config, path)
     parts = parts_of(config, path)
     for name, part in parts.items():
@@ -313,7 +278,7 @@ def template_beside(folder: str | Path) -> str | None:
         return read_text(folder / "chat_template.jinja", TEMPLATE_BYTES)
     path = folder / "chat_template.json"
     if exists(path):
-        template = read_object(path).get("chat_template")
+        template = read_json_object(path).get("chat_template")
         if not isinstance(template, str):
             raise DataError(f"{path}: the field chat_template must be text, it is {shown(template)}")
         return template
@@ -325,7 +290,7 @@ def end_tokens(folder: str | Path) -> list[int]:
     path = Path(folder) / "generation_config.json"
     if not exists(path):
         return []
-    listed = read_object(path).get("eos_token_id")
+    listed = read_json_object(path).get("eos_token_id")
     tokens = [] if listed is None else listed if isinstance(listed, list) else [listed]
     if not all(is_integer(token) and token >= 0 for token in tokens):
         raise DataError(f"{path}: eos_token_id must be a token id or a list of them, it is {shown(listed)}")
@@ -430,7 +395,7 @@ def check_index(folder: Path, stored: dict[str, Stored]) -> None:
     path = folder / "model.safetensors.index.json"
     if not exists(path):
         return
-    table = read_object(path).get("weight_map")
+    table = read_json_object(path).get("weight_map")
     if not isinstance(table, dict):
         raise DataError(f"{path}: the field weight_map must be an object, it is {shown(table)}")
     for name, file in table.items():

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from files import DataError
+
 # Pillow reads fifty formats, some of them with programs it starts (EPS). These are the ones people keep pictures in.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -30,7 +32,7 @@ TURNS = {
 SIDEWAYS = (5, 6, 7, 8)  # width and height change places
 
 
-class PictureError(ValueError):
+class PictureError(DataError):
     """An image file cannot be used. The message is one line that names the file and says why."""
 
 

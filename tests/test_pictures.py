@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import jigsaw
 import model
@@ -166,6 +167,13 @@ def bytes_of(image, kind, **options):
     return buffer.getvalue()
 
 
+def noisy_profile():
+    """What old programs keep EXIF in: hexadecimal text, here of other letters."""
+    profile = PngInfo()
+    profile.add_text("Raw profile type exif", "\nexif\n  10\nzz")
+    return profile
+
+
 RED = Image.new("RGB", (60, 40), (200, 10, 30))
 TWO_FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (60, 40), (10, 200, 30))]}
 PALETTE = Image.new("P", (60, 40), 1)
@@ -180,6 +188,9 @@ SHOWN = {
     "print colours": ("a.jpg", bytes_of(RED.convert("CMYK"), "JPEG", quality=95)),
     "EXIF that is noise": ("a.jpg", bytes_of(RED, "JPEG", quality=95, exif=b"Exif\0\0" + bytes(range(200)))),
     "EXIF cut short": ("a.png", bytes_of(RED, "PNG", exif=b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x09\x01")),
+    "EXIF that ends in its header": ("a.png", bytes_of(RED, "PNG", exif=b"Exif\0\0MM\0*")),
+    "EXIF of an unknown kind": ("a.webp", bytes_of(RED, "WEBP", lossless=True, exif=b"Exif\0\1ZZ\0*\0\0\0\x08\0\3")),
+    "EXIF in letters that are none": ("a.png", bytes_of(RED, "PNG", pnginfo=noisy_profile())),
     "EXIF with an orientation of 99": ("a.jpg", bytes_of(RED, "JPEG", quality=95, exif=b"Exif\0\0MM\0\x2a\0\0\0\x08"
      b"\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0")),
     "EXIF with text as orientation": ("a.jpg", bytes_of(RED, "JPEG", quality=95, exif=b"Exif\0\0MM\0\x2a\0\0\0\x08"
@@ -269,7 +280,7 @@ def test_what_is_no_file_is_refused_without_being_opened(tmp_path, monkeypatch, 
     with pytest.raises(DataError, match=r"^.*r.jsonl:1: image .* is (broken|missing)") as caught:
         read_records(one_record(tmp_path, "a.png"))
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="a.png"):
+    with pytest.raises(PictureError, match="a.png"):
         picture_size("a.png")
 
 

@@ -17,7 +17,7 @@ STAGES = {"distill", "dpo", "eval", "grpo", "jigsaw", "rewards"}
 # Shared files, and what each may import of ours. Every entry names only files that stand above it.
 SHARED = {
     "files": set(),
-    "pictures": set(),
+    "pictures": {"files"},
     "records": {"files", "pictures"},
     "processes": {"files"},
     "attention": set(),
@@ -26,9 +26,9 @@ SHARED = {
     "replies": set(),
     "training": {"pictures", "processes"},
     "run_directory": {"files", "processes", "records", "training"},
-    "model_directory": {"records"},
-    "families": {"attention", "model_directory", "records"},
-    "model": {"attention", "families", "model_directory", "pictures", "records", "run_directory", "training"},
+    "model_directory": {"files"},
+    "families": {"attention", "files", "model_directory", "records"},
+    "model": {"attention", "families", "files", "model_directory", "pictures", "records", "run_directory", "training"},
     "sampler": {"attention", "model", "training"},
     "vllm_sampler": {"model", "records", "sampler", "training"},
     "report": {"records", "training"},

@@ -408,8 +408,12 @@ BUGS = [Bug(*entry) for entry in (
 
     # ---- training.py
     ("a flag's number may be nan", "training.py",
-     "if not (above and below or interval != bounds and value == 0):",
-     "if value < low or value > high:", FLAGS),
+     '        above = value > low or (bounds[0] == "[" and value == low)\n'
+     '        below = value < high or (bounds[-1] == "]" and value == high)\n'
+     "        if not (above and below or interval != bounds and value == 0):",
+     '        below = value < low or (bounds[0] == "(" and value == low)\n'
+     '        above = value > high or (bounds[-1] == ")" and value == high)\n'
+     "        if (above or below) and not (interval != bounds and value == 0):", FLAGS),
     ("a resumed run may be given another learning rate", "training.py",
      'MAY_CHANGE = ("resume",', 'MAY_CHANGE = ("lr", "resume",', SETTINGS),
     ("the learning rate warms up from zero", "training.py",

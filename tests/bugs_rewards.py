@@ -8,7 +8,7 @@ HOSTILE = "tests/test_hostile_records.py"
 SCORING = "tests/test_scoring.py"
 
 # fmt: off
-BUGS_OF_REWARDS = [
+BUGS = [
     # ---- expressions.py, math_answers.py, replies.py: bounded time
     ("a text may cost what it likes", "math_answers.py", "if effort(tidied) > MAX_EFFORT:", "if False:", ANSWERS),
     ("a letter's points are counted once", "expressions.py", "(POINTS if has_letters else 1)", "1", ANSWERS),

@@ -174,6 +174,16 @@ def stand():
 """
 
 
+COUNTED = """
+made = []
+class Counted(scoring.Worker):
+    def __init__(self, seconds):
+        made.append(seconds)
+        super().__init__(seconds)
+scoring.Worker = Counted
+"""
+
+
 @pytest.fixture
 def planted(tmp_path):
     """A folder with a copy of what scores, and mathematics that hangs on "x = 99"."""
@@ -195,9 +205,9 @@ def start(folder, script):
 
 
 def test_a_reply_that_hangs_or_eats_memory_earns_nothing_is_counted_and_the_next_one_is_scored(planted):
-    script = 'print(score("x = 99"), score("5"), score("x = 98"), score("5"), scorer.stopped)'
+    script = COUNTED + 'print(score("x = 99"), len(made), score("5"), score("x = 98"), score("5"), scorer.stopped)'
     out, errors = start(planted, script).communicate(timeout=60)
-    assert out == "0.0 1.5 0.0 1.5 2\n"
+    assert out == "0.0 1 1.5 0.0 1.5 2\n"  # what hangs is not asked again
     assert "a reply to record 'm' was stopped and earns 0; 1 so far" in errors
     assert errors.count("so far") == 2
 

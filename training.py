@@ -148,7 +148,7 @@ def add_model_flags(parser: Parser):
     group = parser.add_argument_group("model and machine")
     add = group.add_argument
     add("--max-pixels", type=integer("[1, 1e9]"), help="largest image area in pixels (default: the checkpoint's own)")
-    add("--max-image-pixels", type=integer("[1, 1e12]"), default=MAX_IMAGE_PIXELS,
+    add("--max-image-pixels", type=integer("[1, 1e9]"), default=MAX_IMAGE_PIXELS,
         help="an image file of more pixels is refused before it is decoded")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
         help="compute type; auto: bf16 on a GPU, fp32 on a CPU. Weights that learn stay fp32")  # fmt: skip

@@ -659,7 +659,7 @@ def open_run(args, **changes):
 
 
 # Flags that a resumed run may be given anew: they change neither data nor weights, but how far, how safe and how fast.
-MAY_CHANGE = {"steps", "save_every", "keep", "timeout", "max_skipped", "measure_peak",
+MAY_CHANGE = {"steps", "save_every", "keep", "timeout", "max_skipped", "measure_peak", "max_image_pixels",
               "shard", "replicas", "offload", "accumulate", "vllm_tp",
               "vllm_memory", "parity_every"}  # fmt: skip
 

@@ -94,6 +94,7 @@ class Encoder:
             self.forbidden = family.forbidden(self.tokenizer)
             self.image_id = self.forbidden[0]
             self.end_id = self.tokenizer.eos_token_id
+            self.rows = family.config.get_text_config().vocab_size
             check_tokenizer(self, folder)
             self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
         self.max_length = family.config.get_text_config().max_position_embeddings
@@ -193,6 +194,8 @@ class Encoder:
         others = set(self.forbidden) - {self.image_id}
         if plain.count(self.image_id) != len(record["images"]) or others & set(plain):
             raise DataError(f"{where}: the prompt's text holds image or video tokens of its own")
+        if max(plain, default=0) >= self.rows:
+            raise DataError(f"{where}: the prompt holds a token that the model has no embedding for")
         counts = []
         for path in record["images"]:
             try:
@@ -259,7 +262,7 @@ class Encoder:
     def encode_reply(self, text: str, where: str = "a reply") -> torch.Tensor:
         """Token ids (T,) of a reply's text with the end token appended: what a model would have sampled."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.end_id]
-        if set(ids) & set(self.forbidden):
+        if set(ids) & set(self.forbidden) or max(ids) >= self.rows:
             raise DataError(f"{where}: it holds image or video tokens: {json.dumps(text)[:60]}")
         return torch.tensor(ids)
 
@@ -295,7 +298,8 @@ def check_tokenizer(encoder: Encoder, folder: str) -> None:
     if tokenizer.decode(ids) != PROBE:
         raise DataError(f"{path} files are missing or incomplete: it loses text when it encodes {json.dumps(PROBE)}")
 
-    rows, last = encoder.family.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+    # Tokens that were added to it may lie beyond: a question that holds one is refused when it is asked.
+    rows, last = encoder.rows, tokenizer.vocab_size - 1
     if last >= rows:
         raise DataError(f"{path} has tokens up to id {last}, the model has {rows} (vocab_size of config.json)")
     if encoder.end_id is None:

@@ -218,6 +218,9 @@ def parse_args(argv=None):
     add("--max-new-tokens", type=integer("[1, 1e6]"), default=512, help="longest reply in tokens, end token included")
 
     add = parser.add_argument_group("reward and advantage").add_argument
+    add("--reward", nargs="+", default=[], metavar="TYPE=NAME",
+        help="what the reward takes in place of the accuracy (default: the first of each): "
+        + "; ".join(f"{kind}={'|'.join(names)}" for kind, names in rewards.REWARDS.items()))  # fmt: skip
     add("--format-weight", type=real("[0, 1e6]"), default=0.5,
         help="reward = accuracy + this x format; 0: format is not rewarded")  # fmt: skip
     add("--advantage-scale", default="group", choices=["group", "none", "batch"],
@@ -251,6 +254,10 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     embedded = not {"--model", "--data", "-h", "--help"} & {flag.split("=")[0] for flag in argv}
     args = parser.parse_args(EMBEDDED_FLAGS + argv if embedded else argv)
+    try:
+        rewards.chosen_rewards(args.reward)
+    except ValueError as error:
+        parser.error(f"argument --reward: {error}")
     if args.one_step_off_policy and (args.sampler != "vllm" or args.vllm_tp > 1):
         parser.error("--one-step-off-policy needs --sampler vllm and --vllm-tp 1: no model can sample while it learns")
     if args.one_step_off_policy and args.importance == "none":
@@ -258,12 +265,12 @@ def parse_args(argv=None):
     return args
 
 
-def score_replies(encoder, records, replies, scorer) -> tuple[list, list]:
+def score_replies(encoder, records, replies, scorer, progress) -> tuple[list, list]:
     """(texts, scores) of the replies to some records, both [record][reply]; a score is what rewards.score returns."""
     texts = [[encoder.decode(reply.ids) for reply in group] for group in replies]
     scores = []
     for record, group in zip(records, texts, strict=True):
-        scores.append([scorer.score(text, record) for text in group])
+        scores.append([scorer.score(text, record, progress) for text in group])
     return texts, scores
 
 
@@ -378,7 +385,7 @@ def main(argv=None):
         first_seed = (args.seed * 10**6 + step) * 10**6
         return [records[batch[place]] for place in places], [first_seed + place for place in places]
 
-    scorer = scoring.Scorer(format_weight=args.format_weight)
+    scorer = scoring.Scorer(format_weight=args.format_weight, chosen=rewards.chosen_rewards(args.reward))
     sample, sampler_state = sampler.sample, dict
     if args.sampler == "vllm":
         sample = vllm_sampler.VLLM(
@@ -405,7 +412,7 @@ def main(argv=None):
         timer.end("sample", sum(cost.forward(groups)))
 
         # 2. Score: rules give each reply a reward, the group gives it an advantage
-        texts, scores = score_replies(encoder, mine, replies, scorer)
+        texts, scores = score_replies(encoder, mine, replies, scorer, step / args.steps)
         # Every rank sees all rewards: --advantage-scale batch needs the spread of the whole batch.
         advantages = group_advantages(gather_rewards(world, scores, P, G), args.advantage_scale)
         advantages = advantages[world.rank :: world.size]

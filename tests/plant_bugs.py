@@ -241,7 +241,7 @@ BUGS = [Bug(*entry) for entry in (
     ("the reference's log-probs are at temperature 1", "grpo.py",
      "model.log_probs(reference, groups, temperature)", "model.log_probs(reference, groups)", GRPO_SETTINGS),
     ("--format-weight is ignored", "grpo.py",
-     "scoring.Scorer(format_weight=args.format_weight)", "scoring.Scorer()", GRPO_SETTINGS),
+     "scoring.Scorer(format_weight=args.format_weight, chosen", "scoring.Scorer(chosen", GRPO_SETTINGS),
     ("after skipping groups the advantages of others are taken", "grpo.py",
      "torch.cat([advantages[p] for p in members])", "torch.cat([advantages[i] for i in micro])", GRPO_GRADIENT),
     ("skipped groups do not count in the normaliser", "grpo.py",
@@ -507,7 +507,7 @@ BUGS = [Bug(*entry) for entry in (
 
     # ---- rewards.py
     ("the format weight is ignored", "rewards.py", "format_weight * well_formed", "0.5 * well_formed", REWARDS),
-    ("the accuracy weight is ignored", "rewards.py", "accuracy_weight * right", "right", REWARDS),
+    ("the accuracy weight is ignored", "rewards.py", "accuracy_weight * earned", "earned", REWARDS),
     ("without tags the whole reply is the answer", "replies.py",
      'read_blocks(reply, "think", "answer")', 'read_blocks(reply, "think", "answer") or ("-", reply)', REWARDS),
     ("a tag may stand twice", "replies.py", "reply.count(tag) != 1", "reply.count(tag) < 1", REWARDS),
@@ -520,8 +520,8 @@ BUGS = [Bug(*entry) for entry in (
     ("a grid counts only as a whole", "rewards.py",
      "return right / len(gold)", "return float(right == len(gold))", REWARDS),
     ("a grid with a repeated index earns its share", "rewards.py",
-     "if not is_arrangement(answer, len(gold)):",
-     "if len(answer) != len(gold):", REWARDS),
+     "if not is_arrangement(answer, len(gold)):\n        return 0.0  #",
+     "if len(answer) != len(gold):\n        return 0.0  #", REWARDS),
     ("A or B is an A", "rewards.py", "ONE_LETTER.fullmatch(text)", "ONE_LETTER.match(text)", REWARDS),
     ("the union of two boxes counts their intersection twice", "rewards.py",
      "both / (area + gold_area - both)", "both / (area + gold_area)", REWARDS),

@@ -631,9 +631,9 @@ COMMON = {"model", "data", "skip_bad", "out", "seed", "steps", "lr", "schedule",
 SETTINGS = {
     "dpo": COMMON | MACHINE | {"loss", "beta", "sft_weight", "batch"},
     "grpo": COMMON | MACHINE | {
-        "prompts", "group", "temperature", "top_k", "top_p", "max_new_tokens", "format_weight", "advantage_scale",
-        "clip_low", "clip_high", "ratio", "kl", "normalizer", "importance", "importance_cap", "updates", "sampler",
-        "vllm_memory", "vllm_tp", "parity_every", "one_step_off_policy",
+        "prompts", "group", "temperature", "top_k", "top_p", "max_new_tokens", "reward", "format_weight",
+        "advantage_scale", "clip_low", "clip_high", "ratio", "kl", "normalizer", "importance", "importance_cap",
+        "updates", "sampler", "vllm_memory", "vllm_tp", "parity_every", "one_step_off_policy",
     },
 }  # fmt: skip
 

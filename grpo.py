@@ -36,23 +36,32 @@ from training import integer, real
 # Losses: pure functions of rewards and log-probs
 
 
-def group_advantages(rewards: torch.Tensor, scale: str = "group", eps: float = 1e-4) -> torch.Tensor:
+def group_advantages(
+    rewards: torch.Tensor, scale: str = "group", eps: float = 1e-4, baseline: str = "mean"
+) -> torch.Tensor:
     """How much better each reply is than its group: (P, G) rewards -> (P, G) advantages.
 
-    scale "group": A = (r − mean) / (std + eps), mean and unbiased std inside the group (GRPO, arXiv 2402.03300);
-    "none": A = r − mean (Dr. GRPO, arXiv 2503.20783: the division favours prompts with small spread);
-    "batch": the group's mean is taken off, the spread is the unbiased std of all P·G rewards.
+    baseline "mean": r − mean of the group; "loo": r − mean of the group's other replies (RLOO, arXiv 2402.14740).
+    scale "group": A = (r − baseline) / (std + eps), unbiased std inside the group (GRPO, arXiv 2402.03300);
+    "none": A = r − baseline (Dr. GRPO, arXiv 2503.20783: the division favours prompts with small spread);
+    "batch": the spread is the unbiased std of all P·G rewards.
     A group of one has nothing to compare with: its advantage is 0.
     """
+    group_size = rewards.shape[1]
     # The group's mean is the baseline: it needs no value network, and takes off what all replies have in common.
     centred = rewards - rewards.mean(1, keepdim=True)
+    if baseline == "loo":
+        # r − (sum − r) / (G − 1) = (r − mean) · G / (G − 1): a reply no longer counts in what it is compared with.
+        centred = centred * (group_size / max(1, group_size - 1))
+    elif baseline != "mean":
+        raise ValueError(f'baseline must be "mean" or "loo", not {baseline!r}')
     # Exactly 0 for a group of equal rewards: the mean of equal numbers may be off by a rounding.
     same = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     centred = centred.masked_fill(same, 0.0)
     if scale == "none":
         return centred
     if scale == "group":
-        std = rewards.std(1, keepdim=True) if rewards.shape[1] > 1 else torch.zeros_like(rewards)
+        std = rewards.std(1, keepdim=True) if group_size > 1 else torch.zeros_like(rewards)
     elif scale == "batch":
         std = rewards.std() if rewards.numel() > 1 else torch.zeros_like(rewards)
     else:
@@ -84,6 +93,43 @@ def clipped_surrogate(r, advantage, clip_low: float, clip_high: float) -> tuple[
     return torch.minimum(plain, bounded), bounded < plain
 
 
+def cispo_surrogate(logp, r, advantage, clip_high: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """sg(min(r, 1+high)) A log π per token (B, T), and where the bound made the weight smaller (B, T) bool.
+
+    CISPO (MiniMax-M1, arXiv 2506.13585; without a lower bound, as there): the bound holds back how much a token
+    counts, and no token loses its gradient. sg: no gradient flows through it.
+    """
+    bound = 1 + clip_high
+    bounded_ratio = r.detach().clamp(max=bound)
+    gain = bounded_ratio * advantage[:, None] * logp
+    return gain, (r > bound) & (advantage[:, None] != 0)
+
+
+def sapo_surrogate(r, advantage, rising: float = 1.0, falling: float = 1.05) -> tuple[torch.Tensor, torch.Tensor]:
+    """(4/τ) σ(τ (r − 1)) A per token (B, T), and where a clip took the gradient away: nowhere (B, T) bool.
+
+    SAPO (arXiv 2511.20347): a smooth gate in place of the clip. Its slope is 1 at r = 1 and falls off on both sides,
+    faster with a larger τ: `rising` where the advantage is positive, `falling` elsewhere (values of the paper).
+    """
+    rising, falling = (advantage.new_tensor(value) for value in (rising, falling))
+    tau = torch.where(advantage > 0, rising, falling)[:, None]
+    gate = torch.sigmoid(tau * (r - 1)) * 4 / tau
+    return gate * advantage[:, None], torch.zeros_like(r, dtype=torch.bool)
+
+
+def token_gain(
+    logp, r, advantage, surrogate: str, clip_low: float, clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each token gains by the surrogate of that name (B, T), and where it was clipped (B, T) bool."""
+    if surrogate == "clip":
+        return clipped_surrogate(r, advantage, clip_low, clip_high)
+    if surrogate == "cispo":
+        return cispo_surrogate(logp, r, advantage, clip_high)
+    if surrogate == "sapo":
+        return sapo_surrogate(r, advantage)
+    raise ValueError(f'surrogate must be "clip", "cispo" or "sapo", not {surrogate!r}')
+
+
 def k3(logp, ref_logp, mask) -> torch.Tensor:
     """Schulman's low-variance estimate of KL(π ‖ π_ref) per token (B, T), never negative; 0 off the mask."""
     # Masked before exp, as in policy_ratio.
@@ -93,9 +139,9 @@ def k3(logp, ref_logp, mask) -> torch.Tensor:
 
 def grpo_loss(
     logp, old_logp, ref_logp, advantage, mask, weight, *,
-    clip_low=0.2, clip_high=0.2, kl=0.0, ratio="token", correction=None,
+    clip_low=0.2, clip_high=0.2, kl=0.0, ratio="token", surrogate="clip", correction=None,
 ) -> torch.Tensor:  # fmt: skip
-    """The clipped surrogate of GRPO (arXiv 2402.03300, equation 3).
+    """The clipped surrogate of GRPO (arXiv 2402.03300, equation 3), or another one in its place.
 
         loss = −Σ_b weight_b Σ_t mask_bt [ c min(r A, clip(r, 1−low, 1+high) A) − kl · k3 ], r = π(token) / π_old(token)
         k3   = π_ref/π − log(π_ref/π) − 1
@@ -104,10 +150,11 @@ def grpo_loss(
     advantage (B,). mask (B, T): True on sampled tokens, end token included; padding may hold NaN.
     weight (B,): the per-token loss weight of each reply, counted by the caller over all micro-batches and ranks:
     1/(B·length) is the mean over replies of per-token means, 1/(all tokens) the token mean, 1/(B·constant) Dr. GRPO's.
-    correction (B, T): c, as importance_weights gives it; None: 1. Returns a scalar.
+    surrogate: token_gain has what stands in place of the minimum. correction (B, T): c, as importance_weights gives
+    it; None: 1. Returns a scalar.
     """
     r = policy_ratio(logp, old_logp, mask, ratio)
-    gain, _ = clipped_surrogate(r, advantage, clip_low, clip_high)
+    gain, _ = token_gain(logp, r, advantage, surrogate, clip_low, clip_high)
     if correction is not None:
         gain = gain * correction
     if kl:
@@ -115,15 +162,18 @@ def grpo_loss(
     return -(weight[:, None] * gain.masked_fill(~mask, 0.0)).sum()
 
 
-def importance_weights(old_logp, sampler_logp, mask, kind: str = "token", cap: float = 2.0) -> torch.Tensor:
-    """Weights of tokens that another distribution sampled: (B, T) min(π_old / π_sampler, cap), without a gradient.
+def importance_weights(
+    old_logp, sampler_logp, mask, kind: str = "token", cap: float = 2.0, floor: float = 0.0, outside: str = "truncate"
+) -> torch.Tensor:
+    """Weights of tokens that another distribution sampled: (B, T) π_old / π_sampler in bounds, without a gradient.
 
     The sampler computes in another order or type than the trainer, or filters with top-k and top-p, so its replies are
-    not quite the policy's. The ratio makes their mean right again, the cap keeps a rare token from outweighing a batch:
-    truncated importance sampling (Ionides, J. Comput. Graph. Stat. 17, 2008). old_logp: the trainer's log-probs with
-    the weights that sampled, sampler_logp: the sampler's. kind "token": each token's own ratio; "sequence": its
-    reply's, the product over its tokens; "none": 1 everywhere. Padding may hold NaN; what is returned there means
-    nothing.
+    not quite the policy's. The ratio makes their mean right again, the cap keeps a rare token from outweighing a batch.
+    old_logp: the trainer's log-probs with the weights that sampled, sampler_logp: the sampler's. kind "token": each
+    token's own ratio; "sequence": its reply's, the product over its tokens; "none": 1 everywhere. A ratio outside
+    [floor, cap] becomes the bound it passed ("truncate", truncated importance sampling, Ionides, J. Comput. Graph.
+    Stat. 17, 2008) or 0 ("mask": the token, or the whole reply, teaches nothing; per token this is IcePop's, Ring-1T,
+    arXiv 2510.18855). Padding may hold NaN; what is returned there means nothing.
     """
     log_ratio = (old_logp - sampler_logp).detach().masked_fill(~mask, 0.0)
     if kind == "none":
@@ -132,7 +182,12 @@ def importance_weights(old_logp, sampler_logp, mask, kind: str = "token", cap: f
         log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
     elif kind != "token":
         raise ValueError(f'kind must be "token", "sequence" or "none", not {kind!r}')
-    return log_ratio.exp().clamp(max=cap)
+    weights = log_ratio.exp()
+    if outside == "mask":
+        return weights.masked_fill((weights < floor) | (weights > cap), 0.0)
+    if outside != "truncate":
+        raise ValueError(f'outside must be "truncate" or "mask", not {outside!r}')
+    return weights.clamp(floor, cap)
 
 
 def token_weights(lengths, normalizer: str, replies: int, tokens: float, constant: int) -> torch.Tensor:
@@ -146,21 +201,24 @@ def token_weights(lengths, normalizer: str, replies: int, tokens: float, constan
 
 
 def token_metrics(
-    logp, old_logp, ref_logp, sampler_logp, advantage, mask, correction, cap, *, clip_low, clip_high, ratio
-) -> dict[str, float]:
+    logp, old_logp, ref_logp, sampler_logp, advantage, mask, correction, cap, floor=0.0, *,
+    clip_low, clip_high, ratio, surrogate="clip",
+) -> dict[str, float]:  # fmt: skip
     """Sums over the tokens of a micro-batch of what a run watches (sampler_gap: the largest).
 
     Inputs as in grpo_loss and importance_weights, without gradients; padding must be finite here.
     """
     r = policy_ratio(logp, old_logp, mask, ratio)
-    _, clipped = clipped_surrogate(r, advantage, clip_low, clip_high)
+    _, clipped = token_gain(logp, r, advantage, surrogate, clip_low, clip_high)
+    # A masked weight is 0, so it lies at or below any floor.
+    bounded = (correction >= cap) | (correction <= floor)
     gap = (old_logp - sampler_logp).abs() * mask
     return {
         "tokens": mask.sum().item(),
         "clip_fraction": (clipped & mask).sum().item(),
         "kl": 0.0 if ref_logp is None else k3(logp, ref_logp, mask).sum().item(),
         "sampler_gap_mean": gap.sum().item(),
-        "importance_capped": ((correction >= cap) & mask).sum().item(),
+        "importance_capped": (bounded & mask).sum().item(),
         "sampler_gap": gap.max().item(),
     }
 
@@ -219,8 +277,13 @@ def parse_args(argv=None):
         help="reward = accuracy + this x format; 0: format is not rewarded")  # fmt: skip
     add("--advantage-scale", default="group", choices=["group", "none", "batch"],
         help="advantages divided by the std of the group, nothing (Dr. GRPO), or the std of the batch")  # fmt: skip
+    add("--advantage-baseline", default="mean", choices=["mean", "loo"],
+        help="what a reward is compared with: the mean of its group, or of the other replies (RLOO)")  # fmt: skip
 
     add = parser.add_argument_group("loss").add_argument
+    add("--surrogate", default="clip", choices=["clip", "cispo", "sapo"],
+        help="what a token gains by its ratio: clip: up to the bounds below (PPO, GRPO); cispo: its log-prob, weighed "
+        "by the ratio up to 1 + --clip-high; sapo: a smooth gate without bounds")  # fmt: skip
     add("--clip-low", type=real("(0, 1]"), default=0.2, help="ratio clipped below 1 - this")
     add("--clip-high", type=real("[0, inf)"), default=0.2, help="ratio clipped above 1 + this (DAPO: 0.28)")
     add("--ratio", default="token", choices=["token", "sequence"], help="ratio per token, or per reply (GSPO)")
@@ -234,6 +297,10 @@ def parse_args(argv=None):
         "reply, or not. vLLM gives probabilities after --top-k and --top-p, so the weight undoes these filters too; "
         "the builtin sampler gives those before")  # fmt: skip
     add("--importance-cap", type=real("[1, inf)"), default=2.0, help="largest such weight")
+    add("--importance-floor", type=real("[0, 1]"), default=0.0, help="smallest such weight; 0: none")
+    add("--importance-outside", default="truncate", choices=["truncate", "mask"],
+        help="a weight beyond floor or cap becomes that bound, or 0, so that the token or reply teaches nothing "
+        "(per token with 0.5 and 5: IcePop)")  # fmt: skip
 
     add = parser.add_argument_group("optimiser").add_argument
     add("--lr", type=real("(0, inf)"), default=1e-6, help="peak learning rate of AdamW")
@@ -378,7 +445,8 @@ def main(argv=None):
         sampler_state = sample.to_json
     # What the loop hands on unchanged.
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
-    clipping = {"clip_low": args.clip_low, "clip_high": args.clip_high, "ratio": args.ratio}
+    clipping = {name: getattr(args, name) for name in ("surrogate", "clip_low", "clip_high", "ratio")}
+    bounds = {"cap": args.importance_cap, "floor": args.importance_floor}
     timer = training.PhaseTimer(world, policy.compute_dtype if args.measure_peak else None)
     cost = model.Cost(policy)
     bar = tqdm(total=args.steps, initial=run.step, desc="grpo", disable=not world.main)
@@ -395,7 +463,9 @@ def main(argv=None):
         # 2. Score: rules give each reply a reward, the group gives it an advantage
         texts, scores = score_replies(encoder, mine, replies, args.format_weight)
         # Every rank sees all rewards: --advantage-scale batch needs the spread of the whole batch.
-        advantages = group_advantages(gather_rewards(world, scores, P, G), args.advantage_scale)
+        advantages = group_advantages(
+            gather_rewards(world, scores, P, G), args.advantage_scale, baseline=args.advantage_baseline
+        )
         advantages = advantages[world.rank :: world.size]
         lengths = torch.tensor([[len(reply.ids) for reply in group] for group in replies]).float()
         # Counted before the first backward, over all ranks: the loss must not depend on how the batch is divided.
@@ -428,13 +498,15 @@ def main(argv=None):
                 # The old log-probs are those of the weights that sampled: of the first update.
                 old = old_logps.setdefault(number, logp.detach())
                 sampled = pad_sequence([reply.logps for p in members for reply in replies[p]], True).to(device)
-                correction = importance_weights(old, sampled, mask, args.importance, args.importance_cap)
+                correction = importance_weights(
+                    old, sampled, mask, args.importance, outside=args.importance_outside, **bounds
+                )
                 loss = grpo_loss(
                     logp, old, ref, advantage, mask, weight, kl=args.kl, correction=correction, **clipping
                 )  # fmt: skip
                 training.backward(policy, world, loss, last)
                 add_metrics(sums, {"loss": loss.item()} | token_metrics(
-                    logp.detach(), old, ref, sampled, advantage, mask, correction, args.importance_cap, **clipping
+                    logp.detach(), old, ref, sampled, advantage, mask, correction, **bounds, **clipping
                 ))  # fmt: skip
             norm = training.update(policy, optimizer, lr, args.grad_clip)
         timer.end("learn", args.updates * cost.learn(learned_groups, reference=args.kl > 0))

@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from bugs_losses import BUGS_OF_LOSSES
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
 PATIENCE = 60  # seconds more than without a bug, before the tests are suspected to hang
@@ -182,9 +184,9 @@ BUGS = [Bug(*entry) for entry in (
     ("the weight is ignored", "grpo.py", "weight[:, None] * gain", "gain", LOSSES),
     ("importance weights are the wrong way up", "grpo.py",
      "log_ratio = (old_logp - sampler_logp)", "log_ratio = (sampler_logp - old_logp)", LOSSES),
-    ("importance weights are not capped", "grpo.py", "log_ratio.exp().clamp(max=cap)", "log_ratio.exp()", LOSSES),
+    ("importance weights are not capped", "grpo.py", "weights.clamp(floor, cap)", "weights", LOSSES),
     ("importance weights are clamped from below", "grpo.py",
-     "log_ratio.exp().clamp(max=cap)", "log_ratio.exp().clamp(1 / cap, cap)", LOSSES),
+     "weights.clamp(floor, cap)", "weights.clamp(1 / cap, cap)", LOSSES),
     ("importance weights of a reply are a mean, not a product", "grpo.py",
      "log_ratio = log_ratio.sum(1, keepdim=True)", "log_ratio = log_ratio.mean(1, keepdim=True)", LOSSES),
     ("importance weights carry a gradient", "grpo.py",
@@ -200,30 +202,30 @@ BUGS = [Bug(*entry) for entry in (
      "((chosen - ref_chosen) - (rejected - ref_rejected))",
      "((rejected - ref_rejected) - (chosen - ref_chosen))", LOSSES),
     ("beta is missing", "dpo.py", "margin = beta * (", "margin = (", LOSSES),
-    ("the reference of the rejected reply is missing", "dpo.py", "(rejected - ref_rejected)", "rejected", LOSSES),
+    ("the reference of the rejected reply is missing", "dpo.py", "- (rejected - ref_rejected))", "- rejected)", LOSSES),
     ("the DPO loss is averaged inside", "dpo.py",
-     "-F.logsigmoid(margin), margin", "-F.logsigmoid(margin).mean(), margin", LOSSES),
+     "return -F.logsigmoid(margin), margin", "return -F.logsigmoid(margin).mean(), margin", LOSSES),
     ("SFT makes the chosen reply less likely", "dpo.py",
      "return -(weight[:, None] * logp", "return (weight[:, None] * logp", LOSSES),
-    ("SFT counts padding", "dpo.py", "logp.masked_fill(~mask, 0.0)", "logp", LOSSES),
+    ("SFT counts padding", "dpo.py", "* logp.masked_fill(~mask, 0.0)", "* logp", LOSSES),
     ("chosen and rejected are swapped in the batch", "dpo.py",
      'else ["chosen", "rejected"]', 'else ["rejected", "chosen"]', DPO_NUMBERS),
     ("DPO averages the log-probs over the reply", "dpo.py",
-     "                summed = logp.sum(1).view(-1, 2)\n",
-     "                summed = (logp.sum(1) / mask.sum(1)).view(-1, 2)\n", DPO_NUMBERS),
+     "summed = logp.masked_fill(~mask, 0.0).sum(1).view(-1, 2)",
+     "summed = (logp.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)).view(-1, 2)", DPO_NUMBERS),
     ("the SFT part learns the rejected replies too", "dpo.py",
-     'chosen = slice(None, None, 1 if args.loss == "sft" else 2)', "chosen = slice(None, None, 1)", DPO_NUMBERS),
+     'chosen = slice(None, None, 1 if loss == "sft" else 2)', "chosen = slice(None, None, 1)", DPO_NUMBERS),
     ("the SFT part is the mean of the pairs' means", "dpo.py",
-     "real_pairs / chosen_tokens)", "real_pairs / len(batch) / mask[chosen].sum(1))", DPO_NUMBERS),
-    ("the SFT weight is ignored", "dpo.py", "args.sft_weight * loss_sft", "loss_sft",
+     "torch.ones_like(lengths) / tokens", "1.0 / (replies * lengths)", DPO_NUMBERS),
+    ("the SFT weight is ignored", "dpo.py", "total + sft_weight * loss_sft", "total + loss_sft",
      DPO_LOG),
     ("DPO divides each micro-batch by its own size", "dpo.py",
-     "loss_dpo = (losses * real_pairs).sum() / len(batch)", "loss_dpo = losses.mean()", MICRO_BATCHES),
+     "loss_dpo = (losses * real_pairs).sum() / pairs", "loss_dpo = losses.mean()", MICRO_BATCHES),
     ("a resumed run takes the trained model as its reference", "dpo.py",
      "    known = {}\n    if world.main and run.step and file.exists():\n"
      "        known = json.loads(file.read_text())\n",
      "    known = run.restore(policy, training.adamw(policy, 1.0)) or {}\n", RESUME),
-    ("dpo.py forgets to restore", "dpo.py", "run.restore(policy, optimizer)", "pass", RESUME),
+    ("dpo.py forgets to restore", "dpo.py", "run.restore(policy, optimizer)", "{}", RESUME),
 
     # ---- grpo.py: the stage
     ("replies are scored against the next record", "grpo.py",
@@ -247,8 +249,8 @@ BUGS = [Bug(*entry) for entry in (
     ("skipped groups do not count in the normaliser", "grpo.py",
      "args.normalizer, P * G, tokens,", "args.normalizer, len(useful) * G, tokens,", GRPO_GRADIENT),
     ("--advantage-scale is ignored", "grpo.py",
-     "group_advantages(gather_rewards(world, scores, P, G), args.advantage_scale)",
-     "group_advantages(gather_rewards(world, scores, P, G))", GRPO_GRADIENT),
+     "gather_rewards(world, scores, P, G), args.advantage_scale,",
+     "gather_rewards(world, scores, P, G),", GRPO_GRADIENT),
     ("--normalizer is ignored", "grpo.py", "token_weights(length, args.normalizer,",
      'token_weights(length, "sequence",', GRPO_GRADIENT),
     ("each micro-batch is normalised by itself", "grpo.py",
@@ -658,6 +660,7 @@ BUGS = [Bug(*entry) for entry in (
     ("the accuracy of readable answers is that of all", "report.py",
      'keys = ("accuracy", "accuracy_read", "format")', 'keys = ("accuracy", "accuracy", "format")', REPORT),
 )]
+BUGS += [Bug(*entry) for entry in BUGS_OF_LOSSES]
 # fmt: on
 
 

@@ -202,7 +202,7 @@ def test_the_glossary_has_every_key_a_training_step_logs_and_no_other():
     optional = {key.replace("tflops", "mfu") for key in GRPO_KEYS if key.startswith("tflops")} | {"staleness"}
     shared, of_grpo, of_dpo = (glossary(title) for title in ("Every stage", "grpo.py", "dpo.py"))
     assert sorted(shared + of_grpo) == sorted(GRPO_KEYS | optional)
-    assert sorted(shared + of_dpo) == sorted(DPO_KEYS | {"mfu_learn"})
+    assert sorted(shared + of_dpo) == sorted(DPO_KEYS | {"mfu_learn", "loss_quality"})
 
 
 def test_the_glossary_has_every_key_of_a_result_file():

@@ -627,11 +627,15 @@ MACHINE = {"max_pixels", "dtype", "attn", "freeze_vision", "micro_tokens", "grad
            "replicas", "offload", "accumulate", "measure_peak", "save_every", "keep"}  # fmt: skip
 COMMON = {"model", "data", "skip_bad", "out", "seed", "steps", "lr", "schedule", "warmup", "grad_clip"}
 SETTINGS = {
-    "dpo": COMMON | MACHINE | {"loss", "beta", "sft_weight", "batch"},
+    "dpo": COMMON | MACHINE | {
+        "loss", "beta", "sft_weight", "sft_mean", "preference", "preference_weight", "label_smoothing",
+        "quality_weight", "reward_shift", "batch",
+    },
     "grpo": COMMON | MACHINE | {
         "prompts", "group", "temperature", "top_k", "top_p", "max_new_tokens", "format_weight", "advantage_scale",
-        "clip_low", "clip_high", "ratio", "kl", "normalizer", "importance", "importance_cap", "updates", "sampler",
-        "vllm_memory", "vllm_tp", "parity_every", "one_step_off_policy",
+        "advantage_baseline", "surrogate", "clip_low", "clip_high", "ratio", "kl", "normalizer", "importance",
+        "importance_cap", "importance_floor", "importance_outside", "updates", "sampler", "vllm_memory",
+        "vllm_tp", "parity_every", "one_step_off_policy",
     },
 }  # fmt: skip
 

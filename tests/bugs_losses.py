@@ -1,0 +1,48 @@
+"""Planted bugs of the losses and objectives that are choices by flag: plant_bugs.py plants them, entry by entry.
+
+(name, file, old text, new text, tests)
+"""
+
+GRPO = "tests/test_grpo_losses.py"
+DPO = "tests/test_dpo_losses.py"
+TRL = "tests/test_losses_trl.py"
+
+# fmt: off
+BUGS_OF_LOSSES = [
+    # ---- grpo.py
+    ("leave-one-out is scaled the wrong way", "grpo.py",
+     "(group_size / max(1, group_size - 1))", "((group_size - 1) / group_size)", GRPO),
+    ("CISPO lets the gradient through its weight", "grpo.py",
+     "r.detach().clamp(max=bound)", "r.clamp(max=bound)", GRPO),
+    ("CISPO drops what its bound should only hold back", "grpo.py",
+     "bounded_ratio = r.detach().clamp(max=bound)", "bounded_ratio = r.detach() * (r <= bound)", TRL),
+    ("SAPO's gate has another slope", "grpo.py", "torch.sigmoid(tau * (r - 1)) * 4 / tau",
+     "torch.sigmoid(tau * (r - 1)) * 4", GRPO),
+    ("SAPO's temperatures are swapped", "grpo.py", "torch.where(advantage > 0, rising, falling)",
+     "torch.where(advantage > 0, falling, rising)", GRPO),
+    ("masked importance weights are capped", "grpo.py", "weights.masked_fill((weights < floor) | (weights > cap), 0.0)",
+     "weights.clamp(max=cap).masked_fill(weights < floor, 0.0)", GRPO),
+    ("a weight at its bound is masked", "grpo.py", "(weights < floor) | (weights > cap)",
+     "(weights <= floor) | (weights >= cap)", GRPO),
+    ("masked tokens are not counted", "grpo.py", "| (correction <= floor)", "", GRPO),
+    ("--importance-outside is ignored", "grpo.py", "args.importance, outside=args.importance_outside, **bounds",
+     "args.importance, **bounds", GRPO),
+    ("--advantage-baseline is ignored", "grpo.py", ", baseline=args.advantage_baseline", "", GRPO),
+
+    # ---- dpo.py
+    ("label smoothing does not flip the pair", "dpo.py", "label_smoothing * F.logsigmoid(-margin)",
+     "label_smoothing * F.logsigmoid(margin)", DPO),
+    ("IPO's goal is 1/beta", "dpo.py", "(h - 1 / (2 * beta))", "(h - 1 / beta)", DPO),
+    ("IPO sums over the reply", "dpo.py", "h = chosen_gain / chosen_length", "h = chosen_gain", TRL),
+    ("the quality loss rewards the rejected reply", "dpo.py", "F.logsigmoid(-(rejected_reward - shift))",
+     "F.logsigmoid(rejected_reward - shift)", DPO),
+    ("the shift is taken off the chosen reward only", "dpo.py", "-(rejected_reward - shift)", "-rejected_reward", DPO),
+    ("--quality-weight is ignored", "dpo.py", "total + quality_weight * loss_quality", "total + loss_quality", DPO),
+    ("--preference-weight is ignored", "dpo.py", "total = preference_weight * loss_dpo", "total = loss_dpo", DPO),
+    ("a filler pair adds to the quality loss", "dpo.py", "(quality_loss(*sides, beta, shift) * real_pairs).sum()",
+     "quality_loss(*sides, beta, shift).sum()", DPO),
+    ("the reward shift is forgotten on resume", "dpo.py", '.get("reward_shift", 0.0)', '.get("shift", 0.0)', DPO),
+    ("the reward shift is that of the last step", "dpo.py",
+     "return mean + (value - mean) / (count + 1)", "return value", DPO),
+]
+# fmt: on

@@ -1,0 +1,246 @@
+"""The other choices of grpo.py's losses against numbers worked out by hand, and as runs of a tiny model.
+
+The numbers were worked out with pen and paper, as in tests/test_losses.py, which has the plain GRPO loss. That loss and
+gradient are TRL's too is in tests/test_losses_trl.py.
+"""
+
+import math
+
+import pytest
+import torch
+from commands import Material, call, rows, timeless
+from test_losses import (
+    EVERYTHING,
+    LN3,
+    NAN,
+    OLD,
+    REWARDS,
+    SAMPLED,
+    TIMES,
+    close,
+    f64,
+    loss_and_gradient,
+    sampler_of,
+    token_metrics,
+)
+
+import grpo
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    return Material(tmp_path_factory.getbasetemp() / "material")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leave-one-out: a reply is compared with the others only
+
+
+def test_leave_one_out_compares_a_reply_with_the_mean_of_the_others():
+    # 1.5 − 0.5, 0.5 − 2.5 / 3; 0 − 4, 4 − 8 / 3
+    advantages = grpo.group_advantages(f64(REWARDS), "none", baseline="loo")
+    close(advantages, [[1.0, -1 / 3, -1 / 3, -1 / 3], [-4.0, 4 / 3, 4 / 3, 4 / 3]])
+
+
+def test_leave_one_out_is_scaled_as_the_mean_is():
+    # the stds of the groups are 0.5 and 2; with eps 0.5 the divisors are 1 and 2.5
+    advantages = grpo.group_advantages(f64(REWARDS), "group", eps=0.5, baseline="loo")
+    close(advantages, [[1.0, -1 / 3, -1 / 3, -1 / 3], [-1.6, 8 / 15, 8 / 15, 8 / 15]])
+
+
+@pytest.mark.parametrize("scale", ["group", "none", "batch"])
+def test_leave_one_out_gives_equal_rewards_and_groups_of_one_exactly_nothing(scale):
+    equal = torch.tensor([[value] * 3 for value in (0.1, 1 / 3, 7 / 6)])
+    assert grpo.group_advantages(equal, scale, baseline="loo").tolist() == [[0.0] * 3] * 3
+    assert grpo.group_advantages(torch.tensor([[1.5], [0.25]]), scale, baseline="loo").tolist() == [[0.0], [0.0]]
+
+
+def test_another_baseline_is_refused():
+    with pytest.raises(ValueError, match="median"):
+        grpo.group_advantages(f64(REWARDS), baseline="median")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Surrogates
+
+
+def test_cispo_weighs_the_log_prob_by_the_ratio_up_to_its_bound():
+    logp = f64([[-1.0, -2.0], [-0.5, -3.0]]).requires_grad_()
+    r = f64([[1.5, 0.5], [2.0, 1.25]])
+    gain, bounded = grpo.cispo_surrogate(logp, r, f64([2.0, -1.0]), 0.25)
+    # 1.25 * 2 * -1, 0.5 * 2 * -2; 1.25 * -1 * -0.5, 1.25 * -1 * -3 (at the bound nothing is taken off)
+    close(gain, [[-2.5, -2.0], [0.625, 3.75]])
+    assert bounded.tolist() == [[True, False], [True, False]]
+    gain.sum().backward()
+    # the gradient is the weight itself: none is 0, also of the token that the clip of PPO would have dropped
+    close(logp.grad, [[2.5, 1.0], [-1.25, -1.25]])
+
+
+def test_cispo_lets_no_gradient_through_its_weight():
+    # loss_and_gradient moves logp and with it r: with a gradient through r there would be a second summand
+    loss, gradient = loss_and_gradient([[0.5]], [2.0], [0.1], surrogate="cispo")
+    close(loss, -0.1 * 0.5 * 2 * (-1.7 + math.log(0.5)), 1e-9)
+    close(gradient, [[-0.1 * 0.5 * 2]])
+
+
+def test_cispo_counts_no_token_of_advantage_zero_as_bounded():
+    assert not grpo.cispo_surrogate(f64([[-1.0]]), f64([[9.0]]), f64([0.0]), 0.2)[1].any()
+
+
+def test_sapo_is_a_gate_of_slope_1_at_ratio_1_that_closes_on_both_sides():
+    r = f64([[1.0, 1.0 + LN3], [1.0, 1.0 + LN3 / 1.05]]).requires_grad_()
+    gain, clipped = grpo.sapo_surrogate(r, f64([2.0, -4.0]))
+    # A > 0, tau 1: sigmoid(0) * 4 = 2, sigmoid(ln 3) * 4 = 3.  A < 0, tau 1.05: 2 / 1.05 and 3 / 1.05
+    close(gain, [[4.0, 6.0], [-8 / 1.05, -12 / 1.05]])
+    assert not clipped.any()
+    gain.sum().backward()
+    # slope 4 s (1 - s): 1 at s = 1/2, 3/4 at s = 3/4, whatever tau
+    close(r.grad, [[2.0, 1.5], [-4.0, -3.0]])
+
+
+def test_sapo_closes_earlier_for_bad_replies_than_for_good_ones():
+    r = f64([[3.0], [3.0]]).requires_grad_()
+    grpo.sapo_surrogate(r, f64([1.0, -1.0]))[0].sum().backward()
+    assert 0 < -r.grad[1].item() < r.grad[0].item() < 0.5
+
+
+@pytest.mark.parametrize("surrogate", ["cispo", "sapo"])
+def test_a_surrogate_takes_the_place_of_the_clip_and_leaves_weights_mask_and_kl_as_they_are(surrogate):
+    options = EVERYTHING | {"surrogate": surrogate}
+    loss, gradient = loss_and_gradient(**options)
+    without_kl, gradient_without = loss_and_gradient(**options | {"kl": 0.0})
+    # the KL of the hand-worked case: 0.5 * (0.25 * 0.3068528194 + 0.1 * 1.0945348919)
+    close(loss - without_kl, 0.0930833471, 1e-9)
+    # and its gradients: weight * 0.5 * slope of k3
+    close(gradient - gradient_without, [[-0.125, 0.0, 0.0], [0.025, -0.1, 0.0]], 1e-9)
+    assert gradient[0, 2] == 0 and gradient_without[0, 2] == 0
+    twice, twice_gradient = loss_and_gradient(**options | {"weight": [0.5, 0.2]})
+    close(twice, 2 * loss.item(), 1e-9)
+    close(twice_gradient, (2 * gradient).tolist(), 1e-9)
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "cispo", "sapo"])
+def test_all_surrogates_have_the_same_gradient_at_the_first_update(surrogate):
+    _, gradient = loss_and_gradient([[1.0, 1.0], [1.0, 1.0]], [2.0, -1.0], [0.25, 0.1], surrogate=surrogate)
+    close(gradient, [[-0.5, -0.5], [0.1, 0.1]])
+
+
+@pytest.mark.parametrize("surrogate", ["cispo", "sapo"])
+@pytest.mark.parametrize("junk", [NAN, math.inf, -math.inf, 1e30])
+def test_junk_in_the_padding_reaches_no_surrogate(surrogate, junk):
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    old, advantage, weight = torch.full((2, 3), -1.7), torch.tensor([2.0, -1.0]), torch.tensor([0.25, 0.1])
+    results = []
+    for padding in (junk, -1.0):
+        logp = torch.tensor([[-1.0, -2.0, padding], [-1.5, padding, padding]]).requires_grad_()
+        loss = grpo.grpo_loss(logp, old, None, advantage, mask, weight, surrogate=surrogate)
+        loss.backward()
+        results.append((loss.item(), logp.grad))
+    assert math.isfinite(results[0][0]) and results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1]) and (results[0][1][~mask] == 0).all()
+
+
+def test_another_surrogate_is_refused():
+    with pytest.raises(ValueError, match="reinforce"):
+        loss_and_gradient([[1.0]], [1.0], [1.0], surrogate="reinforce")
+
+
+def test_clip_fraction_is_of_the_surrogate_in_use():
+    # METRICS: 1.5 (A 2) and 2.0, 0.5 (A -1) of the bounds 0.8 and 1.4
+    assert token_metrics()["clip_fraction"] == 2
+    assert token_metrics(surrogate="sapo")["clip_fraction"] == 0
+    # CISPO bounds ratios above 1.4, of either sign: 1.5 and 2.0, not 0.5, and nothing of advantage 0
+    assert token_metrics(surrogate="cispo", ratios=[[1.5, 0.5, 9.0], [0.5, 2.0, 1.0], [3.0, 0.1, 1.0]])[
+        "clip_fraction"] == 2  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bounds of the importance weights. TIMES: 1.5, 0.5, 4; 0.25, 2. As products: 3 and 0.5
+
+
+def bounded_weights(kind, **bounds):
+    weights = grpo.importance_weights(f64(OLD), sampler_of(OLD, TIMES), torch.tensor(SAMPLED), kind, **bounds)
+    return [weights[0].tolist(), weights[1, :2].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bounds", "expected"),
+    [
+        ("token", {"cap": 2.5, "floor": 0.4}, [[1.5, 0.5, 2.5], [0.4, 2.0]]),
+        ("token", {"cap": 2.5, "floor": 0.4, "outside": "mask"}, [[1.5, 0.5, 0.0], [0.0, 2.0]]),
+        ("token", {"cap": 2.5, "outside": "mask"}, [[1.5, 0.5, 0.0], [0.25, 2.0]]),
+        ("sequence", {"cap": 2.5, "floor": 0.75}, [[2.5, 2.5, 2.5], [0.75, 0.75]]),
+        ("sequence", {"cap": 2.5, "outside": "mask"}, [[0.0, 0.0, 0.0], [0.5, 0.5]]),
+        ("sequence", {"cap": 5.0, "floor": 0.75, "outside": "mask"}, [[3.0, 3.0, 3.0], [0.0, 0.0]]),
+        ("none", {"cap": 1.0, "floor": 1.0, "outside": "mask"}, [[1.0, 1.0, 1.0], [1.0, 1.0]]),
+    ],
+)
+def test_a_weight_outside_its_bounds_becomes_the_bound_or_nothing(kind, bounds, expected):
+    actual = bounded_weights(kind, **bounds)
+    for row, wanted in zip(actual, expected, strict=True):
+        assert row == pytest.approx(wanted, abs=1e-9)
+
+
+def test_a_weight_at_its_bound_is_inside():
+    old = f64([[0.0, 0.0]])
+    weights = grpo.importance_weights(old, old, torch.ones(1, 2, dtype=torch.bool), "token", 1.0, 1.0, "mask")
+    assert weights.tolist() == [[1.0, 1.0]]
+
+
+def test_a_masked_token_has_no_gradient_and_is_still_held_to_the_reference():
+    correction = f64([[0.0, 1.0]])
+    _, gradient = loss_and_gradient(
+        [[1.1, 0.9]], [2.0], [0.5], ref_gap=[[LN3, 0.0]], kl=0.1, correction=correction
+    )  # fmt: skip
+    # token 1: only the KL, 0.5 * 0.1 * -2; token 2: -0.5 * 0.9 * 2
+    close(gradient, [[-0.1, -0.9]], 1e-9)
+
+
+def test_weights_at_either_bound_and_masked_ones_are_counted():
+    masked = [[2.0, 0.0, 2.0], [0.5, 2.0, 1.9], [1.0, 1.0, 1.0]]
+    assert token_metrics()["importance_capped"] == 2
+    assert token_metrics(floor=0.5)["importance_capped"] == 3
+    assert token_metrics(floor=0.5, correction=masked)["importance_capped"] == 4
+    assert token_metrics(correction=masked)["importance_capped"] == 3  # with a cap alone
+
+
+def test_another_way_with_weights_outside_is_refused():
+    with pytest.raises(ValueError, match="drop"):
+        bounded_weights("token", outside="drop")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+SETTINGS = {
+    "CISPO": {"surrogate": "cispo", "updates": 2},
+    "SAPO": {"surrogate": "sapo", "updates": 2},
+    "RLOO": {"advantage_baseline": "loo", "advantage_scale": "none"},
+    "IcePop": {"importance_floor": 0.5, "importance_cap": 5, "importance_outside": "mask"},
+    "sequence mask": {"importance": "sequence", "importance_cap": 3, "importance_outside": "mask"},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_grpo_trains_with(material, tmp_path, name):
+    call("grpo", **material.grpo(out=tmp_path, **SETTINGS[name]))
+    log = rows(tmp_path)
+    assert len(log) == 3 and all(math.isfinite(row["loss"]) for row in log) and log[0]["grad_norm"] > 0
+    assert all(row["importance_capped"] == 0 for row in log)  # the builtin sampler is the policy
+    assert name != "SAPO" or {row["clip_fraction"] for row in log} == {0}
+
+
+def test_each_flag_changes_what_is_learned(material, tmp_path):
+    changes = {
+        "plain": {},
+        "surrogate": {"surrogate": "cispo"},
+        "baseline": {"advantage_baseline": "loo"},
+        "mask": {"importance_cap": 1.0, "importance_floor": 1.0, "importance_outside": "mask"},
+    }
+    logs = {}
+    for name, settings in changes.items():
+        call("grpo", **material.grpo(out=tmp_path / name, updates=2, steps=2, lr=3e-3, **settings))
+        logs[name] = timeless(tmp_path / name)
+    assert all(logs[name] != logs["plain"] for name in changes if name != "plain")
+    # bounds of 1 and 1 drop every token whose ratio is not 1 to the last bit
+    assert logs["mask"][0]["importance_capped"] > 0.5

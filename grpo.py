@@ -69,6 +69,23 @@ def group_advantages(
     return centred / (std + eps)
 
 
+def accuracy_filter(accuracy: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Groups that are neither too hard nor too easy: (P, G) accuracies -> (P,) bool, low ≤ mean ≤ high.
+
+    The online filter of PRIME (arXiv 2502.01456), there 0.2 to 0.8.
+    """
+    mean = accuracy.mean(1)
+    return (mean >= low) & (mean <= high)
+
+
+def overlong_penalty(length: int, longest: int, buffer: int) -> float:
+    """What a long reply loses of its reward: the soft punishment of DAPO (arXiv 2503.14476, equation 13).
+
+    0 up to longest − buffer tokens, from there falling evenly to −1 at `longest`, where replies are truncated.
+    """
+    return -max(0, length - (longest - buffer)) / buffer
+
+
 def policy_ratio(logp, old_logp, mask, ratio: str = "token") -> torch.Tensor:
     """π/π_old per token (B, T): its own, or ("sequence", GSPO, arXiv 2507.18071) its reply's geometric mean."""
     # Masked before exp: padding may hold anything, NaN included.
@@ -275,6 +292,10 @@ def parse_args(argv=None):
     add = parser.add_argument_group("reward and advantage").add_argument
     add("--format-weight", type=real("[0, inf)"), default=0.5,
         help="reward = accuracy + this x format; 0: format is not rewarded")  # fmt: skip
+    add("--overlong-buffer", type=integer("[0, inf)"), default=0,
+        help="last tokens before --max-new-tokens, over which the reward falls by up to 1 (DAPO); 0: none")  # fmt: skip
+    add("--accuracy-low", type=real("[0, 1]"), default=0.0, help="groups of a smaller mean accuracy teach nothing")
+    add("--accuracy-high", type=real("[0, 1]"), default=1.0, help="groups of a larger mean accuracy teach nothing")
     add("--advantage-scale", default="group", choices=["group", "none", "batch"],
         help="advantages divided by the std of the group, nothing (Dr. GRPO), or the std of the batch")  # fmt: skip
     add("--advantage-baseline", default="mean", choices=["mean", "loo"],
@@ -292,6 +313,8 @@ def parse_args(argv=None):
     add("--normalizer", default="sequence", choices=["sequence", "token", "constant"],
         help="per-token loss weight: sequence: 1/its reply's length (GRPO); token: the same for all (DAPO); "
         "constant: 1/--max-new-tokens (Dr. GRPO)")  # fmt: skip
+    add("--mask-truncated", action="store_true",
+        help="replies that did not end within --max-new-tokens carry no loss; their group's mean has them")  # fmt: skip
     add("--importance", default="token", choices=["token", "sequence", "none"],
         help="weigh what was sampled by the trainer's probability over the sampler's: of each token, of its whole "
         "reply, or not. vLLM gives probabilities after --top-k and --top-p, so the weight undoes these filters too; "
@@ -319,15 +342,27 @@ def parse_args(argv=None):
         parser.error("--one-step-off-policy needs --sampler vllm and --vllm-tp 1: no model can sample while it learns")
     if args.one_step_off_policy and args.importance == "none":
         parser.error("--one-step-off-policy: --importance token or sequence must correct for the older weights")
+    if args.overlong_buffer > args.max_new_tokens:
+        parser.error(f"--overlong-buffer {args.overlong_buffer} is more than --max-new-tokens {args.max_new_tokens}")
+    if args.accuracy_low > args.accuracy_high:
+        parser.error(f"--accuracy-low {args.accuracy_low:g} is above --accuracy-high {args.accuracy_high:g}")
     return args
 
 
-def score_replies(encoder, records, replies, format_weight) -> tuple[list, list]:
-    """(texts, scores) of the replies to some records, both [record][reply]; a score is what rewards.score returns."""
+def score_replies(encoder, records, replies, format_weight, longest=0, overlong_buffer=0) -> tuple[list, list]:
+    """(texts, scores) of the replies to some records, both [record][reply]; a score is what rewards.score returns.
+
+    With an overlong_buffer a score has "overlong" too, and "reward" is less by it. longest: tokens of a reply at most.
+    """
     texts = [[encoder.decode(reply.ids) for reply in group] for group in replies]
     scores = []
     for record, group in zip(records, texts, strict=True):
         scores.append([rewards.score(text, record, format_weight=format_weight) for text in group])
+    if overlong_buffer:
+        for group, group_scores in zip(replies, scores, strict=True):
+            for reply, score in zip(group, group_scores, strict=True):
+                score["overlong"] = overlong_penalty(len(reply.ids), longest, overlong_buffer)
+                score["reward"] += score["overlong"]
     return texts, scores
 
 
@@ -352,7 +387,8 @@ def batch_metrics(world, scores, replies, tokens, signal, P, G) -> dict:
     # Sums first, then one division: ranks may hold different numbers of tokens.
     flat_scores = [score for group in scores for score in group]
     flat_replies = [reply for group in replies for reply in group]
-    sums = {name: sum(score[name] for score in flat_scores) for name in ("reward", "accuracy", "format")}
+    names = [name for name in ("reward", "accuracy", "format", "overlong") if name in flat_scores[0]]
+    sums = {name: sum(score[name] for score in flat_scores) for name in names}
     sums["length"] = sum(len(reply.ids) for reply in flat_replies)
     sums["finished"] = sum(reply.finished for reply in flat_replies)
     metrics = {name: total / (P * G) for name, total in zip(sums, world.sum(*sums.values()), strict=True)}
@@ -461,15 +497,22 @@ def main(argv=None):
         timer.end("sample", sum(cost.forward(groups)))
 
         # 2. Score: rules give each reply a reward, the group gives it an advantage
-        texts, scores = score_replies(encoder, mine, replies, args.format_weight)
+        texts, scores = score_replies(
+            encoder, mine, replies, args.format_weight, args.max_new_tokens, args.overlong_buffer
+        )
         # Every rank sees all rewards: --advantage-scale batch needs the spread of the whole batch.
         advantages = group_advantages(
             gather_rewards(world, scores, P, G), args.advantage_scale, baseline=args.advantage_baseline
         )
         advantages = advantages[world.rank :: world.size]
+        # fp64: a mean of 0.8 must not lie above an --accuracy-high of 0.8.
+        accuracy = torch.tensor([[score["accuracy"] for score in group] for group in scores], dtype=torch.float64)
+        teaches = accuracy_filter(accuracy, args.accuracy_low, args.accuracy_high)
+        counted = torch.tensor([[reply.finished or not args.mask_truncated for reply in group] for group in replies])
+        advantages = advantages.masked_fill(~(teaches[:, None] & counted), 0.0)
         lengths = torch.tensor([[len(reply.ids) for reply in group] for group in replies]).float()
         # Counted before the first backward, over all ranks: the loss must not depend on how the batch is divided.
-        tokens = world.sum(lengths.sum())[0]
+        tokens, loss_tokens = world.sum(lengths.sum(), (lengths * counted).sum())
         timer.end("score")
 
         # 3. Learn: clipped updates on the groups that carry a signal
@@ -494,7 +537,9 @@ def main(argv=None):
                 members, device = [useful[i] for i in micro], logp.device
                 advantage = torch.cat([advantages[p] for p in members]).to(device)
                 length = torch.cat([lengths[p] for p in members]).to(device)
-                weight = token_weights(length, args.normalizer, P * G, tokens, args.max_new_tokens)
+                weight = token_weights(length, args.normalizer, P * G, max(1.0, loss_tokens), args.max_new_tokens)
+                # Their advantage is 0 already; the KL must let go of them too.
+                weight = weight * torch.cat([counted[p] for p in members]).to(device)
                 # The old log-probs are those of the weights that sampled: of the first update.
                 old = old_logps.setdefault(number, logp.detach())
                 sampled = pad_sequence([reply.logps for p in members for reply in replies[p]], True).to(device)

@@ -73,7 +73,9 @@ def machine() -> SimpleNamespace:
 def trl_grpo(given: dict, settings: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """GRPOTrainer._compute_loss: -> (loss, d loss / d logp)."""
     logp = given["logp"].clone().requires_grad_()
-    mask, entropy = given["mask"].long(), torch.zeros_like(given["logp"])
+    # mask_truncated_completions: TRL takes them out of the completion mask.
+    whole = torch.tensor([number not in settings.get("truncated", []) for number in range(4)])
+    mask, entropy = given["mask"].long() * whole[:, None], torch.zeros_like(given["logp"])
     bounds = settings.get("bounds")
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **options: (logp, entropy, None),
@@ -144,6 +146,13 @@ def trl_leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
     return names["advantages"].view(rewards.shape)
 
 
+def trl_overlong() -> list[float]:
+    """TRL's reward of replies of 1 to 10 tokens, where 10 is the longest and 4 the buffer."""
+    from trl.rewards import get_soft_overlong_punishment
+
+    return get_soft_overlong_punishment(10, 4)([[0] * length for length in range(1, 11)])
+
+
 def trl_dpo(given: dict, settings: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """DPOTrainer._compute_loss of the two pairs: -> (loss, d loss / d logp). TRL has all chosen replies first."""
     logp = given["logp"].clone().requires_grad_()
@@ -177,6 +186,14 @@ GRPO_CASES = {
     "clip, sequence mean": ({"normalizer": "sequence"}, {"loss_type": "grpo"}),
     "clip, token mean, KL": ({"normalizer": "token", "kl": 0.04}, {"loss_type": "dapo", "beta": 0.04}),
     "clip, constant": ({"normalizer": "constant"}, {"loss_type": "dr_grpo"}),
+    "clip, truncated replies masked, sequence mean": (
+        {"normalizer": "sequence", "kl": 0.04, "truncated": [0, 3]},
+        {"loss_type": "grpo", "beta": 0.04, "truncated": [0, 3]},
+    ),
+    "clip, truncated replies masked, token mean": (
+        {"normalizer": "token", "kl": 0.04, "truncated": [0, 3]},
+        {"loss_type": "dapo", "beta": 0.04, "truncated": [0, 3]},
+    ),
     "clip, ratio of the sequence": (
         {"normalizer": "sequence", "ratio": "sequence"}, {"loss_type": "grpo", "level": "sequence"},
     ),
@@ -243,6 +260,7 @@ def main():
         "torch": torch.__version__,
         "inputs": {name: value.tolist() for name, value in given.items()},
         "leave_one_out": trl_leave_one_out(given["rewards"]).tolist(),
+        "overlong": trl_overlong(),
         "cases": cases,
     }
     for case in cases:

@@ -28,6 +28,17 @@ BUGS_OF_LOSSES = [
     ("--importance-outside is ignored", "grpo.py", "args.importance, outside=args.importance_outside, **bounds",
      "args.importance, **bounds", GRPO),
     ("--advantage-baseline is ignored", "grpo.py", ", baseline=args.advantage_baseline", "", GRPO),
+    ("the overlong penalty begins at the buffer's length", "grpo.py",
+     "max(0, length - (longest - buffer)) / buffer", "max(0, length - buffer) / buffer", GRPO),
+    ("the overlong penalty is rewarded", "grpo.py", "return -max(0, length", "return max(0, length", GRPO),
+    ("the overlong penalty does not reach the reward", "grpo.py",
+     'score["reward"] += score["overlong"]', "pass", GRPO),
+    ("the accuracy filter keeps the easy groups", "grpo.py", "& (mean <= high)", "", GRPO),
+    ("the accuracy filter excludes its bounds", "grpo.py", "(mean >= low) &", "(mean > low) &", GRPO),
+    ("truncated replies keep their loss", "grpo.py", "reply.finished or not args.mask_truncated", "True", GRPO),
+    ("truncated replies are still held to the reference", "grpo.py",
+     "weight = weight * torch.cat([counted[p] for p in members]).to(device)", "pass", GRPO),
+    ("truncated replies count in the token mean", "grpo.py", "(lengths * counted).sum()", "lengths.sum()", GRPO),
 
     # ---- dpo.py
     ("label smoothing does not flip the pair", "dpo.py", "label_smoothing * F.logsigmoid(-margin)",

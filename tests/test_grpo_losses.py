@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from commands import Material, call, rows, timeless
+from commands import Material, call, rows, timeless, write
 from test_losses import (
     EVERYTHING,
     LN3,
@@ -25,6 +25,7 @@ from test_losses import (
 )
 
 import grpo
+import sampler
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +211,99 @@ def test_another_way_with_weights_outside_is_refused():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What replies and groups are left out, and what long ones cost
+
+
+@pytest.mark.parametrize(
+    ("length", "penalty"), [(1, 0.0), (80, 0.0), (85, -0.25), (90, -0.5), (99, -0.95), (100, -1.0)]
+)  # fmt: skip
+def test_a_reply_loses_up_to_1_over_the_last_tokens_before_the_limit(length, penalty):
+    assert grpo.overlong_penalty(length, longest=100, buffer=20) == pytest.approx(penalty)
+
+
+def test_the_whole_length_may_be_the_buffer():
+    assert grpo.overlong_penalty(3, longest=4, buffer=4) == -0.75
+
+
+def test_the_accuracy_filter_keeps_groups_between_its_bounds_and_at_them():
+    accuracy = f64([[1.0, 1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0], [1.0] * 5, [0.0] * 5, [0.25, 0.5, 0, 0, 0.2]])
+    # means 0.8, 0.2, 1, 0, 0.19
+    assert grpo.accuracy_filter(accuracy, 0.2, 0.8).tolist() == [True, True, False, False, False]
+    assert grpo.accuracy_filter(accuracy, 0.0, 1.0).all()
+    assert grpo.accuracy_filter(accuracy, 0.2, 1.0).tolist() == [True, True, True, False, False]
+
+
+def test_the_overlong_penalty_is_part_of_the_reward(material, tmp_path):
+    call("grpo", **material.grpo(out=tmp_path, overlong_buffer=6, group=6))
+    log = rows(tmp_path)
+    assert min(row["overlong"] for row in log) < 0
+    for row in log:
+        assert -1 <= row["overlong"] <= 0
+        assert row["reward"] == pytest.approx(row["accuracy"] + 0.5 * row["format"] + row["overlong"])
+
+
+def test_groups_outside_the_accuracy_interval_teach_nothing(material, tmp_path, monkeypatch):
+    seen, score_replies = [], grpo.score_replies
+
+    def watched(*args):
+        texts, scores = score_replies(*args)
+        seen.append([sum(score["accuracy"] for score in group) / 6 for group in scores])
+        return texts, scores
+
+    monkeypatch.setattr(grpo, "score_replies", watched)
+    settings = material.grpo(group=6, prompts=8, steps=2, format_weight=0, accuracy_high=0.2)
+    call("grpo", **settings | {"out": tmp_path / "filtered"})
+    shares = [sum(0 < mean <= 0.2 for mean in step) / 8 for step in seen]
+    assert [row["useful_groups"] for row in rows(tmp_path / "filtered")] == shares
+    assert any(0.2 < mean < 1 for mean in seen[0])  # some had a signal and were left out
+    call("grpo", **settings | {"out": tmp_path / "none", "accuracy_low": 0.9, "accuracy_high": 0.95, "steps": 1})
+    assert rows(tmp_path / "none")[0]["grad_norm"] == 0
+
+
+def test_truncated_replies_carry_neither_loss_nor_kl_nor_weight_in_the_token_mean(material, tmp_path, monkeypatch):
+    replies, losses, sample, loss = [], [], sampler.sample, grpo.grpo_loss
+
+    def watched_sample(*args, **options):
+        replies.extend(sample(*args, **options)[0])
+        return [replies]
+
+    def watched_loss(logp, old, ref, advantage, mask, weight, **options):
+        losses.append((advantage, weight))
+        return loss(logp, old, ref, advantage, mask, weight, **options)
+
+    monkeypatch.setattr(sampler, "sample", watched_sample)
+    monkeypatch.setattr(grpo, "grpo_loss", watched_loss)
+    settings = {"prompts": 1, "group": 8, "steps": 1, "max_new_tokens": 2, "kl": 0.1, "normalizer": "token"}
+    call("grpo", **material.grpo(out=tmp_path, mask_truncated=True, **settings))
+    finished = torch.tensor([reply.finished for reply in replies])
+    assert 0 < finished.sum() < 8
+    advantage, weight = losses[0]
+    tokens = sum(len(reply.ids) for reply in replies if reply.finished)
+    close(weight, (finished / tokens).tolist(), 1e-7)
+    assert (advantage[~finished] == 0).all() and (advantage[finished] != 0).any()
+
+
+def test_a_step_of_truncated_replies_only_changes_nothing(material, tmp_path):
+    # one token, and it would have to be the end
+    data = write(tmp_path / "data.jsonl", [material.question("t", "Give one letter, please.")])
+    settings = {"data": data, "prompts": 1, "group": 2, "steps": 1, "max_new_tokens": 1, "kl": 0.1, "top_k": 1}
+    for normalizer in ("sequence", "token", "constant"):
+        out = tmp_path / normalizer
+        call("grpo", **material.grpo(out=out, mask_truncated=True, normalizer=normalizer, **settings))
+        assert rows(out)[0]["finished"] == 0 and rows(out)[0]["loss"] == 0
+
+
+@pytest.mark.parametrize(
+    "bad", [["--overlong-buffer", "9", "--max-new-tokens", "8"], ["--accuracy-low", "0.6", "--accuracy-high", "0.5"]]
+)
+def test_bounds_that_contradict_each_other_are_refused(capsys, bad):
+    with pytest.raises(SystemExit) as stop:
+        grpo.parse_args(["--model", "m", "--data", "d", "--out", "o", *bad])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and bad[0] in err and bad[2] in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
 SETTINGS = {
@@ -235,6 +329,7 @@ def test_each_flag_changes_what_is_learned(material, tmp_path):
         "plain": {},
         "surrogate": {"surrogate": "cispo"},
         "baseline": {"advantage_baseline": "loo"},
+        "truncate": {"importance_cap": 1.0, "importance_floor": 1.0},
         "mask": {"importance_cap": 1.0, "importance_floor": 1.0, "importance_outside": "mask"},
     }
     logs = {}
@@ -242,5 +337,6 @@ def test_each_flag_changes_what_is_learned(material, tmp_path):
         call("grpo", **material.grpo(out=tmp_path / name, updates=2, steps=2, lr=3e-3, **settings))
         logs[name] = timeless(tmp_path / name)
     assert all(logs[name] != logs["plain"] for name in changes if name != "plain")
+    assert logs["mask"] != logs["truncate"]
     # bounds of 1 and 1 drop every token whose ratio is not 1 to the last bit
     assert logs["mask"][0]["importance_capped"] > 0.5

@@ -27,7 +27,10 @@ def grpo_case(inputs, settings):
     importance, correction = settings.pop("importance", None), None
     if importance:
         correction = grpo.importance_weights(given["old_logp"], given["sampler_logp"], mask, **importance)
-    weight = grpo.token_weights(lengths, settings.pop("normalizer"), len(lengths), lengths.sum().item(), 8)
+    truncated = settings.pop("truncated", [])
+    counted = torch.tensor([number not in truncated for number in range(len(lengths))])
+    tokens = (lengths * counted).sum().item()
+    weight = counted * grpo.token_weights(lengths, settings.pop("normalizer"), len(lengths), tokens, 8)
     logp = given["logp"].requires_grad_()
     loss = grpo.grpo_loss(
         logp, given["old_logp"], given["ref_logp"], given["advantage"], mask, weight,
@@ -69,6 +72,11 @@ def test_every_case_of_the_file_tells_something():
     gradients = [str(case["gradient"]) for case in FILE["cases"]]
     assert len(set(gradients)) == len(gradients) >= 19
     assert FILE["trl"].startswith("1.16.")
+
+
+def test_the_overlong_penalty_is_that_of_trl():
+    ours = [grpo.overlong_penalty(length, longest=10, buffer=4) for length in range(1, 11)]
+    assert ours == pytest.approx(FILE["overlong"], abs=CLOSE)
 
 
 def test_leave_one_out_advantages_are_those_of_trl():

@@ -124,7 +124,7 @@ def pair_losses(
         loss = λ_p · preference + λ_q · quality + λ_g · SFT    of "dpo+sft"; "dpo" is without the last, "sft" only it
 
     logp, mask (2B, T): chosen and rejected are neighbours, as as_group laid them out; of "sft" (B, T), chosen only.
-    ref (B, 2): the reference's summed log-probs, None for "sft". real_pairs (B,): 1, or 0 for a filler. pairs,
+    ref (B, 2): the reference's summed log-probs, not read for "sft". real_pairs (B,): 1, or 0 for a filler. pairs,
     chosen_tokens: counts of the whole batch over all ranks. The other arguments are flags.
     """
     chosen = slice(None, None, 1 if loss == "sft" else 2)
@@ -197,9 +197,11 @@ def reference_log_probs(policy, encoder, world, pairs, indices, budget) -> dict[
     return {index: value for part in world.gather(found) for index, value in part.items()}
 
 
-def read_or_compute_reference(run, policy, encoder, pairs, needed, budget) -> dict[int, tuple[float, float]]:
-    """reference_log_probs of the pairs in `needed`, from run.out/reference.json as far as a resumed run has them."""
-    file, world = run.out / "reference.json", run.world
+def read_or_compute_reference(
+    run, policy, encoder, pairs, needed, budget, name="reference.json"
+) -> dict[int, tuple[float, float]]:
+    """reference_log_probs of the pairs in `needed`, from the file run.out/name as far as a resumed run has them."""
+    file, world = run.out / name, run.world
     # Only a run that has made steps may trust the file: at step 0 it may be another run's.
     known = {}
     if world.main and run.step and file.exists():
@@ -211,6 +213,50 @@ def read_or_compute_reference(run, policy, encoder, pairs, needed, budget) -> di
     if world.main:
         write_text(file, json.dumps(reference))
     return reference
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward passes
+
+
+def micro_loss(policy, groups, filler, refs, pairs, chosen_tokens, shift, objective):
+    """pair_losses of one micro-batch. refs: the reference's log-probs of its groups; without groups: the filler's."""
+    logp, mask = model.log_probs(policy, groups or [filler])
+    # A filler keeps ranks in step, at weight 0.
+    real_pairs = torch.full((max(1, len(groups)),), float(bool(groups)), device=logp.device)
+    ref = torch.tensor(refs or [(0.0, 0.0)], device=logp.device)
+    return pair_losses(logp, mask, ref, real_pairs, pairs, chosen_tokens, shift, **objective)
+
+
+def add_metrics(sums: dict, metrics: dict) -> None:
+    for name, value in metrics.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
+@torch.no_grad()
+def evaluate(policy, encoder, world, pairs, reference, budget, shift, objective) -> dict[str, float]:
+    """The means over held-out pairs of all that training logs of its loss, as {"eval_loss": …}, on every rank.
+
+    reference: {index: log-probs}, empty for "sft". budget: tokens and patches per forward.
+    """
+    loss = objective["loss"]
+    mine = range(world.rank, len(pairs), world.size)
+    # Counted over the whole set first, as in training: the loss must not depend on how it is divided.
+    chosen_tokens = world.sum(sum(len(encoder.encode_reply(pairs[index]["chosen"])) for index in mine))[0]
+    filler = as_group(encoder, pairs[0], loss)
+    window = 256  # encoded pairs held at a time
+    sums = {}
+    for start in range(0, math.ceil(len(pairs) / world.size), window):
+        part = mine[start : start + window]
+        encoder.prefetch(pairs[index] for index in part)
+        groups = [as_group(encoder, pairs[index], loss) for index in part]
+        for micro in training.micro_batches(world, model.group_sizes(groups), budget):
+            refs = [reference[part[i]] for i in micro] if reference else []
+            rows = [groups[i] for i in micro]
+            _, metrics = micro_loss(policy, rows, filler, refs, len(pairs), chosen_tokens, shift, objective)
+            add_metrics(sums, metrics)
+    training.release_weights(policy)  # as after the reference's pass
+    return {f"eval_{name}": total for name, total in zip(sums, world.sum(*sums.values()), strict=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,6 +298,11 @@ def parse_args(argv=None):
     add("--warmup", type=integer("[0, inf)"), default=0, help="updates over which the rate rises from 0; 0: none")
     add("--grad-clip", type=real("[0, inf)"), default=1.0, help="largest global gradient norm; 0: no clipping")
 
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-data", nargs="+", help="pairs.jsonl files that are never trained on: their loss is logged as eval_…")
+    add("--eval-every", type=integer("[1, inf)"), default=50,
+        help="updates between evaluations of --eval-data; the last update is always evaluated")  # fmt: skip
+
     training.add_training_flags(parser)
     args = parser.parse_args(argv)
     if args.preference == "ipo" and args.label_smoothing:
@@ -274,18 +325,27 @@ def main(argv=None):
     # 1. Read the pairs
     text_fields = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
     pairs = read_records(args.data, rewards.check_gold, text_fields, args.skip_bad)
+    eval_pairs = []
+    if args.eval_data:
+        eval_pairs = read_records(args.eval_data, rewards.check_gold, text_fields, args.skip_bad)
     steps = args.steps or math.ceil(len(pairs) / args.batch)
     total = args.steps * args.batch or len(pairs)  # one pass ends with the last pair, in a smaller batch
     order = epoch_order(args.seed, len(pairs), 0, total)
     run = training.Run.open(vars(args), world)
     policy, encoder = model.load(args.model, world, train=True, **training.load_options(args))
     encoder.check(world, pairs)
+    encoder.check(world, eval_pairs)
 
     # 2. Reference: log-probs of all pairs that will be seen, before the first update
-    reference = {}
+    reference, eval_reference = {}, {}
     if args.loss != "sft":
         # The policy is still the reference here, so no second model is ever loaded.
         reference = read_or_compute_reference(run, policy, encoder, pairs, order, args.micro_tokens)
+    if args.loss != "sft" and eval_pairs:
+        everything = range(len(eval_pairs))
+        eval_reference = read_or_compute_reference(
+            run, policy, encoder, eval_pairs, everything, args.micro_tokens, "eval_reference.json"
+        )
     optimizer = training.adamw(policy, args.lr)
     # δ of the quality loss: the mean implicit reward of the steps before, which a resumed run cannot compute anew.
     shift = run.restore(policy, optimizer).get("reward_shift", 0.0)
@@ -313,22 +373,23 @@ def main(argv=None):
         micros = training.micro_batches(world, model.group_sizes(groups), args.micro_tokens)
         sums = {}
         for number, micro in enumerate(micros):
-            logp, mask = model.log_probs(policy, [groups[i] for i in micro] or [filler])
-            # A filler keeps ranks in step, at weight 0.
-            real_pairs = torch.full((max(1, len(micro)),), float(bool(micro)), device=logp.device)
-            ref = None
-            if reference:
-                ref = torch.tensor([reference[mine[i]] for i in micro] or [(0.0, 0.0)], device=logp.device)
-            loss, metrics = pair_losses(logp, mask, ref, real_pairs, len(batch), chosen_tokens, shift, **objective)
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
+            refs = [reference[mine[i]] for i in micro] if reference else []
+            rows = [groups[i] for i in micro]
+            loss, metrics = micro_loss(policy, rows, filler, refs, len(batch), chosen_tokens, shift, objective)
+            add_metrics(sums, metrics)
             training.backward(policy, world, loss, last=number == len(micros) - 1)
         lr = training.learning_rate(step, steps, args.lr, args.schedule, args.warmup)
         norm = training.update(policy, optimizer, lr, args.grad_clip)
         timer.end("learn", cost.learn(groups))
+        held_out = {}
+        if eval_pairs and ((step + 1) % args.eval_every == 0 or step + 1 == steps):
+            held_out = evaluate(
+                policy, encoder, world, eval_pairs, eval_reference, args.micro_tokens, shift, objective
+            )  # fmt: skip
+            timer.end("eval")
 
         # 4. Record
-        row = {"step": step + 1} | dict(zip(sums, world.sum(*sums.values()), strict=True))
+        row = {"step": step + 1} | dict(zip(sums, world.sum(*sums.values()), strict=True)) | held_out
         row |= {"grad_norm": norm, "lr": lr} | timer.metrics(samples=len(batch))
         row["seconds"] = row["seconds_learn"] + row["seconds_rest"]
         run.log(row)

@@ -8,10 +8,13 @@ import math
 
 import pytest
 import torch
-from commands import Material, call, distance, rows, timeless, weights
+from commands import Material, call, distance, rows, timeless, weights, write
 from test_losses import LN2, LN3, NAN, close, f64
 
 import dpo
+import model
+import training
+from records import DataError, read_records
 
 
 @pytest.fixture(scope="module")
@@ -230,9 +233,77 @@ def test_ipo_and_label_smoothing_train(material, tmp_path):
     assert rows(tmp_path / "plain")[-1]["loss_dpo"] != rows(tmp_path / "smooth")[-1]["loss_dpo"]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Held-out pairs
+
+
+def held_out(material, folder):
+    """Five of the pairs as a file of their own, in another order."""
+    chosen = [material.pairs[number] for number in (6, 2, 1, 7, 4)]
+    chosen = [pair | {"images": [str(material.folder / name) for name in pair["images"]]} for pair in chosen]
+    return write(folder / "held_out.jsonl", chosen)
+
+
+@pytest.mark.parametrize("loss", ["dpo+sft", "sft"])
+def test_held_out_pairs_are_measured_with_the_weights_of_their_step_and_change_nothing(material, tmp_path, loss):
+    data = held_out(material, tmp_path)
+    settings = material.dpo(steps=5, loss=loss, schedule="constant", save_every=1, keep=9, beta=0.3)
+    call("dpo", **settings | {"out": tmp_path / "plain"})
+    call("dpo", **settings | {"out": tmp_path / "run", "eval_data": data, "eval_every": 2})
+    assert distance(weights(tmp_path / "plain"), weights(tmp_path / "run")) == 0
+    log = timeless(tmp_path / "run")
+    assert [row["step"] for row in log if "eval_loss" in row] == [2, 4, 5]
+    trained = [{key: value for key, value in row.items() if not key.startswith("eval_")} for row in log]
+    assert trained == timeless(tmp_path / "plain")
+
+    # A run that trains on these pairs measures its first loss before it learns. It has another reference, so of its
+    # numbers only SFT's are the same; the margins are worked out here.
+    call("dpo", model=tmp_path / "run", data=data, loss="sft", batch=5, steps=1, out=tmp_path / "again", lr=1e-9)
+    assert log[-1]["eval_loss_sft"] == pytest.approx(rows(tmp_path / "again")[0]["loss_sft"], abs=1e-6)
+    if loss == "sft":
+        assert set(log[-1]) - set(trained[-1]) == {"eval_loss", "eval_loss_sft"}
+        return
+    world = training.World(0, 1, torch.device("cpu"))
+    before, encoder = model.load(material.speaker, world)
+    after, _ = model.load(tmp_path / "run", world)
+    pairs = read_records(data)
+    one, other = (dpo.reference_log_probs(m, encoder, world, pairs, range(5), 0) for m in (before, after))
+    margins = [
+        0.3 * ((other[index][0] - one[index][0]) - (other[index][1] - one[index][1])) for index in range(5)
+    ]  # fmt: skip
+    assert log[-1]["eval_margin"] == pytest.approx(sum(margins) / 5, abs=1e-5)
+    assert log[-1]["eval_preference_accuracy"] == sum(margin > 0 for margin in margins) / 5
+    losses = [math.log1p(math.exp(-margin)) for margin in margins]
+    assert log[-1]["eval_loss_dpo"] == pytest.approx(sum(losses) / 5, abs=1e-5)
+    assert log[-1]["eval_loss"] == pytest.approx(log[-1]["eval_loss_dpo"] + log[-1]["eval_loss_sft"], abs=1e-6)
+    assert max(map(abs, margins)) > 0.01
+
+
+def test_the_size_of_micro_batches_does_not_matter_to_held_out_pairs_and_a_resumed_run_has_the_same(material, tmp_path):
+    settings = material.dpo(batch=8, steps=2, eval_data=held_out(material, tmp_path), eval_every=1, lr=1e-4)
+    for name, tokens in (("small", 50), ("large", 100_000)):
+        call("dpo", **settings | {"out": tmp_path / name, "micro_tokens": tokens})
+    for small, large in zip(timeless(tmp_path / "small"), timeless(tmp_path / "large"), strict=True):
+        for key in small:
+            if key.startswith("eval_"):
+                assert small[key] == pytest.approx(large[key], abs=1e-5), key
+    call("dpo", **settings | {"out": tmp_path / "halves", "steps": 1, "schedule": "constant"})
+    call("dpo", **settings | {"out": tmp_path / "halves", "schedule": "constant", "resume": True})
+    call("dpo", **settings | {"out": tmp_path / "whole", "schedule": "constant"})
+    assert timeless(tmp_path / "halves") == timeless(tmp_path / "whole")
+
+
+def test_held_out_pairs_are_read_before_anything_is_trained(material, tmp_path):
+    data = write(tmp_path / "bad.jsonl", [material.pairs[4] | {"images": [], "rejected": None}])
+    with pytest.raises(DataError, match="bad.jsonl:1.*rejected"):
+        call("dpo", **material.dpo(out=tmp_path / "out", eval_data=data))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "bad",
     [
+        ["--eval-every", "0"],
         ["--label-smoothing", "0.5"],
         ["--label-smoothing", "0.1", "--preference", "ipo"],
         ["--reward-shift", "mean"],

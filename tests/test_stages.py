@@ -572,7 +572,7 @@ def stages():
 
 # The groups of each stage's --help, in their order. What is said of the machine is said in one place.
 GROUPS = {
-    "dpo": ["loss", "optimiser", "model and machine", "run directory"],
+    "dpo": ["loss", "optimiser", "evaluation", "model and machine", "run directory"],
     "grpo": ["sampling", "reward and advantage", "loss", "optimiser", "sampler", "model and machine", "run directory"],
     "distill": ["pairs", "sampling", "sampler", "model and machine"],
     "eval": ["what to evaluate", "generalization factor (GF)", "replies", "sampler", "model and machine", "report"],
@@ -629,7 +629,7 @@ COMMON = {"model", "data", "skip_bad", "out", "seed", "steps", "lr", "schedule",
 SETTINGS = {
     "dpo": COMMON | MACHINE | {
         "loss", "beta", "sft_weight", "sft_mean", "preference", "preference_weight", "label_smoothing",
-        "quality_weight", "reward_shift", "batch",
+        "quality_weight", "reward_shift", "batch", "eval_data", "eval_every",
     },
     "grpo": COMMON | MACHINE | {
         "prompts", "group", "temperature", "top_k", "top_p", "max_new_tokens", "format_weight", "overlong_buffer",

@@ -283,6 +283,9 @@ def parse_args(argv=None):
     add("--steps", type=integer("[1, inf)"), default=100, help="steps of sampling and learning")
     add("--prompts", type=integer("[1, inf)"), default=64, help="P: prompts per step, over all processes")
     add("--group", type=integer("[2, inf)"), default=8, help="G: replies per prompt; one has nothing to compare with")
+    add("--max-refill", type=integer("[0, inf)"), default=0,
+        help="times a step may sample other prompts in place of those whose replies teach nothing (DAPO's dynamic "
+        "sampling); 0: never")  # fmt: skip
     add("--temperature", type=real("(0, inf)"), default=1.0,
         help="sampling temperature; log-probs are taken at the same")  # fmt: skip
     add("--top-k", type=integer("[0, inf)"), default=0, help="sample among the k likeliest tokens; 0: all")
@@ -342,6 +345,8 @@ def parse_args(argv=None):
         parser.error("--one-step-off-policy needs --sampler vllm and --vllm-tp 1: no model can sample while it learns")
     if args.one_step_off_policy and args.importance == "none":
         parser.error("--one-step-off-policy: --importance token or sequence must correct for the older weights")
+    if args.one_step_off_policy and args.max_refill:
+        parser.error("--max-refill needs the scores of a step before it samples on: not with --one-step-off-policy")
     if args.overlong_buffer > args.max_new_tokens:
         parser.error(f"--overlong-buffer {args.overlong_buffer} is more than --max-new-tokens {args.max_new_tokens}")
     if args.accuracy_low > args.accuracy_high:
@@ -364,6 +369,25 @@ def score_replies(encoder, records, replies, format_weight, longest=0, overlong_
                 score["overlong"] = overlong_penalty(len(reply.ids), longest, overlong_buffer)
                 score["reward"] += score["overlong"]
     return texts, scores
+
+
+def mixed_groups(scores, low: float, high: float) -> torch.Tensor:
+    """Which groups of scores [record][reply] have rewards that differ, and a mean accuracy from low to high: bool."""
+    # fp32, as advantages are computed from; fp64: a mean of 0.8 must not lie above a bound of 0.8.
+    values = torch.tensor([[score["reward"] for score in group] for group in scores])
+    accuracy = torch.tensor([[score["accuracy"] for score in group] for group in scores], dtype=torch.float64)
+    return (values.amax(1) != values.amin(1)) & accuracy_filter(accuracy, low, high)
+
+
+def empty_slots(world, batch: dict, low: float, high: float) -> list[int]:
+    """The slots of the whole batch whose replies teach nothing, ascending, on every rank.
+
+    Dynamic sampling (DAPO, arXiv 2503.14476) asks other prompts in their place. batch: {slot: (…, scores)} of this
+    rank; slot p belongs to rank p % world.size.
+    """
+    mixed = mixed_groups([rollout[-1] for rollout in batch.values()], low, high)
+    own = [slot for slot, teaches in zip(batch, mixed.tolist(), strict=True) if not teaches]
+    return sorted(sum(world.gather(own), []))
 
 
 def gather_rewards(world, scores, P, G) -> torch.Tensor:
@@ -463,14 +487,23 @@ def main(argv=None):
     optimizer = training.adamw(policy, args.lr)
     pending = run.restore(policy, optimizer)
 
-    def questions(step):
-        """This rank's records of a step, and a seed for each: pure functions of (seed, step, index)."""
-        batch = epoch_order(args.seed, len(records), step * P, P)
-        places = range(world.rank, P, world.size)
-        first_seed = (args.seed * 10**6 + step) * 10**6
-        return [records[batch[place]] for place in places], [first_seed + place for place in places]
+    # Prompts that earlier steps took from the stream beyond P each, to replace others: --max-refill.
+    refilled = pending.get("refilled", 0)
 
-    sample, sampler_state = sampler.sample, dict
+    def questions(step, asked=0, slots=range(P)):
+        """This rank's records for some slots of a step's batch, and a seed for each; of the first slot if none is its.
+
+        asked: prompts this step has taken before. Pure functions of (seed, step, asked, refilled, slots).
+        """
+        stream = epoch_order(args.seed, len(records), step * P + refilled + asked, len(slots))
+        first_seed = (args.seed * 10**6 + step) * 10**6 + asked
+        places = [place for place, slot in enumerate(slots) if slot % world.size == world.rank] or [0]
+        return [records[stream[place]] for place in places], [first_seed + place for place in places]
+
+    def sampler_state():
+        return {"refilled": refilled} if args.max_refill else {}
+
+    sample = sampler.sample
     if args.sampler == "vllm":
         sample = vllm_sampler.VLLM(
             args.model, policy, encoder, world, records[world.rank :: world.size], tp=args.vllm_tp, seed=args.seed,
@@ -487,27 +520,37 @@ def main(argv=None):
     cost = model.Cost(policy)
     bar = tqdm(total=args.steps, initial=run.step, desc="grpo", disable=not world.main)
     for step in range(run.step, args.steps):
-        # 1. Sample: G replies to each of this rank's prompts
-        mine, seeds = questions(step)
-        prompts = encoder.prompts(mine)
-        encoder.prefetch(questions(step + 1)[0])
-        timer.end("rest")
-        replies = sample(policy, prompts, G, seeds=seeds, **sampling)
-        groups = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
-        timer.end("sample", sum(cost.forward(groups)))
+        batch, empty, asked = {}, range(P), 0
+        for _ in range(1 + args.max_refill):
+            # 1. Sample: G replies to each of this rank's prompts
+            mine, seeds = questions(step, asked, empty)
+            prompts = encoder.prompts(mine)
+            encoder.prefetch(questions(step + 1)[0])
+            timer.end("rest")
+            replies = sample(policy, prompts, G, seeds=seeds, **sampling)
+            groups = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
+            timer.end("sample", sum(cost.forward(groups)))
 
-        # 2. Score: rules give each reply a reward, the group gives it an advantage
-        texts, scores = score_replies(
-            encoder, mine, replies, args.format_weight, args.max_new_tokens, args.overlong_buffer
-        )
+            # 2. Score: rules give each reply a reward, the group gives it an advantage
+            texts, scores = score_replies(
+                encoder, mine, replies, args.format_weight, args.max_new_tokens, args.overlong_buffer
+            )
+            own = [slot for slot in empty if slot % world.size == world.rank]
+            # Not strict: a rank without an empty slot has sampled along with the others, for nothing.
+            batch |= dict(zip(own, zip(mine, groups, replies, texts, scores, strict=True), strict=False))
+            asked += len(empty)
+            empty = empty_slots(world, batch, args.accuracy_low, args.accuracy_high) if args.max_refill else []
+            timer.end("score")
+            if not empty:
+                break
+        refilled += asked - P
+        mine, groups, replies, texts, scores = zip(*(batch[slot] for slot in sorted(batch)), strict=True)
         # Every rank sees all rewards: --advantage-scale batch needs the spread of the whole batch.
         advantages = group_advantages(
             gather_rewards(world, scores, P, G), args.advantage_scale, baseline=args.advantage_baseline
         )
         advantages = advantages[world.rank :: world.size]
-        # fp64: a mean of 0.8 must not lie above an --accuracy-high of 0.8.
-        accuracy = torch.tensor([[score["accuracy"] for score in group] for group in scores], dtype=torch.float64)
-        teaches = accuracy_filter(accuracy, args.accuracy_low, args.accuracy_high)
+        teaches = mixed_groups(scores, args.accuracy_low, args.accuracy_high)
         counted = torch.tensor([[reply.finished or not args.mask_truncated for reply in group] for group in replies])
         advantages = advantages.masked_fill(~(teaches[:, None] & counted), 0.0)
         lengths = torch.tensor([[len(reply.ids) for reply in group] for group in replies]).float()
@@ -516,10 +559,10 @@ def main(argv=None):
         timer.end("score")
 
         # 3. Learn: clipped updates on the groups that carry a signal
-        signal = [p for p in range(len(prompts)) if advantages[p].any()]
-        useful = list(range(len(prompts))) if args.kl else signal  # the KL pulls at every group
+        signal = [p for p in range(len(groups)) if advantages[p].any()]
+        useful = list(range(len(groups))) if args.kl else signal  # the KL pulls at every group
         learned_groups = [groups[p] for p in useful]
-        filler = (prompts[0], [replies[0][0].ids[:1]])  # keeps ranks in step, at weight 0
+        filler = (groups[0][0], [replies[0][0].ids[:1]])  # keeps ranks in step, at weight 0
         micros = training.micro_batches(world, model.group_sizes(learned_groups), args.micro_tokens)
         # A function of the step alone, so that a resumed run has the same.
         lr = training.learning_rate(step, args.steps, args.lr, args.schedule, args.warmup)
@@ -561,7 +604,9 @@ def main(argv=None):
         row |= learning_metrics(world, sums, tokens, args.updates) | {"grad_norm": norm, "lr": lr}
         if args.one_step_off_policy:
             row["staleness"] = args.updates * sample.off_policy  # updates since the replies were sampled
-        row |= timer.metrics(rollouts=P * G, tokens=tokens)
+        if args.max_refill:
+            row["prompts_sampled"] = asked
+        row |= timer.metrics(rollouts=asked * G, tokens=tokens)
         run.log(row, shown_replies(mine[0], texts[0], scores[0]))
         bar.set_postfix({label: f"{row[name]:.3g}" for label, name in BAR.items()})
         bar.update()

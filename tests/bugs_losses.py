@@ -39,6 +39,15 @@ BUGS_OF_LOSSES = [
     ("truncated replies are still held to the reference", "grpo.py",
      "weight = weight * torch.cat([counted[p] for p in members]).to(device)", "pass", GRPO),
     ("truncated replies count in the token mean", "grpo.py", "(lengths * counted).sum()", "lengths.sum()", GRPO),
+    ("refilled prompts come again in the next step", "grpo.py",
+     "step * P + refilled + asked", "step * P + asked", GRPO),
+    ("refilled prompts have the seeds of those they replace", "grpo.py",
+     "(args.seed * 10**6 + step) * 10**6 + asked", "(args.seed * 10**6 + step) * 10**6", GRPO),
+    ("how far the stream was read is forgotten on resume", "grpo.py",
+     'pending.get("refilled", 0)', 'pending.get("asked", 0)', GRPO),
+    ("a refill replaces groups that teach", "grpo.py", "if not teaches]", "if teaches]", GRPO),
+    ("refilling looks at rewards only", "grpo.py", "& accuracy_filter(accuracy, low, high)", "", GRPO),
+    ("each rank refills by itself", "grpo.py", "sorted(sum(world.gather(own), []))", "sorted(own)", GRPO),
 
     # ---- dpo.py
     ("label smoothing does not flip the pair", "dpo.py", "label_smoothing * F.logsigmoid(-margin)",

@@ -232,7 +232,7 @@ BUGS = [Bug(*entry) for entry in (
      "for record, group in zip(records, texts, strict=True)",
      "for record, group in zip(records[1:] + records[:1], texts, strict=True)", GRPO_NUMBERS),
     ("every step has the same prompts", "grpo.py",
-     "len(records), step * P, P)", "len(records), 0, P)", GRPO_NUMBERS),
+     "len(records), step * P + ", "len(records), ", GRPO_NUMBERS),
     ("seeds do not depend on the step", "grpo.py",
      "(args.seed * 10**6 + step) * 10**6", "args.seed * 10**12", GRPO_NUMBERS),
     ("log-probs are taken at temperature 1, whatever the sampler's", "grpo.py",

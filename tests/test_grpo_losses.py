@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from commands import Material, call, rows, timeless, write
+from commands import Material, call, distance, rows, timeless, torchrun, weights, write
 from test_losses import (
     EVERYTHING,
     LN3,
@@ -26,6 +26,7 @@ from test_losses import (
 
 import grpo
 import sampler
+from records import epoch_order, read_records
 
 
 @pytest.fixture(scope="module")
@@ -294,13 +295,115 @@ def test_a_step_of_truncated_replies_only_changes_nothing(material, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [["--overlong-buffer", "9", "--max-new-tokens", "8"], ["--accuracy-low", "0.6", "--accuracy-high", "0.5"]]
-)
+    "bad",
+    [["--overlong-buffer", "9", "--max-new-tokens", "8"], ["--accuracy-low", "0.6", "--accuracy-high", "0.5"],
+            ["--max-refill", "1", "--one-step-off-policy", "--sampler", "vllm"]],
+)  # fmt: skip
 def test_bounds_that_contradict_each_other_are_refused(capsys, bad):
     with pytest.raises(SystemExit) as stop:
         grpo.parse_args(["--model", "m", "--data", "d", "--out", "o", *bad])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and bad[0] in err and bad[2] in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dynamic sampling: prompts whose replies teach nothing make room for others
+
+
+def half_useless(material, folder):
+    """Eight questions, every other one of a format that the model never speaks: all its replies earn 0."""
+    records = []
+    for number in range(8):
+        changes = {"reply_format": "json"} if number % 2 else {}
+        records.append(material.question(f"q{number}", f"Give one letter, {'again ' * number}please.", **changes))
+    return write(folder / "half.jsonl", records)
+
+
+class Asked:
+    """Looks on while a run samples: the ids and seeds it asked for, call by call."""
+
+    def __init__(self, monkeypatch):
+        self.ids, self.seeds, score_replies, sample = [], [], grpo.score_replies, sampler.sample
+
+        def watched_score(encoder, records, *args):
+            self.ids.append([record["id"] for record in records])
+            return score_replies(encoder, records, *args)
+
+        def watched_sample(*args, seeds, **options):
+            self.seeds += seeds
+            return sample(*args, seeds=seeds, **options)
+
+        monkeypatch.setattr(grpo, "score_replies", watched_score)
+        monkeypatch.setattr(sampler, "sample", watched_sample)
+
+
+def test_prompts_that_teach_nothing_make_room_for_the_next_ones_of_the_stream(material, tmp_path, monkeypatch):
+    data, asked = half_useless(material, tmp_path), Asked(monkeypatch)
+    settings = material.grpo(data=data, steps=3, group=6, lr=1e-5)
+    call("grpo", **settings | {"out": tmp_path / "refilled", "max_refill": 8})
+    log = rows(tmp_path / "refilled")
+    assert [row["useful_groups"] for row in log] == [1.0] * 3
+    assert all(4 < row["prompts_sampled"] <= 36 for row in log)
+    # every prompt of the stream is asked once, in its order, also across steps
+    ids = sum(asked.ids, [])
+    assert len(ids) == sum(row["prompts_sampled"] for row in log)
+    records = read_records(data)
+    assert ids == [records[index]["id"] for index in epoch_order(0, 8, 0, len(ids))]
+    assert len(set(asked.seeds)) == len(asked.seeds) == len(ids)
+
+    call("grpo", **settings | {"out": tmp_path / "plain"})
+    assert min(row["useful_groups"] for row in rows(tmp_path / "plain")) < 1
+    assert "prompts_sampled" not in rows(tmp_path / "plain")[0]
+
+
+def test_refilling_ends_when_it_was_tried_often_enough(material, tmp_path, monkeypatch):
+    useless = write(tmp_path / "useless.jsonl", [material.question("u", "JSON, please.", reply_format="json")])
+    asked = Asked(monkeypatch)
+    call("grpo", **material.grpo(out=tmp_path / "run", data=useless, steps=2, max_refill=2))
+    assert [len(ids) for ids in asked.ids] == [4] * 6
+    assert [(row["prompts_sampled"], row["grad_norm"]) for row in rows(tmp_path / "run")] == [(12, 0), (12, 0)]
+
+
+def test_a_resumed_run_goes_on_in_the_stream_where_refilling_had_left_it(material, tmp_path):
+    settings = material.grpo(data=half_useless(material, tmp_path), max_refill=3, group=6)
+    call("grpo", **settings | {"out": tmp_path / "whole", "steps": 4})
+    call("grpo", **settings | {"out": tmp_path / "halves", "steps": 2})
+    call("grpo", **settings | {"out": tmp_path / "halves", "steps": 4, "resume": True})
+    assert timeless(tmp_path / "halves") == timeless(tmp_path / "whole")
+    assert distance(weights(tmp_path / "halves"), weights(tmp_path / "whole")) == 0
+    assert sum(row["prompts_sampled"] for row in rows(tmp_path / "whole")[:2]) > 8
+
+
+def test_groups_outside_the_accuracy_interval_make_room_too(material, tmp_path, monkeypatch):
+    asked = Asked(monkeypatch)
+    call("grpo", **material.grpo(out=tmp_path, accuracy_low=0.9, accuracy_high=0.95, steps=1, max_refill=1))
+    assert [len(ids) for ids in asked.ids] == [4, 4]  # no mean of four accuracies lies there
+
+
+def test_two_processes_refill_and_evaluate_as_one_does(material, tmp_path):
+    refill = material.grpo(
+        data=half_useless(material, tmp_path), max_refill=3, group=6, lr=1e-5, mask_truncated=True, normalizer="token",
+        max_new_tokens=4,
+    )  # fmt: skip
+    held_out = material.dpo(
+        eval_data=material.pair_data, eval_every=2, lr=1e-5, quality_weight=0.5, reward_shift="mean", sft_mean="replies"
+    )
+    jobs = [("grpo", refill), ("dpo", held_out)]
+    for stage, settings in jobs:
+        call(stage, **settings | {"out": tmp_path / f"{stage}-1"})
+    torchrun([(stage, settings | {"out": tmp_path / f"{stage}-2"}) for stage, settings in jobs], tmp_path)
+    for stage, _ in jobs:
+        one, two = timeless(tmp_path / f"{stage}-1"), timeless(tmp_path / f"{stage}-2")
+        assert len(one) == len(two) == 3
+        for row, other in zip(one, two, strict=True):
+            assert row.keys() == other.keys()
+            # with policy and reference alike, every pair is a tie
+            ties = {"preference_accuracy"} if row.get("margin") == pytest.approx(0, abs=1e-6) else set()
+            for key in row.keys() - {"sampler_gap"} - ties:
+                assert row[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), (stage, key)
+        assert distance(weights(tmp_path / f"{stage}-1"), weights(tmp_path / f"{stage}-2")) < 1e-5
+    assert max(row["prompts_sampled"] for row in rows(tmp_path / "grpo-2")) > 4
+    assert "eval_margin" in rows(tmp_path / "dpo-2")[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ Other objectives are settings of the same sum, --preference-weight · preference
 Legend: B pairs, T tokens of the longest reply; log-probs in nats, fp32.
 """
 
-import json
 import math
 
 import torch
@@ -30,7 +29,8 @@ from tqdm import tqdm
 import model
 import rewards
 import training
-from records import epoch_order, read_records, write_text
+from records import epoch_order, read_records
+from run_directory import Run
 from training import integer, real
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,22 +197,16 @@ def reference_log_probs(policy, encoder, world, pairs, indices, budget) -> dict[
     return {index: value for part in world.gather(found) for index, value in part.items()}
 
 
-def read_or_compute_reference(
-    run, policy, encoder, pairs, needed, budget, name="reference.json"
+def complete_reference(
+    run, policy, encoder, pairs, needed, budget, name="reference"
 ) -> dict[int, tuple[float, float]]:
-    """reference_log_probs of the pairs in `needed`, from the file run.out/name as far as a resumed run has them."""
-    file, world = run.out / name, run.world
-    # Only a run that has made steps may trust the file: at step 0 it may be another run's.
-    known = {}
-    if world.main and run.step and file.exists():
-        known = json.loads(file.read_text())
-    reference = {int(index): value for index, value in world.gather(known)[0].items()}
-    missing = sorted(set(needed) - set(reference))
+    """reference_log_probs of the pairs in `needed`; from a resumed run's checkpoint what stands there under `name`."""
+    # JSON has made texts of the indices.
+    known = {int(index): tuple(value) for index, value in run.extra.get(name, {}).items()}
+    missing = sorted(set(needed) - set(known))
     if missing:
-        reference |= reference_log_probs(policy, encoder, world, pairs, missing, budget)
-    if world.main:
-        write_text(file, json.dumps(reference))
-    return reference
+        known |= reference_log_probs(policy, encoder, run.world, pairs, missing, budget)
+    return known
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,9 +312,14 @@ def parse_args(argv=None):
 BAR = {"loss": "loss", "margin": "margin", "pref": "preference_accuracy", "norm": "grad_norm"}
 
 
+def name_of(pair) -> dict:
+    """Which pair it was, for skipped.jsonl."""
+    return {"where": pair["_where"], "id": pair["id"]}
+
+
 def main(argv=None):
     args = parse_args(argv)
-    world = training.setup()
+    world = training.setup(args.timeout)
 
     # 1. Read the pairs
     text_fields = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
@@ -331,7 +330,7 @@ def main(argv=None):
     steps = args.steps or math.ceil(len(pairs) / args.batch)
     total = args.steps * args.batch or len(pairs)  # one pass ends with the last pair, in a smaller batch
     order = epoch_order(args.seed, len(pairs), 0, total)
-    run = training.Run.open(vars(args), world)
+    run = Run.open(vars(args), world)
     policy, encoder = model.load(args.model, world, train=True, **training.load_options(args))
     encoder.check(world, pairs)
     encoder.check(world, eval_pairs)
@@ -340,20 +339,22 @@ def main(argv=None):
     reference, eval_reference = {}, {}
     if args.loss != "sft":
         # The policy is still the reference here, so no second model is ever loaded.
-        reference = read_or_compute_reference(run, policy, encoder, pairs, order, args.micro_tokens)
+        reference = complete_reference(run, policy, encoder, pairs, order, args.micro_tokens)
     if args.loss != "sft" and eval_pairs:
         everything = range(len(eval_pairs))
-        eval_reference = read_or_compute_reference(
-            run, policy, encoder, eval_pairs, everything, args.micro_tokens, "eval_reference.json"
+        eval_reference = complete_reference(
+            run, policy, encoder, eval_pairs, everything, args.micro_tokens, "eval_reference"
         )
+    # In every checkpoint: the base's weights are gone then.
+    kept = {"reference": reference, "eval_reference": eval_reference} if world.main else {}
     optimizer = training.adamw(policy, args.lr)
     # δ of the quality loss: the mean implicit reward of the steps before, which a resumed run cannot compute anew.
     shift = run.restore(policy, optimizer).get("reward_shift", 0.0)
     names = "loss", "beta", "preference", "label_smoothing", "preference_weight", "quality_weight", "sft_weight"
     objective = {name: getattr(args, name) for name in (*names, "sft_mean")}
 
-    def state():
-        return {"reward_shift": shift} if args.reward_shift == "mean" else {}
+    def state():  # of a checkpoint, beside the weights
+        return kept | ({"reward_shift": shift} if args.reward_shift == "mean" else {})
 
     timer = training.PhaseTimer(world, policy.compute_dtype if args.measure_peak else None)
     cost = model.Cost(policy)
@@ -390,13 +391,15 @@ def main(argv=None):
 
         # 4. Record
         row = {"step": step + 1} | dict(zip(sums, world.sum(*sums.values()), strict=True)) | held_out
-        row |= {"grad_norm": norm, "lr": lr} | timer.metrics(samples=len(batch))
+        skipped = not math.isfinite(norm)
+        row |= {"grad_norm": norm, "skipped": int(skipped), "lr": lr} | timer.metrics(samples=len(batch))
         row["seconds"] = row["seconds_learn"] + row["seconds_rest"]
         run.log(row)
         bar.set_postfix({label: f"{row[name]:.3f}" for label, name in BAR.items() if name in row})
         bar.update()
-        if args.reward_shift == "mean":
+        if args.reward_shift == "mean" and not skipped:
             shift = running_mean(shift, step, (row["chosen_reward"] + row["rejected_reward"]) / 2)
+        run.count_skipped(step + 1, skipped, [name_of(pairs[index]) for index in mine], args.max_skipped)
         run.end_step(step + 1, steps, policy, optimizer, save_every=args.save_every, keep=args.keep, extra=state)
     bar.close()
     run.export(policy, encoder)

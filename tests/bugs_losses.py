@@ -8,7 +8,7 @@ DPO = "tests/test_dpo_losses.py"
 TRL = "tests/test_losses_trl.py"
 
 # fmt: off
-BUGS_OF_LOSSES = [
+BUGS = [
     # ---- grpo.py
     ("leave-one-out is scaled the wrong way", "grpo.py",
      "(group_size / max(1, group_size - 1))", "((group_size - 1) / group_size)", GRPO),

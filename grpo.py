@@ -158,19 +158,21 @@ def k3(logp, ref_logp, mask) -> torch.Tensor:
 
 def grpo_loss(
     logp, old_logp, ref_logp, advantage, mask, weight, *,
-    clip_low=0.2, clip_high=0.2, kl=0.0, ratio="token", surrogate="clip", correction=None,
+    clip_low=0.2, clip_high=0.2, kl=0.0, ratio="token", surrogate="clip", correction=None, entropy=None,
+    entropy_bonus=0.0,
 ) -> torch.Tensor:  # fmt: skip
     """The clipped surrogate of GRPO (arXiv 2402.03300, equation 3), or another one in its place.
 
-        loss = −Σ_b weight_b Σ_t mask_bt [ c min(r A, clip(r, 1−low, 1+high) A) − kl · k3 ], r = π(token) / π_old(token)
-        k3   = π_ref/π − log(π_ref/π) − 1
+        loss = −Σ_b weight_b Σ_t mask_bt [ c min(r A, clip(r, 1−low, 1+high) A) − kl · k3 + bonus · H ]
+        r    = π(token) / π_old(token),  k3 = π_ref/π − log(π_ref/π) − 1
 
     logp, old_logp, ref_logp (B, T) log-probs of the sampled tokens; ref_logp may be None when kl == 0.
     advantage (B,). mask (B, T): True on sampled tokens, end token included; padding may hold NaN.
     weight (B,): the per-token loss weight of each reply, counted by the caller over all micro-batches and ranks:
     1/(B·length) is the mean over replies of per-token means, 1/(all tokens) the token mean, 1/(B·constant) Dr. GRPO's.
     surrogate: token_gain has what stands in place of the minimum. correction (B, T): c, as importance_weights gives
-    it; None: 1. Returns a scalar.
+    it; None: 1. entropy (B, T): H of the policy's distribution at each token in nats, may be None when
+    entropy_bonus == 0. Returns a scalar.
     """
     r = policy_ratio(logp, old_logp, mask, ratio)
     gain, _ = token_gain(logp, r, advantage, surrogate, clip_low, clip_high)
@@ -178,6 +180,8 @@ def grpo_loss(
         gain = gain * correction
     if kl:
         gain = gain - kl * k3(logp, ref_logp, mask)
+    if entropy_bonus:
+        gain = gain + entropy_bonus * entropy
     return -(weight[:, None] * gain.masked_fill(~mask, 0.0)).sum()
 
 
@@ -315,6 +319,8 @@ def parse_args(argv=None):
     add("--ratio", default="token", choices=["token", "sequence"], help="ratio per token, or per reply (GSPO)")
     add("--kl", type=real("[0, inf)"), default=0.0,
         help="weight of the KL to the starting model; 0: no reference model at all")  # fmt: skip
+    add("--entropy-bonus", type=real("[0, inf)"), default=0.0,
+        help="weight of the policy's exact entropy, which the loss rewards; 0: none")  # fmt: skip
     add("--normalizer", default="sequence", choices=["sequence", "token", "constant"],
         help="per-token loss weight: sequence: 1/its reply's length (GRPO); token: the same for all (DAPO); "
         "constant: 1/--max-new-tokens (Dr. GRPO)")  # fmt: skip
@@ -398,6 +404,14 @@ def gather_rewards(world, scores, P, G) -> torch.Tensor:
     for rank, part in enumerate(world.gather([[score["reward"] for score in group] for group in scores])):
         everyone[rank :: world.size] = torch.tensor(part)
     return everyone
+
+
+def policy_log_probs(policy, groups, temperature, entropy_bonus):
+    """(logp, mask, entropy) of the policy, all (B, T); entropy is None where no bonus asks for it."""
+    # All logits once more, forward and backward: only where somebody wants it.
+    if entropy_bonus:
+        return model.log_probs_and_entropies(policy, groups, temperature)
+    return *model.log_probs(policy, groups, temperature), None
 
 
 def reference_log_probs(reference, groups, temperature):
@@ -568,7 +582,8 @@ def main(argv=None):
 
         # 3. Learn: clipped updates on the groups that carry a signal
         signal = [p for p in range(len(groups)) if advantages[p].any()]
-        useful = list(range(len(groups))) if args.kl else signal  # the KL pulls at every group
+        # KL and entropy pull at every group.
+        useful = list(range(len(groups))) if args.kl or args.entropy_bonus else signal
         learned_groups = [groups[p] for p in useful]
         filler = (groups[0][0], [replies[0][0].ids[:1]])  # keeps ranks in step, at weight 0
         micros = training.micro_batches(world, model.group_sizes(learned_groups), args.micro_tokens)
@@ -579,7 +594,7 @@ def main(argv=None):
             for number, micro in enumerate(micros):
                 last = number == len(micros) - 1
                 rows = [learned_groups[i] for i in micro] or [filler]
-                logp, mask = model.log_probs(policy, rows, args.temperature)
+                logp, mask, entropy = policy_log_probs(policy, rows, args.temperature, args.entropy_bonus)
                 # For a filler too: the ranks gather the weights of a sharded reference together.
                 ref = reference_log_probs(reference, rows, args.temperature)
                 if not micro:
@@ -598,7 +613,8 @@ def main(argv=None):
                     old, sampled, mask, args.importance, outside=args.importance_outside, **bounds
                 )
                 loss = grpo_loss(
-                    logp, old, ref, advantage, mask, weight, kl=args.kl, correction=correction, **clipping
+                    logp, old, ref, advantage, mask, weight, kl=args.kl, correction=correction, entropy=entropy,
+                    entropy_bonus=args.entropy_bonus, **clipping,
                 )  # fmt: skip
                 training.backward(policy, world, loss, last)
                 add_metrics(sums, {"loss": loss.item()} | token_metrics(

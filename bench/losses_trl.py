@@ -54,6 +54,7 @@ def made_up() -> dict:
         "advantage": torch.tensor([1.5, -0.5, -1.25, 0.75], dtype=torch.float64),
         "mask": mask,
         "ref": torch.tensor([[-9.5, -3.5], [-6.0, -2.5]], dtype=torch.float64),
+        "entropy": noise(1.0).abs(),
         "rewards": torch.tensor([[1.5, 0.5, 0.0, 0.5], [0.5, 0.25, 1.5, 1.5]], dtype=torch.float64),
     }
 
@@ -75,7 +76,7 @@ def trl_grpo(given: dict, settings: dict) -> tuple[torch.Tensor, torch.Tensor]:
     logp = given["logp"].clone().requires_grad_()
     # mask_truncated_completions: TRL takes them out of the completion mask.
     whole = torch.tensor([number not in settings.get("truncated", []) for number in range(4)])
-    mask, entropy = given["mask"].long() * whole[:, None], torch.zeros_like(given["logp"])
+    mask, entropy = given["mask"].long() * whole[:, None], given["entropy"]
     bounds = settings.get("bounds")
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **options: (logp, entropy, None),
@@ -95,11 +96,14 @@ def trl_grpo(given: dict, settings: dict) -> tuple[torch.Tensor, torch.Tensor]:
         use_vllm=bounds is not None,
         vllm_importance_sampling_correction=True,
         current_gradient_accumulation_steps=1,
-        _entropy_bonus_enabled=False,
+        _entropy_bonus_enabled="entropy_coef" in settings,
+        use_adaptive_entropy=False,
+        entropy_coef=settings.get("entropy_coef", 0.0),
         accelerator=machine(),
         model=SimpleNamespace(training=True),
         _metrics={"train": defaultdict(list)},
     )  # fmt: skip
+    trainer.accelerator.sync_gradients = True
     nothing = torch.zeros(len(logp), 0, dtype=torch.long)
     inputs = {
         "prompt_ids": nothing, "prompt_mask": nothing, "completion_ids": mask, "completion_mask": mask,
@@ -185,6 +189,9 @@ ICEPOP = {"mode": "token_mask", "low": 0.5, "high": 1.6}
 GRPO_CASES = {
     "clip, sequence mean": ({"normalizer": "sequence"}, {"loss_type": "grpo"}),
     "clip, token mean, KL": ({"normalizer": "token", "kl": 0.04}, {"loss_type": "dapo", "beta": 0.04}),
+    "clip, token mean, entropy bonus": (
+        {"normalizer": "token", "entropy_bonus": 0.02}, {"loss_type": "dapo", "entropy_coef": 0.02},
+    ),
     "clip, constant": ({"normalizer": "constant"}, {"loss_type": "dr_grpo"}),
     "clip, truncated replies masked, sequence mean": (
         {"normalizer": "sequence", "kl": 0.04, "truncated": [0, 3]},

@@ -48,6 +48,13 @@ BUGS = [
     ("a refill replaces groups that teach", "grpo.py", "if not teaches]", "if teaches]", GRPO),
     ("refilling looks at rewards only", "grpo.py", "& accuracy_filter(accuracy, low, high)", "", GRPO),
     ("each rank refills by itself", "grpo.py", "sorted(sum(world.gather(own), []))", "sorted(own)", GRPO),
+    ("entropy is punished", "grpo.py", "gain + entropy_bonus * entropy", "gain - entropy_bonus * entropy", GRPO),
+    ("groups of equal rewards get no entropy bonus", "grpo.py",
+     "if args.kl or args.entropy_bonus else", "if args.kl else", GRPO),
+    ("the gradient of the entropy lacks a term", "model.py",
+     "(probability * (logp + entropy) *", "(probability * logp *", GRPO),
+    ("the gradient of the entropy forgets the temperature", "model.py",
+     "slope = -grad / (ctx.temperature or 1.0)", "slope = -grad", GRPO),
 
     # ---- dpo.py
     ("label smoothing does not flip the pair", "dpo.py", "label_smoothing * F.logsigmoid(-margin)",

@@ -25,7 +25,9 @@ from test_losses import (
 )
 
 import grpo
+import model
 import sampler
+import training
 from records import epoch_order, read_records
 
 
@@ -209,6 +211,65 @@ def test_weights_at_either_bound_and_masked_ones_are_counted():
 def test_another_way_with_weights_outside_is_refused():
     with pytest.raises(ValueError, match="drop"):
         bounded_weights("token", outside="drop")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Entropy bonus
+
+
+def test_the_entropy_of_a_state_and_its_gradient_are_exact():
+    noise = torch.Generator().manual_seed(9)
+    hidden = torch.randn(5, 4, generator=noise, dtype=torch.float64).float().requires_grad_()
+    weight = torch.randn(11, 4, generator=noise).requires_grad_()
+    scale, forbidden = torch.randn(5, generator=noise), torch.tensor([2, 7])
+    allowed = [token for token in range(11) if token not in (2, 7)]
+    for temperature in (1.0, 0.6):
+        logp = (hidden @ weight[allowed].T / temperature).log_softmax(-1)
+        expected = -(logp.exp() * logp).sum(-1)
+        wanted = torch.autograd.grad((expected * scale).sum(), (hidden, weight))
+        for chunk_rows in (1, 2, 100):
+            found = model.StateEntropies.apply(hidden, weight, temperature, forbidden, chunk_rows)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+            gradients = torch.autograd.grad((found * scale).sum(), (hidden, weight))
+            for one, other in zip(gradients, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_each_token_has_the_entropy_of_the_distribution_it_comes_from(material):
+    policy, encoder = model.load(material.speaker, training.World(0, 1, torch.device("cpu")))
+    prompt = encoder.prompt(read_records(material.data)[4])
+    replies = [encoder.encode_reply(text) for text in ("A or B", "B")]
+    with torch.no_grad():
+        logp, mask, entropy = model.log_probs_and_entropies(policy, [(prompt, replies)], 0.7)
+        plain, plain_mask = model.log_probs(policy, [(prompt, replies)], 0.7)
+        vocabulary = [torch.tensor([token]) for token in range(len(policy.hf.lm_head.weight))]
+        first, _ = model.log_probs(policy, [(prompt, vocabulary)], 0.7)
+    assert torch.equal(logp, plain) and torch.equal(mask, plain_mask)
+    distribution = first[:, 0][first[:, 0].isfinite()]
+    expected = -(distribution.exp() * distribution).sum()
+    torch.testing.assert_close(entropy[:, 0], expected.expand(2))  # both begin at the prompt's end
+    assert (entropy[mask] > 0).all() and (entropy[~mask] == 0).all() and entropy[0, 1] != entropy[1, 1]
+
+
+def test_the_bonus_is_weighed_like_the_surrogate_and_padding_has_none():
+    mask = torch.tensor([[True, True], [True, False]])
+    logp, old = torch.full((2, 2), -1.0), torch.full((2, 2), -1.0)
+    entropy = f64([[2.0, 1.0], [3.0, NAN]]).requires_grad_()
+    settings = logp, old, None, f64([0.0, 0.0]), mask, f64([0.25, 0.1])
+    loss = grpo.grpo_loss(*settings, entropy=entropy, entropy_bonus=0.5)
+    close(loss, -0.5 * (0.25 * 3.0 + 0.1 * 3.0))
+    loss.backward()
+    close(entropy.grad, [[-0.125, -0.125], [-0.05, 0.0]])
+
+
+def test_an_entropy_bonus_keeps_the_policy_undecided(material, tmp_path):
+    useless = write(tmp_path / "useless.jsonl", [material.question("u", "JSON, please.", reply_format="json")])
+    settings = material.grpo(data=useless, steps=4, entropy_bonus=1.0, normalizer="token")
+    call("grpo", **settings | {"out": tmp_path / "run"})
+    log = rows(tmp_path / "run")
+    # no reward differs: what is learned is the bonus alone, and the loss is minus the mean entropy
+    assert log[-1]["entropy"] > log[0]["entropy"] + 0.1 and log[-1]["loss"] < log[0]["loss"] < 0
+    assert log[0]["loss"] == pytest.approx(-log[0]["entropy"], rel=0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def grpo_case(inputs, settings):
     logp = given["logp"].requires_grad_()
     loss = grpo.grpo_loss(
         logp, given["old_logp"], given["ref_logp"], given["advantage"], mask, weight,
-        clip_low=0.2, clip_high=0.28, correction=correction, **settings,
+        clip_low=0.2, clip_high=0.28, correction=correction, entropy=given["entropy"], **settings,
     )  # fmt: skip
     loss.backward()
     return loss.item(), logp.grad
@@ -70,7 +70,7 @@ def test_loss_and_gradient_are_those_of_trl(case):
 def test_every_case_of_the_file_tells_something():
     # a gradient of zeros everywhere, or two cases alike, would pass without looking
     gradients = [str(case["gradient"]) for case in FILE["cases"]]
-    assert len(set(gradients)) == len(gradients) >= 19
+    assert len(set(gradients)) >= len(gradients) - 1 >= 21  # the entropy is no function of logp here
     assert FILE["trl"].startswith("1.16.")
 
 

@@ -636,9 +636,9 @@ SETTINGS = {
     "grpo": COMMON | MACHINE | {
         "prompts", "group", "max_refill", "temperature", "top_k", "top_p", "max_new_tokens", "format_weight",
         "overlong_buffer", "accuracy_low", "accuracy_high", "advantage_scale", "advantage_baseline", "surrogate",
-        "clip_low", "clip_high", "ratio", "kl", "normalizer", "mask_truncated", "importance", "importance_cap",
-        "importance_floor", "importance_outside", "updates", "sampler", "vllm_memory", "vllm_tp", "parity_every",
-        "one_step_off_policy",
+        "clip_low", "clip_high", "ratio", "kl", "entropy_bonus", "normalizer", "mask_truncated", "importance",
+        "importance_cap", "importance_floor", "importance_outside", "updates", "sampler", "vllm_memory", "vllm_tp",
+        "parity_every", "one_step_off_policy",
     },
 }  # fmt: skip
 

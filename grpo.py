@@ -5,9 +5,10 @@
     torchrun --nproc_per_node=8 grpo.py …
 
 Each step samples a group of replies to every prompt, scores them by rule, turns the scores into advantages inside each
-group, and takes clipped policy-gradient updates. Both papers' recipes are settings of this one file:
+group, and takes clipped policy-gradient updates. The papers' recipes are settings of this one file:
 
     SPECS (arXiv 2510.25801)      --prompts 128 --clip-high 0.28 --normalizer token --kl 0       (DAPO-like clipping)
+    DAPO (arXiv 2503.14476)       the same, and --max-refill 3 --overlong-buffer 4096
     Jigsaw-R1 (arXiv 2505.23590)  --prompts 64 --kl 0.04 --normalizer sequence --top-k 50 --schedule linear
 
 A prompt and its pictures are fed once for all replies of its group (attention.py).
@@ -542,6 +543,8 @@ def main(argv=None):
     cost = model.Cost(policy)
     bar = tqdm(total=args.steps, initial=run.step, desc="grpo", disable=not world.main)
     for step in range(run.step, args.steps):
+        # batch: {slot of this rank: (record, group, replies, texts, scores)}; empty: slots of all ranks still to be
+        # filled; asked: prompts so far. Without --max-refill the first round is the only one.
         batch, empty, asked = {}, range(P), 0
         for _ in range(1 + args.max_refill):
             # 1. Sample: G replies to each of this rank's prompts

@@ -293,6 +293,15 @@ def test_the_size_of_micro_batches_does_not_matter_to_held_out_pairs_and_a_resum
     assert timeless(tmp_path / "halves") == timeless(tmp_path / "whole")
 
 
+def test_a_resumed_run_refuses_other_held_out_pairs(material, tmp_path):
+    data = held_out(material, tmp_path)
+    settings = material.dpo(batch=8, steps=1, eval_data=data, out=tmp_path / "out")
+    call("dpo", **settings)
+    write(data, [json.loads(line) for line in data.read_text().splitlines()][:4])
+    with pytest.raises(DataError, match="held_out.jsonl"):
+        call("dpo", **settings | {"steps": 2, "resume": True})
+
+
 def test_held_out_pairs_are_read_before_anything_is_trained(material, tmp_path):
     data = write(tmp_path / "bad.jsonl", [material.pairs[4] | {"images": [], "rejected": None}])
     with pytest.raises(DataError, match="bad.jsonl:1.*rejected"):

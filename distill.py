@@ -14,9 +14,13 @@ what to answer. Questions that give no pair are counted by reason.
 Choices where the paper is silent or cannot be followed here: the five corruptions are equally likely; the judge model
 is a rule that looks for a contradiction (judge.contradicts); a base reply that is malformed already, and that no
 corruption changes, is rejected as it is. A reply truncated at --max-new-tokens is not used.
+
+Replies are kept in FILE.jsonl.partial batch by batch, and a killed job goes on from there with --resume (journal.py).
 """
 
 import gc
+import hashlib
+import json
 import os
 import random
 from collections import Counter
@@ -31,8 +35,10 @@ import rewards
 import sampler
 import training
 import vllm_sampler
+from files import DataError, digest, read_json, write_text
+from journal import Journal, add_journal_flags
 from judge import contradicts, find_answer
-from records import DataError, read_records, write_jsonl
+from records import jsonl_text, read_records
 from training import World, integer, real
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,6 +194,18 @@ def summary(outcomes: list[tuple[dict | None, str | None]]) -> str:
     return "\n".join(lines)
 
 
+def account(records: list[dict], outcomes: list[tuple[dict | None, str | None]]) -> dict:
+    """What became of every question: how many gave a pair, how their rejected replies were broken, who dropped why."""
+    corruptions, dropped = Counter(), {}
+    for record, (pair, reason) in zip(records, outcomes, strict=True):
+        if pair is None:
+            dropped.setdefault(reason, []).append(record["id"])
+        else:
+            corruptions[pair["corruption"] or "malformed already"] += 1
+    pairs = sum(corruptions.values())
+    return {"questions": len(records), "pairs": pairs, "corruptions": dict(corruptions), "dropped": dropped}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
@@ -201,6 +219,7 @@ def parse_args(argv=None):
     add("--skip-bad", action="store_true",
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
     add("--out", required=True, help="pairs.jsonl to write: records with chosen and rejected")
+    add_journal_flags(add)
     add("--limit", type=integer("[0, inf)"), default=0, help="use the first N records only; 0: all")
     add("--seed", type=integer("[0, inf)"), default=0,
         help="fixes every sample, whatever --batch and the number of processes")  # fmt: skip
@@ -234,44 +253,49 @@ def parse_args(argv=None):
     return args
 
 
-def check_paths(out: Path, models: dict[str, str | None]) -> None:
-    """DataError if `out` cannot be written, or one of {flag: model path} names neither a model nor a hub id."""
-    if out.is_dir():
-        raise DataError(f"--out {out}: is a directory; name the file to write, such as {out / 'pairs.jsonl'}")
-    for flag, path in models.items():
+def check_models(models: dict[str, str | None]) -> None:
+    """DataError if one of {flag's name: model path} names neither a model nor a hub id."""
+    for name, path in models.items():
         if path is None or Path(path, "config.json").is_file():
             continue
         hub_id = path.count("/") == 1 and not Path(path).exists()
         if not hub_id:
-            raise DataError(f"{flag} {path}: no model directory (nor a hub id, which reads owner/name)")
+            raise DataError(f"--{name} {path}: no model directory (nor a hub id, which reads owner/name)")
 
 
-def sample_texts(
-    name: str, path: str, world: World, records: list[dict], seeds: list[int], *, samples: int, temperature: float,
-    max_new_tokens: int, batch: int, engine: str, vllm_memory: float, **loading,
-) -> list[list[str]]:  # fmt: skip
-    """Finished replies of the model at `path` to each record, as text. The model is gone from memory afterwards.
+def sample_missing(
+    name: str, path: str, world: World, records: list[dict], journal: Journal, *, first_seed: int, samples: int,
+    temperature: float, max_new_tokens: int, batch: int, engine: str, vllm_memory: float, **loading,
+) -> None:  # fmt: skip
+    """Add to the journal, under `name`, the finished replies of the model at `path` to each record it lacks, as text.
 
-    engine: "builtin" or "vllm". loading: keyword arguments of model.load.
+    engine: "builtin" or "vllm". loading: keyword arguments of model.load. No model is loaded when nothing is missing,
+    and none is left in memory.
     """
+    if not journal.missing(name, len(records)):
+        return
+    mine = journal.mine(name, len(records))
     policy, encoder = model.load(path, world, **loading)
     sample = sampler.sample
     if engine == "vllm":
         sample = vllm_sampler.VLLM(
-            path, policy.requires_grad_(False), encoder, world, records, max_new_tokens=max_new_tokens,
-            memory=vllm_memory,
+            path, policy.requires_grad_(False), encoder, world, [records[place] for place in mine],
+            max_new_tokens=max_new_tokens, memory=vllm_memory,
         )  # fmt: skip
-    texts = []
-    bar = tqdm(total=len(records), desc=name, disable=not world.main)
-    for start in range(0, len(records), batch):
-        part = slice(start, start + batch)
-        prompts = encoder.prompts(records[part])
+    bar = tqdm(total=len(mine), desc=name, disable=not world.main)
+    for start in range(0, len(mine), batch):
+        places = mine[start : start + batch]
         replies = sample(
-            policy, prompts, samples, seeds=seeds[part], temperature=temperature, max_new_tokens=max_new_tokens
-        )
-        for group in replies:
-            texts.append([encoder.decode(reply.ids) for reply in group if reply.finished])
-        bar.update(len(prompts))
+            policy, encoder.prompts([records[place] for place in places]), samples,
+            # A function of the record's place alone: batches, processes and restarts change no reply.
+            seeds=[first_seed + 2 * place for place in places],
+            temperature=temperature, max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+        items = {}
+        for place, group in zip(places, replies, strict=True):
+            items[place] = {"texts": [encoder.decode(reply.ids) for reply in group if reply.finished]}
+        journal.add(name, items)
+        bar.update(len(places))
     bar.close()
     if engine == "vllm":
         sample.close()
@@ -280,7 +304,24 @@ def sample_texts(
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-    return texts
+
+
+# What is made of the replies, not how they are sampled: a resumed job may change it.
+LATER = ("judge", "coupled")
+
+
+def account_path(out: Path) -> Path:
+    """pairs.jsonl -> pairs.account.json"""
+    return out.with_suffix(".account.json")
+
+
+def is_finished(out: Path, fingerprint: str) -> bool:
+    """Whether the pairs are there, whole, and those that this job would write again."""
+    try:
+        told = read_json(account_path(out))
+        return isinstance(told, dict) and (told.get("fingerprint"), told.get("sha256")) == (fingerprint, digest(out))
+    except DataError:
+        return False
 
 
 def main(argv=None):
@@ -289,43 +330,66 @@ def main(argv=None):
 
     # 1. Read: everything that can be wrong is found before a model is loaded
     out = Path(args.out)
-    check_paths(out, {"--policy": args.policy, "--base": args.base})
+    models = {"policy": args.policy, "base": args.base if args.reject_from == "base" else None}
+    check_models(models)
     records = read_records(args.data, rewards.check_gold, skip_bad=args.skip_bad)[: args.limit or None]
-    places = range(world.rank, len(records), world.size)
-    mine = [records[place] for place in places]
+    journal = Journal.open(
+        vars(args),
+        world,
+        inputs={"data": args.data},
+        models=models,
+        pictures=[image for record in records for image in record["images"]],
+        later=LATER,
+    )
+    if args.resume and is_finished(out, journal.fingerprint):
+        if world.main:
+            journal.drop()
+            print(f"{out}: is finished already")
+        return
+    with journal:
+        # 2. Sample the policy, then the base, unless nothing of it is needed
+        options = {name: getattr(args, name) for name in ("samples", "temperature", "max_new_tokens", "batch")}
+        options |= {"engine": args.sampler, "vllm_memory": args.vllm_memory}
+        options |= {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
+        # Even and odd seeds: the two models must not use the same random numbers.
+        first_seed = 2 * args.seed * 10**9
+        sample_missing("policy", args.policy, world, records, journal, first_seed=first_seed, **options)
+        if args.reject_from == "base":
+            sample_missing("base", args.base, world, records, journal, first_seed=first_seed + 1, **options)
 
-    # 2. Sample the policy, then the base, unless nothing of it is needed
-    options = {name: getattr(args, name) for name in ("samples", "temperature", "max_new_tokens", "batch")}
-    options |= {"engine": args.sampler, "vllm_memory": args.vllm_memory}
-    options |= {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
-    # Even and odd seeds: the two models must not use the same random numbers.
-    seeds = [2 * (args.seed * 10**9 + place) for place in places]
-    policy_texts = sample_texts("policy", args.policy, world, mine, seeds, **options)
-    base_texts = [[] for _ in mine]
-    if args.reject_from == "base":
-        base_texts = sample_texts("base", args.base, world, mine, [seed + 1 for seed in seeds], **options)
+        # 3. Pair: each process its share of the questions
+        world.barrier()  # until every process has added its last batch
+        policy_items, base_items = journal.items("policy"), journal.items("base")
+        choices = {"judge": args.judge, "coupled": args.coupled, "reject_from": args.reject_from}
+        found = []
+        for place in range(world.rank, len(records), world.size):
+            base_texts = base_items[place]["texts"] if args.reject_from == "base" else []
+            texts = policy_items[place]["texts"], base_texts
+            found.append(make_pair(records[place], *texts, random.Random(f"{args.seed}/{place}"), **choices))
+        outcomes = [None] * len(records)
+        for rank, part in enumerate(world.gather(found)):
+            outcomes[rank :: world.size] = part
 
-    # 3. Pair
-    choices = {"judge": args.judge, "coupled": args.coupled, "reject_from": args.reject_from}
-    found = []
-    for place, record, *texts in zip(places, mine, policy_texts, base_texts, strict=True):
-        found.append(make_pair(record, *texts, random.Random(f"{args.seed}/{place}"), **choices))
-    outcomes = [None] * len(records)
-    for rank, part in enumerate(world.gather(found)):
-        outcomes[rank :: world.size] = part
-
-    # 4. Record
-    origin = {"chosen_from": args.policy, "rejected_from": args.base if args.reject_from == "base" else args.policy}
-    pairs = [pair | origin for pair, _ in outcomes if pair is not None]
-    for pair in pairs:
-        pair["images"] = [os.path.relpath(image, out.resolve().parent) for image in pair["images"]]
-    if world.main:
-        print(summary(outcomes), flush=True)
-    if not pairs:
-        raise DataError(f"no pairs: none of the {len(records)} questions gave one, {out} is not written")
-    if world.main:
-        write_jsonl(out, pairs)
-        print(f"{out}: {len(pairs)} pairs written")
+        # 4. Record
+        origin = {"chosen_from": args.policy, "rejected_from": args.base if args.reject_from == "base" else args.policy}
+        pairs = [pair | origin for pair, _ in outcomes if pair is not None]
+        for pair in pairs:
+            pair["images"] = [os.path.relpath(image, out.resolve().parent) for image in pair["images"]]
+        if world.main:
+            print(summary(outcomes), flush=True)
+        if not pairs:
+            raise DataError(
+                f"no pairs: none of the {len(records)} questions gave one, {out} is not written; "
+                f"the replies are in {journal.folder}, for --resume with another --judge or --coupled"
+            )
+        if world.main:
+            # First the account: a finished file is known by it.
+            text = jsonl_text(pairs)
+            sha256 = hashlib.sha256(text.encode()).hexdigest()
+            told = account(records, outcomes) | {"sha256": sha256, "fingerprint": journal.fingerprint}
+            write_text(account_path(out), json.dumps(told, indent=1) + "\n")
+            journal.finish(text)
+            print(f"{out}: {len(pairs)} pairs written")
 
 
 if __name__ == "__main__":

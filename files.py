@@ -1,5 +1,4 @@
-"""Files: the one way in (regular, bounded, UTF-8) and the one way out (all or nothing) for what stages read and write.
-"""
+"""Files: the one way in (regular, bounded, UTF-8) and the one way out (all or nothing)."""
 
 import hashlib
 import json

@@ -324,21 +324,23 @@ def test_an_untrained_model_gives_no_pairs_and_the_account_says_why(place, capsy
 
 def test_a_reply_that_was_cut_is_not_used(place, capsys):
     length = len(model.load(str(place / "parrot"), training.setup())[1].encode_reply(SAID))
-    cut = flags(place, out=place / "none.jsonl", **{"max-new-tokens": length - 1})  # all but the end token
+    cut = flags(place, out=place / "cut.jsonl", **{"max-new-tokens": length - 1})  # all but the end token
     with pytest.raises(DataError, match="no pairs"):
         distill.main(cut)
     assert f"{COUNT:7d}  100.0 %  none: policy never finished" in capsys.readouterr().out
 
 
 def test_no_pairs_is_exit_status_two_and_one_line(place, capsys, monkeypatch):
-    given = flags(place, policy=place / "tiny", out=place / "none.jsonl", limit=1)
+    given = flags(place, policy=place / "tiny", out=place / "nothing.jsonl", limit=1)
     monkeypatch.setattr(sys, "argv", ["distill.py", *given])
     with pytest.raises(SystemExit) as stop:
         training.run(distill.main)
     assert stop.value.code == 2
     printed = capsys.readouterr()
     errors = [line for line in printed.err.split("\n") if "error" in line]
-    assert errors == [f"error: no pairs: none of the 1 questions gave one, {place / 'none.jsonl'} is not written"]
+    cause = f"error: no pairs: none of the 1 questions gave one, {place / 'nothing.jsonl'} is not written"
+    kept = f"the replies are in {place / 'nothing.jsonl.partial'}, for --resume with another --judge or --coupled"
+    assert errors == [f"{cause}; {kept}"]
     assert "Traceback" not in printed.err and "1 questions" in printed.out
 
 

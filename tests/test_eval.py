@@ -315,7 +315,7 @@ def test_the_generalization_factor_of_a_model_against_itself_is_zero_and_against
     assert len(form) >= 2
     for row_ in form[:2]:
         row_["format"] = [0.0]
-    evaluation.write_result(tiny / "less.json", base)
+    (tiny / "less.json").write_text(evaluation.result_text(base))
     capsys.readouterr()
     better = evaluate(tiny, *files, "--out", tiny / "better.json", "--baseline", tiny / "less.json")
     assert better["gf"]["gain_id"] == pytest.approx(40) and better["gf"]["ood_gains"] == {"jigsaw-pair-2x1:boxed": 0}

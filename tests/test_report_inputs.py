@@ -276,8 +276,8 @@ def make_result(folder):
     Image.new("RGB", (30, 20), "red").save(folder / "picture.png")
     rows = []
     for name in ("a", "b"):
-        record = {"id": name, "_source": "s", "_role": "id", "_file": str(folder / "d.jsonl"), "prompt": "Which?",
-                  "images": [str(folder / "picture.png")], "answer": "B", "answer_type": "letter", "think": True}  # fmt: skip
+        record = {"id": name, "_source": "s", "_role": "id", "_file": str(folder / "d.jsonl"), "prompt": "Which?"}
+        record |= {"images": [str(folder / "picture.png")], "answer": "B", "answer_type": "letter", "think": True}
         texts = ["<think>x</think><answer>B</answer>", "A"]
         rows.append(evaluation.score_row(record, texts, [9, 1], [True, False], True, folder))
     result = {"model": "m", "files": {}, "args": {}, **evaluation.summarise(rows), "rows": rows}
@@ -449,7 +449,9 @@ SMALL = settings(
     derandomize=True, deadline=None, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
-TEXT = st.one_of(st.text(st.characters(), max_size=8), st.sampled_from([HOSTILE, r"$\foo$", "step", "reward", "\ud83d"]))
+TEXT = st.one_of(
+    st.text(st.characters(), max_size=8), st.sampled_from([HOSTILE, r"$\foo$", "step", "reward", "\ud83d"])
+)
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT, st.sampled_from([HUGE, -HUGE]))
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6

@@ -22,6 +22,7 @@ SHARED = {
     "expressions": set(),
     "math_answers": {"expressions"},
     "training": {"records"},
+    "journal": {"files", "training"},
     "families": {"attention", "records"},
     "model": {"attention", "families", "records", "training"},
     "sampler": {"attention", "model", "training"},

@@ -148,6 +148,9 @@ class Journal:
 
     def drop(self) -> None:
         """Remove the folder. One process calls it."""
+        # Items first: without their settings they would be of no use, and in the way.
+        for path in self.folder.glob("*.jsonl"):
+            path.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # -----------------------------------------------------------------------------------------------------------------

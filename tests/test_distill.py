@@ -216,6 +216,28 @@ def test_the_account_counts_every_question_once():
     ]
 
 
+REPLIES = (
+    GOOD, WRONG, TWISTED, LOOSE, "B", "B.", "the answer is (B)", "A. above\nB. below\nAnswer: B", "", "1",
+    "<think>so A, B, not C</think><answer>B</answer>", "<think>1 is above, not 2</think><answer>above</answer>",
+    "<think>so 2</think><answer>1</answer>", "<think>None</think><answer>(B) None</answer>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [None, ..., ["above", "below"], ["1", "2"], ["", ""], ["B", "A"], ["a", "A", "a"]])
+@pytest.mark.parametrize("kind", ["think", "bare", "boxed", "json", "tags", "line"])
+def test_letters_with_any_options_or_none_are_paired_or_dropped_with_a_reason(options, kind):
+    record = {key: value for key, value in RECORD.items() if key != "options"} | {"reply_format": kind}
+    record["think"] = kind != "bare"
+    if options is not ...:
+        record["options"] = options
+    rewards.check_gold(record)
+    for chosen in REPLIES:
+        for rejected in REPLIES:
+            for coupled in (False, True):
+                pair, why = pair_of([chosen], [rejected], record, coupled=coupled)
+                assert (pair is None) == bool(why)
+
+
 # ---------------------------------------------------------------- the stage
 
 SAID = "<think>1 looks dark, 2 looks light.</think><answer>B</answer>"

@@ -326,7 +326,7 @@ def is_finished(out: Path, fingerprint: str) -> bool:
 
 def main(argv=None):
     args = parse_args(argv)
-    world = training.setup()
+    world = training.setup(args.timeout)
 
     # 1. Read: everything that can be wrong is found before a model is loaded
     out = Path(args.out)

@@ -8,7 +8,6 @@ eval.py and distill.py keep replies here. An item is known by its index alone, a
 settings alone. So a job may be resumed by any number of processes and ends with the same bytes.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,10 +20,11 @@ from pathlib import Path
 
 import files
 from files import DataError
-from training import World
+from processes import Terminated, World
+from run_directory import check_inputs, input_digests
 
 # Flags on which no item depends: where, how fast, and how the job was continued.
-NO_MATTER = ("out", "batch", "vllm_memory", "resume", "overwrite", "report", "runs", "results", "table")
+NO_MATTER = ("out", "batch", "vllm_memory", "timeout", "resume", "overwrite", "report", "runs", "results", "table")
 
 OURS = re.compile(r"args\.json(\.partial)?|lock|result|[a-z]+\.\d+\.jsonl")  # names of files in the folder
 
@@ -49,7 +49,7 @@ class Journal:
 
     @classmethod
     def open(
-        cls, settings: dict, world: World, *, inputs: dict[str, list[str]], models: dict[str, str | None],
+        cls, settings: dict, world: World, *, inputs: dict[str, list], models: dict[str, str | None],
         pictures: list[str], later: tuple[str, ...] = (),
     ) -> "Journal":  # fmt: skip
         """Check settings["out"], and begin or resume its journal. A collective: all processes must call it.
@@ -62,19 +62,22 @@ class Journal:
         """
         out = Path(settings["out"])
         journal = cls(out, out.parent / f"{out.name}.partial", world)
-        everything = {key: value for key, value in sorted(settings.items()) if key not in NO_MATTER}
-        read = {flag: {str(path): files.digest(path) for path in paths} for flag, paths in inputs.items()}
-        for rank, theirs in enumerate(world.gather(read)):
-            if theirs != read:
-                raise DataError(f"rank {rank} reads other files than rank {world.rank}: {changed(read, theirs)}")
+        digests = {str(path): files.digest(path) for paths in inputs.values() for path in paths}
+        for path in models.values():
+            digests |= input_digests({"model": path})
+        check_inputs(world.gather(digests))
 
         # One process looks and all hear: otherwise one would go on where another has stopped.
         problem = None
         if world.main:
             try:
-                journal._prepare(settings, everything, read, models, pictures, later)
+                journal._check_output(inputs, models, pictures)
+                free = [str(path) for name in later for path in inputs.get(name, [])]
+                journal._prepare(settings, digests | digest_pictures(pictures), later, free)
             except DataError as error:
                 problem = str(error)
+            except OSError as error:
+                problem = f"--out {out}: its folder cannot be written ({error})"
         problem, journal.fingerprint = world.gather((problem, journal.fingerprint))[0]
         if problem:
             journal.unlock()
@@ -86,25 +89,31 @@ class Journal:
         world.barrier()
         return journal
 
-    def _prepare(self, settings, everything, read, models, pictures, later):
-        """On rank 0: check the output, take the lock, and make or trim the folder."""
-        taken = [path for paths in read.values() for path in paths]
-        for path in models.values():
+    def _check_output(self, inputs, models, pictures):
+        """On rank 0: DataError unless FILE and its folder can be written and are nothing that is read."""
+        read = {f"--{name.replace('_', '-')}": paths for name, paths in inputs.items()}
+        for name, path in models.items():
             if path is not None and os.path.isdir(path):
-                taken += [entry.path for entry in os.scandir(path)]
-        try:
-            files.check_output(self.out, [*taken, *pictures])
-        except DataError as error:
-            raise DataError(f"--out {error}") from error
+                read[f"--{name}"] = [entry.path for entry in os.scandir(path)]
+        files.check_output(self.out, "--out", read | {"the picture of a record": pictures})
+        if self.folder.is_symlink():
+            raise DataError(f"{self.folder}: is a link; the replies of {self.out} are kept there until it is whole")
+        files.check_output(self.folder, "--out", directory=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        strangers = [name for name in os.listdir(self.folder) if not OURS.fullmatch(name)]
+        if strangers:
+            raise DataError(f"{self.folder}: holds {strangers[0]!r}, which is not ours; move the folder away")
+        self.lock = files.lock(self.folder / "lock", str(self.out))
 
-        weights = {flag: {path: digest_model(path)} for flag, path in models.items() if path is not None}
-        identity = {"settings": everything, "inputs": read, "models": weights, "pictures": digest_pictures(pictures)}
-        self.fingerprint = hashlib.sha256(json.dumps(plain(identity)).encode()).hexdigest()
-        for group in ("settings", "inputs"):
-            identity[group] = {key: value for key, value in identity[group].items() if key not in later}
-        identity = plain(identity)
+    def _prepare(self, settings, digests, later, free):
+        """On rank 0: compare with the journal that is there, or begin one. free: files that may change, of `later`."""
+        everything = {key: value for key, value in sorted(settings.items()) if key not in NO_MATTER}
+        identity = plain({"settings": everything, "inputs": digests})
+        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        for group, names in (("settings", later), ("inputs", free)):
+            for name in names:
+                identity[group].pop(name, None)
 
-        self._lock()
         args_file = self.folder / "args.json"
         used = any(path.stat().st_size for path in self.folder.glob("*.jsonl"))
         if used and settings["resume"] and not settings["overwrite"]:
@@ -124,23 +133,6 @@ class Journal:
             for path in self.folder.glob("*.jsonl"):
                 path.unlink()
             files.write_text(args_file, json.dumps(identity, indent=1) + "\n")
-
-    def _lock(self):
-        """Make the folder, if it is not there, and keep other jobs out of it until this process ends."""
-        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
-            raise DataError(f"{self.folder}: must be free: the replies of {self.out} are kept there until it is whole")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            strangers = [name for name in os.listdir(self.folder) if not OURS.fullmatch(name)]
-            if strangers:
-                raise DataError(f"{self.folder}: holds {strangers[0]!r}, which is not ours; move the folder away")
-            self.lock = open(self.folder / "lock", "w")  # noqa: SIM115, held until this process ends
-        except OSError as error:
-            raise DataError(f"--out {self.out}: its folder cannot be written ({error})") from error
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{self.out}: another job is writing it at this moment") from error
 
     def unlock(self) -> None:
         if self.lock is not None:
@@ -203,6 +195,7 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
             result.replace(self.out)
+            files.sync(self.out.parent)
         except OSError as error:
             raise DataError(f"{self.out}: cannot be written ({error}); --resume tries again") from error
         self.drop()
@@ -219,7 +212,7 @@ class Journal:
         if empty and self.world.main:
             self.drop()
         # The status of a signal stays what training.run makes of it; only its words are ours.
-        if kind is not None and issubclass(kind, KeyboardInterrupt) and not empty:
+        if kind is not None and issubclass(kind, KeyboardInterrupt | Terminated) and not empty:
             raise kind(f"stopped; the replies so far are in {self.folder}, --resume goes on from there") from None
 
 
@@ -244,13 +237,8 @@ def difference(before: dict, now: dict) -> str:
         was = before["settings"].get(name)
         if was != value:
             return f"--{name.replace('_', '-')} was {was}, now {value}"
-    for group in ("inputs", "models"):
-        for name, digests in now[group].items():
-            path = changed(before[group].get(name, {}), digests)
-            if path:
-                return f"--{name} {path} has changed since"
-    path = changed(before["pictures"], now["pictures"])
-    return f"the picture {path} has changed since" if path else ""
+    path = changed(before["inputs"], now["inputs"])
+    return f"{path} has changed since" if path else ""
 
 
 def changed(before: dict, now: dict) -> str | None:
@@ -271,34 +259,3 @@ def digest_pictures(paths: list[str]) -> dict[str, str]:
     paths = sorted(set(paths))
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(paths, pool.map(files.digest, paths), strict=True))
-
-
-SAMPLE = 2**16  # bytes of each stretch of a large file that its digest reads
-STRETCH = 2**24
-# What a run directory holds beside the model.
-NO_PART = ("args.json", "reference.json")
-
-
-def digest_model(path: str) -> str:
-    """A digest of a model directory: settings, tokenizer and weights; of a hub id its name.
-
-    Small files count whole. Of a large one count the size, its first 16 MiB, which hold the header of a safetensors
-    file, and 64 KiB of every 16 MiB after that: training moves weights everywhere, so that other weights show in 0.4 %
-    of them, which are read in seconds where 100 GB would take minutes.
-    """
-    if not os.path.isdir(path):
-        return str(path)
-    total = hashlib.sha256()
-    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-        kind = Path(entry.name).suffix
-        if entry.name in NO_PART or kind not in (".json", ".txt", ".jinja", ".model", ".safetensors"):
-            continue
-        if not entry.is_file():
-            continue
-        total.update(f"{entry.name}\n{entry.stat().st_size}\n".encode(errors="surrogateescape"))
-        with open(entry.path, "rb") as file:
-            total.update(file.read(STRETCH))
-            for start in range(STRETCH, entry.stat().st_size, STRETCH):
-                file.seek(start)
-                total.update(file.read(SAMPLE))
-    return total.hexdigest()

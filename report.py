@@ -77,16 +77,13 @@ def read_run(folder: Path) -> RunLog:
         raise DataError(f"{log_file}: must hold at least one step. {left_out}")
     if not os.path.lexists(args_file):
         return RunLog(log, None, left_out)
-    settings = files.read_json(args_file)
-    if not isinstance(settings, dict):
-        raise DataError(f"{args_file}: must hold a JSON object")
-    return RunLog(log, settings, left_out)
+    return RunLog(log, files.read_json_object(args_file), left_out)
 
 
 def read_log(path: Path) -> tuple[list[dict], str]:
     """(the entries of a log.jsonl, a sentence about the lines that are none). A killed run ends in half a line."""
     log, problems = [], []
-    for number, line in enumerate(files.read_bytes(path).split(b"\n"), 1):
+    for number, line in enumerate(files.read_bytes(path, files.LARGEST_TEXT).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -698,10 +695,13 @@ def write_report(path: Path, runs: dict[str, Path], results: dict[str, Path], ta
 
     runs and results: {name: path}. Raises DataError, before anything is written, for what cannot be read.
     """
-    inputs = [*(folder / name for folder in runs.values() for name in RUN_FILES), *results.values()]
-    for output in (path, table_file):
+    inputs = {
+        "--runs": [folder / name for folder in runs.values() for name in RUN_FILES],
+        "--results": list(results.values()),
+    }
+    for flag, output in (("the page", path), ("--table", table_file)):
         if output:
-            files.check_output(output, inputs)
+            files.check_output(output, flag, inputs)
     if table_file and os.path.abspath(table_file) == os.path.abspath(path):
         raise DataError(f"--table {table_file}: is the page itself; name another file")
     shown_runs, run_note = first_of(runs, MOST_RUNS, "runs")
@@ -719,6 +719,10 @@ def write_report(path: Path, runs: dict[str, Path], results: dict[str, Path], ta
             name += f"-{taken[name]}"
         write(path.with_name(f"{name}.png"), png)
 
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path}: its folder cannot be made ({error})") from error
     page = page_html(logs, read, save, [run_note, result_note])
     write(path, page.encode())
     print(f"{visible(str(path))}: {len(page.encode()) / 1e6:.2f} MB, {len(logs)} runs, {len(read)} result files")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ import torch
 import distill
 import eval as evaluation
 import files
-import journal
 import model
 import training
 from files import DataError
@@ -296,6 +296,48 @@ def test_a_job_killed_in_one_process_is_resumed_by_two(place, slow):
     assert out.read_bytes() == expected
 
 
+@pytest.mark.parametrize(
+    "name, number, status",
+    [("eval", signal.SIGINT, 130), ("eval", signal.SIGTERM, 143), ("distill", signal.SIGTERM, 143)],
+)
+def test_a_signal_ends_a_job_with_one_line_that_says_how_to_go_on(place, name, number, status):
+    stage, flags, ending = STAGES[name]
+    out = place / f"signal-{number}{ending}"
+    folder = place / f"{out.name}.partial"
+    ranks = start(stage, flags(place, out, "--max-new-tokens", 150, "--samples", 8), 1)
+    wait_for_lines(folder, 1, ranks)
+    ranks[0].send_signal(number)
+    statuses, [(printed, err)] = end(ranks)
+    last = err.rstrip("\n").split("\n")[-1].split("\r")[-1]
+    assert (statuses, printed) == ([status], ""), err
+    assert last == f"stopped; the replies so far are in {folder}, --resume goes on from there"
+    assert "Traceback" not in err and not out.exists() and 1 <= lines_of(folder) < 2 * COUNT
+
+
+def test_a_signal_to_all_processes_ends_them_all_with_one_line(place):
+    out = place / "signal-two.json"
+    ranks = start(evaluation, eval_flags(place, out, "--max-new-tokens", 150, "--samples", 8), 2)
+    wait_for_lines(place / f"{out.name}.partial", 1, ranks)
+    for rank in ranks:
+        rank.terminate()
+    statuses, printed = end(ranks)
+    assert statuses == [143, 143], printed
+    assert "".join(err for _, err in printed).count("--resume goes on from there") == 1 and not out.exists()
+
+
+def test_a_signal_before_the_first_reply_leaves_nothing(place):
+    out = place / "signal-early.json"
+    ranks = start(evaluation, eval_flags(place, out), 1)
+    deadline = time.monotonic() + 120
+    while not (place / f"{out.name}.partial").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    ranks[0].terminate()
+    statuses, [(_, err)] = end(ranks)
+    assert statuses == [143] and "Traceback" not in err, err
+    assert lines_of(place / f"{out.name}.partial") == 0 and not out.exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused
 
@@ -330,14 +372,14 @@ def test_a_stopped_job_is_neither_dropped_nor_mixed_with_another(stopped, tmp_pa
     out = stopped(name, tmp_path)
     stage, flags, _ = STAGES[name]
     folder = tmp_path / f"{out.name}.partial"
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in folder.glob("*.json*")}
     message = refuses(stage, flags(tmp_path, out), "add --resume to go on with it or --overwrite to start anew")
     assert str(folder) in message
     refuses(stage, flags(tmp_path, out, "--resume", "--seed", 3), "--seed was 0, now 3")
     refuses(stage, flags(tmp_path, out, "--resume", "--max-new-tokens", 4), "--max-new-tokens was 3, now 4")
     model_flag = "--model" if name == "eval" else "--policy"
     refuses(stage, flags(tmp_path, out, "--resume", model_flag, tmp_path / "base"), f"{model_flag} was")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in folder.glob("*.json*")} == before
     with_fewer = flags(tmp_path, out, "--overwrite", "--limit", 1)
     assert in_a_fork(stage, with_fewer, after_adding(1)) == -signal.SIGKILL
     assert lines_of(folder) == 1
@@ -450,7 +492,7 @@ def test_the_folder_of_replies_may_hold_nothing_of_others(place, tmp_path):
     out = tmp_path / "out.json"
     folder = tmp_path / "out.json.partial"
     folder.write_text("precious")
-    refuses(evaluation, eval_flags(place, out), "out.json.partial: must be free")
+    refuses(evaluation, eval_flags(place, out), "out.json.partial: is a file; a directory is needed")
     assert folder.read_text() == "precious"
     folder.unlink()
     folder.mkdir()
@@ -481,11 +523,11 @@ def test_items_come_back_as_they_were_added(tmp_path):
 
 def test_two_jobs_never_write_the_same_file(tmp_path):
     first = opened(tmp_path)
-    for more in ({}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(DataError, match="another job is writing it"):
-            opened(tmp_path, **more)
+    stage = SimpleNamespace(main=lambda more: opened(tmp_path, **dict.fromkeys(more, True)))
+    for more in ([], ["resume"], ["overwrite"]):
+        assert in_a_fork(stage, more, lambda: None) == 2
     first.unlock()
-    opened(tmp_path).unlock()
+    assert in_a_fork(stage, [], lambda: None) == 0
 
 
 def test_what_is_missing_is_dealt_to_the_processes_like_cards(tmp_path):
@@ -515,21 +557,3 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="No space left"):
         kept.finish("text")
     assert kept.items("replies")[0] == {"a": 1} and not (tmp_path / "out.json").exists()
-
-
-def test_the_digest_of_a_model_sees_weights_anywhere_in_a_large_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(journal, "STRETCH", 1000)
-    monkeypatch.setattr(journal, "SAMPLE", 10)
-    (tmp_path / "model.safetensors").write_bytes(bytes(10_000))
-    digests = [journal.digest_model(tmp_path)]
-    for place in (0, 999, 1003, 9009):
-        flip(tmp_path / "model.safetensors", place)
-        digests.append(journal.digest_model(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(bytes(10_001))
-    digests.append(journal.digest_model(tmp_path))
-    assert len(set(digests)) == 6
-    # A run goes on to log beside its model: that is no part of it.
-    (tmp_path / "args.json").write_text("{}")
-    (tmp_path / "log.jsonl").write_text("{}")
-    assert journal.digest_model(tmp_path) == digests[-1]
-    assert journal.digest_model("owner/name") == "owner/name"

@@ -146,13 +146,13 @@ def test_a_log_without_a_step_is_one_line(tmp_path, capsys, name, log, words):
 
 
 ARGS = [
-    ("half", b"{", "is not JSON"),
-    ("a list", b"[1]", "must hold a JSON object"),
-    ("null", b"null", "must hold a JSON object"),
-    ("nothing", b"", "is not JSON"),
-    ("not UTF-8", b'{"a": "\xff"}', "not UTF-8"),
-    ("deep nesting", b"[" * 100_000, "is not JSON"),
-    ("a number of 5,000 digits", b'{"a": ' + b"9" * 5000 + b"}", "is not JSON"),
+    ("half", b"{", "not JSON"),
+    ("a list", b"[1]", "a JSON object is needed"),
+    ("null", b"null", "a JSON object is needed"),
+    ("nothing", b"", "not JSON"),
+    ("not UTF-8", b'{"a": "\xff"}', "no UTF-8 text"),
+    ("deep nesting", b"[" * 100_000, "not JSON"),
+    ("a number of 5,000 digits", b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
 ]
 
 

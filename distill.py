@@ -35,7 +35,7 @@ import rewards
 import sampler
 import training
 import vllm_sampler
-from files import DataError, digest, read_json, write_text
+from files import DataError, check_output, digest, read_json, write_text
 from journal import Journal, add_journal_flags
 from judge import contradicts, find_answer
 from records import jsonl_text, read_records
@@ -232,11 +232,11 @@ def parse_args(argv=None):
         help="refuse chosen replies whose reasoning contradicts their answer, by rule; none: take them")  # fmt: skip
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--samples", type=integer("[1, inf)"), default=4,
+    add("--samples", type=integer("[1, 65536]"), default=4,
         help="replies per question from each model; more samples, fewer lost questions")  # fmt: skip
-    add("--temperature", type=real("[0, inf)"), default=1.0,
+    add("--temperature", type=real("[0, 100]"), default=1.0,
         help="sampling temperature of both models; 0: greedy, --samples 1 only")  # fmt: skip
-    add("--max-new-tokens", type=integer("[1, inf)"), default=512,
+    add("--max-new-tokens", type=integer("[1, 1000000]"), default=512,
         help="longest reply in tokens; a reply truncated there is not used")  # fmt: skip
     add("--batch", type=integer("[1, inf)"), default=64,
         help="questions encoded at a time; the memory of sampling is bounded by itself")  # fmt: skip
@@ -244,6 +244,9 @@ def parse_args(argv=None):
     vllm_sampler.add_sampler_flags(parser)
     training.add_model_flags(parser)
     args = parser.parse_args(argv)
+    if 0 < args.temperature < 0.01:
+        cause = "must be 0 (greedy) or at least 0.01: below it every sample is the greedy one"
+        parser.error(f"argument --temperature: {cause}")
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0 gives the same reply each time: it needs --samples 1")
     if args.reject_from == "base" and args.base is None:
@@ -332,6 +335,7 @@ def main(argv=None):
     out = Path(args.out)
     models = {"policy": args.policy, "base": args.base if args.reject_from == "base" else None}
     check_models(models)
+    check_output(account_path(out), "--out", {"--data": args.data})
     records = read_records(args.data, rewards.check_gold, skip_bad=args.skip_bad)[: args.limit or None]
     journal = Journal.open(
         vars(args),

@@ -365,14 +365,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="weight of each OOD source in the OOD gain (default: all alike)")
 
     add = parser.add_argument_group("replies").add_argument
-    add("--samples", type=integer("[1, inf)"), default=1, metavar="N", help="replies a record; above 1: pass@k")
-    add("--temperature", type=real("[0, inf)"), default=0.0, metavar="X",
+    add("--samples", type=integer("[1, 65536]"), default=1, metavar="N", help="replies a record; above 1: pass@k")
+    add("--temperature", type=real("[0, 100]"), default=0.0, metavar="X",
         help="0: greedy; must be above 0 when --samples is above 1")
-    add("--top-k", type=integer("[0, inf)"), default=0, metavar="N",
+    add("--top-k", type=integer("[0, 1000000]"), default=0, metavar="N",
         help="sample from the N likeliest tokens; 0: from all")
     add("--top-p", type=real("(0, 1]"), default=1.0, metavar="X",
         help="sample from the likeliest tokens that hold this share of the probability; 1: from all")
-    add("--max-new-tokens", type=integer("[1, inf)"), default=512, metavar="N", help="longest reply in tokens")
+    add("--max-new-tokens", type=integer("[1, 1000000]"), default=512, metavar="N", help="longest reply in tokens")
     add("--seed", type=integer("[0, inf)"), default=0, metavar="N",
         help="sampled replies follow from it, greedy ones do not")
 
@@ -399,6 +399,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--baseline and --ood-weights need --id and --ood")
     if args.ood_weights and not args.baseline:
         parser.error("--ood-weights needs --baseline")
+    if 0 < args.temperature < 0.01:
+        cause = "must be 0 (greedy) or at least 0.01: below it every sample is the greedy one"
+        parser.error(f"argument --temperature: {cause}")
     if args.samples > 1 and args.temperature == 0:
         parser.error("--samples above 1 needs --temperature above 0: greedy replies are all the same")
     return args

@@ -24,8 +24,8 @@ for format in bare tags boxed json line; do
         --reply-format "$format" --seed "$SEED" --out "$OUT/test/$format"
 done
 evaluate() { # evaluate NAME [baseline]: held-out accuracy and format of one stage, at sampling temperature 1
-    python "$HERE/eval.py" --model "$OUT/$1" --out "$OUT/results/$1.json" --temperature 1 --samples 4 --seed 1 --overwrite \
-        --max-new-tokens 40 --data "$OUT"/test/{3x1,4x1,2x2}/records.jsonl --id "$OUT/test/2x1/records.jsonl" \
+    python "$HERE/eval.py" --model "$OUT/$1" --out "$OUT/results/$1.json" --temperature 1 --samples 4 --seed 1 \
+        --max-new-tokens 40 --overwrite --data "$OUT"/test/{3x1,4x1,2x2}/records.jsonl --id "$OUT/test/2x1/records.jsonl" \
         --ood "$OUT"/test/{bare,tags,boxed,json,line}/records.jsonl ${2:+--baseline "$OUT/results/$2.json"}
 }
 grpo() { # grpo FROM TO STEPS: rates for half a million weights; the KL (Jigsaw-R1's) keeps it exploring

@@ -488,6 +488,15 @@ def test_an_output_that_is_the_baseline_is_refused(place):
     assert json.loads((place / "better.json").read_text())["gf"] is None
 
 
+def test_the_account_beside_the_pairs_is_no_input_either(place):
+    data = place / "data.account.json"
+    shutil.copy(place / "records.jsonl", data)
+    before = data.read_bytes()
+    flags = ["--policy", place / "policy", "--base", place / "base", "--data", data, "--out", place / "data.jsonl"]
+    refuses(distill, flags, "data.account.json: is what --data reads")
+    assert data.read_bytes() == before
+
+
 def test_the_folder_of_replies_may_hold_nothing_of_others(place, tmp_path):
     out = tmp_path / "out.json"
     folder = tmp_path / "out.json.partial"

@@ -25,6 +25,7 @@ import os
 import random
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -112,14 +113,16 @@ def make_pair(
     judge: str = "rule",
     coupled: bool = False,
     reject_from: str = "base",
+    pick: str = "first",
 ) -> tuple[dict | None, str | None]:
     """One question's replies -> (record + chosen, rejected, corruption; None), or (None, why there is no pair).
 
     judge: "rule" refuses a chosen reply whose reasoning contradicts its answer, "none" does not look. coupled: the
     rejected reply may be wrong, so that pairs also differ in correctness. reject_from "chosen": the rejected reply is
-    the chosen one, corrupted, instead of a base reply. The first replies that pass are taken.
+    the chosen one, corrupted, instead of a base reply. pick: which of the policy's replies that pass, a name of PICKS;
+    of the base's the first.
     """
-    chosen, why = choose(record, policy_replies, judge)
+    chosen, why = choose(record, policy_replies, judge, pick, rng)
     if chosen is None:
         return None, why
     if reject_from == "base" and not base_replies:
@@ -137,18 +140,61 @@ def make_pair(
     return None, why
 
 
-def choose(record: dict, replies: list[str], judge: str) -> tuple[Scored | None, str | None]:
-    """The first well-formed and right reply whose reasoning does not contradict it, or (None, what was missing)."""
+def choose(
+    record: dict, replies: list[str], judge: str, pick: str = "first", rng: random.Random | None = None
+) -> tuple[Scored | None, str | None]:
+    """A well-formed and right reply whose reasoning does not contradict it, or (None, what was missing)."""
+    passing = []
     why = "policy never finished" if not replies else "policy never well-formed"
     for text in replies:
         reply = read(text, record)
         if reply.right:
             if judge == "none" or not contradicts(reply.reason, reply.answer, record):
-                return reply, None
+                passing.append(reply)
+                if pick == "first":
+                    break
             why = "reasoning contradicts"
         elif reply.well_formed and why == "policy never well-formed":
             why = "policy never right"
+    if passing:
+        return PICKS[pick](passing, rng), None
     return None, why
+
+
+def shortest(replies: list[Scored]) -> Scored:
+    """The reply of the fewest characters; of equals the first."""
+    return min(replies, key=lambda reply: len(reply.text))
+
+
+def typical(replies: list[Scored]) -> Scored:
+    """The reply that has most in common with the others; of equals the first."""
+    phrases = [phrases_of(reply.text) for reply in replies]
+
+    def likeness(place):
+        others = [other for number, other in enumerate(phrases) if number != place]
+        return sum(overlap(phrases[place], other) for other in others)
+
+    return replies[max(range(len(replies)), key=likeness)]
+
+
+def phrases_of(text: str) -> set[tuple[str, ...]]:
+    """Every three words that stand beside each other."""
+    words = ["", *text.split(), ""]
+    return set(zip(words, words[1:], words[2:], strict=False))
+
+
+def overlap(one: set, other: set) -> float:
+    """Jaccard index: what two sets share of all they hold, 0 … 1."""
+    return len(one & other) / len(one | other) if one | other else 1.0
+
+
+# Which of the policy's replies that pass becomes the chosen one.
+PICKS = {
+    "first": lambda replies, rng: replies[0],
+    "random": lambda replies, rng: rng.choice(replies),
+    "shortest": lambda replies, rng: shortest(replies),
+    "typical": lambda replies, rng: typical(replies),
+}
 
 
 def found_right(reply: Scored, record: dict) -> bool:
@@ -202,8 +248,16 @@ def account(records: list[dict], outcomes: list[tuple[dict | None, str | None]])
             dropped.setdefault(reason, []).append(record["id"])
         else:
             corruptions[pair["corruption"] or "malformed already"] += 1
-    pairs = sum(corruptions.values())
-    return {"questions": len(records), "pairs": pairs, "corruptions": dict(corruptions), "dropped": dropped}
+    pairs = [pair for pair, _ in outcomes if pair is not None]
+    told = {"questions": len(records), "pairs": len(pairs), "corruptions": dict(corruptions)}
+    for side in ("chosen", "rejected"):
+        lengths = sorted(len(pair[side]) for pair in pairs)
+        if lengths:
+            told[f"{side}_characters"] = {"least": lengths[0], "mean": fmean(lengths), "most": lengths[-1]}
+    if pairs:
+        alike = [overlap(phrases_of(pair["chosen"]), phrases_of(pair["rejected"])) for pair in pairs]
+        told["overlap"] = fmean(alike)
+    return told | {"dropped": dropped}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,6 +282,9 @@ def parse_args(argv=None):
     add("--reject-from", default="base", choices=["base", "chosen"],
         help="what is corrupted: a reply of the base, or the chosen reply itself")  # fmt: skip
     add("--coupled", action="store_true", help="the rejected reply may be wrong: pairs also differ in correctness")
+    add("--pick", default="first", choices=list(PICKS),
+        help="which policy reply is chosen, of those that pass: the first, a random one, the shortest, or the one that "
+        "shares most phrases of three words with the others")  # fmt: skip
     add("--judge", default="rule", choices=["rule", "none"],
         help="refuse chosen replies whose reasoning contradicts their answer, by rule; none: take them")  # fmt: skip
 
@@ -310,12 +367,12 @@ def sample_missing(
 
 
 # What is made of the replies, not how they are sampled: a resumed job may change it.
-LATER = ("judge", "coupled")
+LATER = ("judge", "coupled", "pick")
 
 
 def account_path(out: Path) -> Path:
     """pairs.jsonl -> pairs.account.json"""
-    return out.with_suffix(".account.json")
+    return out.parent / f"{out.stem}.account.json"
 
 
 def is_finished(out: Path, fingerprint: str) -> bool:
@@ -364,7 +421,7 @@ def main(argv=None):
         # 3. Pair: each process its share of the questions
         world.barrier()  # until every process has added its last batch
         policy_items, base_items = journal.items("policy"), journal.items("base")
-        choices = {"judge": args.judge, "coupled": args.coupled, "reject_from": args.reject_from}
+        choices = {name: getattr(args, name) for name in ("judge", "coupled", "reject_from", "pick")}
         found = []
         for place in range(world.rank, len(records), world.size):
             base_texts = base_items[place]["texts"] if args.reject_from == "base" else []

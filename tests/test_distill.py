@@ -147,6 +147,38 @@ def test_the_first_reply_that_passes_is_taken_on_both_sides():
     assert (pair["chosen"], pair["rejected"]) == (better, LOOSE)
 
 
+def test_the_chosen_reply_is_the_first_a_random_the_shortest_or_the_most_typical_of_those_that_pass():
+    def said(reason):
+        return f"<think>{reason}</think><answer>B</answer>"
+
+    reasons = (
+        "well well so it is",
+        "1 is so very dark",
+        "1 is so very dark that 2",
+        "1 is so very dark that 2 is",
+        "x",
+    )
+    odd, few, usual, many, short = map(said, reasons)
+    replies = [WRONG, odd, few, usual, many, short, LOOSE]
+    picked = {pick: pair_of(replies, [LOOSE], pick=pick)[0]["chosen"] for pick in ("first", "shortest", "typical")}
+    assert picked == {"first": odd, "shortest": short, "typical": usual}
+    counts = Counter(pair_of(replies, [LOOSE], seed=seed, pick="random")[0]["chosen"] for seed in range(400))
+    assert set(counts) == {odd, few, usual, many, short} and min(counts.values()) > 50
+    for pick in distill.PICKS:
+        assert pair_of([WRONG, GOOD], [LOOSE], pick=pick)[0]["chosen"] == GOOD
+        assert pair_of([WRONG], [LOOSE], pick=pick) == (None, "policy never right")
+        assert pair_of([TWISTED, WRONG], [LOOSE], pick=pick) == (None, "reasoning contradicts")
+
+
+def test_the_account_says_who_was_dropped_why_and_how_the_pairs_look():
+    outcomes = [pair_of([GOOD], [LOOSE]), pair_of([WRONG], [LOOSE]), pair_of([GOOD], ["A"]), pair_of([WRONG], [LOOSE])]
+    told = distill.account([{"id": name} for name in "abcd"], outcomes)
+    assert (told["questions"], told["pairs"], told["corruptions"]) == (4, 1, {"malformed already": 1})
+    assert told["dropped"] == {"policy never right": ["b", "d"], "base never right": ["c"]}
+    assert told["chosen_characters"] == {"least": len(GOOD), "mean": len(GOOD), "most": len(GOOD)}
+    assert told["overlap"] == 0.0 and distill.overlap({1, 2, 3}, {2, 3, 4}) == 0.5
+
+
 def test_without_the_judge_a_contradiction_passes():
     assert pair_of([TWISTED], [LOOSE], judge="none")[0]["chosen"] == TWISTED
 

@@ -34,6 +34,7 @@ from tqdm import tqdm
 import model
 import rewards
 import sampler
+import scoring
 import training
 import vllm_sampler
 from files import DataError, check_output, digest, read_json, write_text
@@ -274,8 +275,8 @@ def parse_args(argv=None):
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
     add("--out", required=True, help="pairs.jsonl to write: records with chosen and rejected")
     add_journal_flags(add)
-    add("--limit", type=integer("[0, inf)"), default=0, help="use the first N records only; 0: all")
-    add("--seed", type=integer("[0, inf)"), default=0,
+    add("--limit", type=integer("[0, 1e9]"), default=0, help="use the first N records only; 0: all")
+    add("--seed", type=integer("[0, 4294967295]"), default=0,
         help="fixes every sample, whatever --batch and the number of processes")  # fmt: skip
 
     add = parser.add_argument_group("pairs").add_argument
@@ -289,21 +290,18 @@ def parse_args(argv=None):
         help="refuse chosen replies whose reasoning contradicts their answer, by rule; none: take them")  # fmt: skip
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--samples", type=integer("[1, 65536]"), default=4,
+    add("--samples", type=integer("[1, 1e5]"), default=4,
         help="replies per question from each model; more samples, fewer lost questions")  # fmt: skip
-    add("--temperature", type=real("[0, 100]"), default=1.0,
+    add("--temperature", type=real("0 or [1e-4, 1e4]"), default=1.0,
         help="sampling temperature of both models; 0: greedy, --samples 1 only")  # fmt: skip
-    add("--max-new-tokens", type=integer("[1, 1000000]"), default=512,
+    add("--max-new-tokens", type=integer("[1, 1e6]"), default=512,
         help="longest reply in tokens; a reply truncated there is not used")  # fmt: skip
-    add("--batch", type=integer("[1, inf)"), default=64,
+    add("--batch", type=integer("[1, 1e6]"), default=64,
         help="questions encoded at a time; the memory of sampling is bounded by itself")  # fmt: skip
 
     vllm_sampler.add_sampler_flags(parser)
     training.add_model_flags(parser)
     args = parser.parse_args(argv)
-    if 0 < args.temperature < 0.01:
-        cause = "must be 0 (greedy) or at least 0.01: below it every sample is the greedy one"
-        parser.error(f"argument --temperature: {cause}")
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0 gives the same reply each time: it needs --samples 1")
     if args.reject_from == "base" and args.base is None:
@@ -314,13 +312,11 @@ def parse_args(argv=None):
 
 
 def check_models(models: dict[str, str | None]) -> None:
-    """DataError if one of {flag's name: model path} names neither a model nor a hub id."""
+    """DataError if one of {flag's name: model path} names neither a sound model nor a hub id."""
     for name, path in models.items():
-        if path is None or Path(path, "config.json").is_file():
-            continue
-        hub_id = path.count("/") == 1 and not Path(path).exists()
-        if not hub_id:
-            raise DataError(f"--{name} {path}: no model directory (nor a hub id, which reads owner/name)")
+        hub_id = path is not None and path.count("/") == 1 and not Path(path).exists()
+        if path is not None and not hub_id:  # the base is loaded hours after the policy: what is wrong is said now
+            model.check_folder(path, f"--{name}")
 
 
 def sample_missing(
@@ -393,7 +389,10 @@ def main(argv=None):
     models = {"policy": args.policy, "base": args.base if args.reject_from == "base" else None}
     check_models(models)
     check_output(account_path(out), "--out", {"--data": args.data})
-    records = read_records(args.data, rewards.check_gold, skip_bad=args.skip_bad)[: args.limit or None]
+    records = read_records(
+        args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels
+    )
+    records = records[: args.limit or None]
     journal = Journal.open(
         vars(args),
         world,
@@ -412,6 +411,7 @@ def main(argv=None):
         options = {name: getattr(args, name) for name in ("samples", "temperature", "max_new_tokens", "batch")}
         options |= {"engine": args.sampler, "vllm_memory": args.vllm_memory}
         options |= {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
+        options |= {"max_image_pixels": args.max_image_pixels}
         # Even and odd seeds: the two models must not use the same random numbers.
         first_seed = 2 * args.seed * 10**9
         sample_missing("policy", args.policy, world, records, journal, first_seed=first_seed, **options)
@@ -422,10 +422,12 @@ def main(argv=None):
         world.barrier()  # until every process has added its last batch
         policy_items, base_items = journal.items("policy"), journal.items("base")
         choices = {name: getattr(args, name) for name in ("judge", "coupled", "reject_from", "pick")}
+        scorer = scoring.Scorer()
         found = []
         for place in range(world.rank, len(records), world.size):
             base_texts = base_items[place]["texts"] if args.reject_from == "base" else []
-            texts = policy_items[place]["texts"], base_texts
+            groups = policy_items[place]["texts"], base_texts
+            texts = [scorer.readable(group, records[place]) for group in groups]
             found.append(make_pair(records[place], *texts, random.Random(f"{args.seed}/{place}"), **choices))
         outcomes = [None] * len(records)
         for rank, part in enumerate(world.gather(found)):

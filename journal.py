@@ -24,7 +24,19 @@ from processes import Terminated, World
 from run_directory import check_inputs, input_digests
 
 # Flags on which no item depends: where, how fast, and how the job was continued.
-NO_MATTER = ("out", "batch", "vllm_memory", "timeout", "resume", "overwrite", "report", "runs", "results", "table")
+NO_MATTER = (
+    "out",
+    "batch",
+    "vllm_memory",
+    "timeout",
+    "max_image_pixels",
+    "resume",
+    "overwrite",
+    "report",
+    "runs",
+    "results",
+    "table",
+)
 
 OURS = re.compile(r"args\.json(\.partial)?|lock|result|[a-z]+\.\d+\.jsonl")  # names of files in the folder
 

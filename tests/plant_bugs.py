@@ -653,12 +653,11 @@ BUGS = [Bug(*entry) for entry in (
 
     # ---- report.py
     ("text of the model reaches the page as markup", "report.py",
-     'html.escape("".join(visible) + more, quote=True)', '"".join(visible) + more', REPORT),
+     'html.escape(visible(value, most), quote=True)', 'visible(value, most)', REPORT),
     ("a step logged twice counts as logged first", "report.py",
-     "if is_number and math.isfinite(value):",
-     'if is_number and math.isfinite(value) and entry["step"] not in found:', REPORT),
+     "        if is_number(value):", '        if is_number(value) and entry["step"] not in found:', REPORT),
     ("the accuracy of readable answers is that of all", "report.py",
-     'keys = ("accuracy", "accuracy_read", "format")', 'keys = ("accuracy", "accuracy", "format")', REPORT),
+     'CELL = ("accuracy", "accuracy_read", "format")', 'CELL = ("accuracy", "accuracy", "format")', REPORT),
 )]
 # Those of a topic stand beside this file, in the same form: bugs_<topic>.py has a list BUGS of such tuples.
 for path in sorted(Path(__file__).resolve().parent.glob("bugs_*.py")):

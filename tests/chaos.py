@@ -45,6 +45,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 import processes
 
 PATIENCE = 300  # seconds until a run counts as hanging
+LINGER = 90  # seconds that ranks have to end after their launcher (processes.GRACE is 60)
 STEPS = 12
 DISK = 20 * 2**20  # bytes of the small disk
 NEEDED = 12 * 2**20  # a little less than a run needs
@@ -180,17 +181,21 @@ class Start:
     def ranks(self) -> list[int]:
         return [self.pid] if self.world == 1 else children(self.pid)
 
-    def wait(self, seconds: float = PATIENCE) -> None:
-        """Until it has ended and nothing of it lives. TimeoutError names what does."""
-        deadline = time.monotonic() + seconds
+    def wait(self) -> None:
+        """Until it has ended and nothing of it lives. TimeoutError if it hangs, or if it leaves processes behind."""
+        deadline, ended = time.monotonic() + PATIENCE, None
         while not self.ended() or children(os.getpid()):
+            if self.ended() and ended is None:
+                ended = time.monotonic()
+                deadline = ended + LINGER
             if time.monotonic() > deadline:
                 left = descendants(os.getpid())
                 for pid in left:
                     send(pid, signal.SIGKILL)
                 time.sleep(1)
                 reap()
-                raise TimeoutError(f"{len(left)} processes still run after {seconds:.0f} s")
+                what = f"left behind for {LINGER} s" if ended else f"not ended in {PATIENCE} s"
+                raise TimeoutError(f"{len(left)} processes {what}: {self.said()[-400:]}")
             time.sleep(0.01)
 
     def said(self) -> str:
@@ -270,7 +275,7 @@ class Laboratory:
                 times.append(time.monotonic() - start.began)
             time.sleep(0.005)
         seconds = time.monotonic() - start.began
-        start.wait(60)
+        start.wait()
         if start.status() != 0:
             raise RuntimeError(f"{stage} on {world} ranks failed undisturbed:\n{start.said()[-3000:]}")
         return Reference(command.out, seconds, times)
@@ -509,9 +514,11 @@ def strike(fault: Fault, start: Start, rng: random.Random) -> None:
 
 
 def kill_all(fault: Fault, start: Start) -> None:
-    for pid in (start.pid, *descendants(start.pid)):
-        send(pid, signal.SIGKILL)
-        fault.kills += 1
+    if not start.ended():
+        targets = [start.pid, *descendants(start.pid)]
+        for pid in targets:
+            send(pid, signal.SIGKILL)
+        fault.kills += len(targets)
     start.wait()
 
 
@@ -529,14 +536,14 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in names}
 
 
-def resume(fault: Fault, command: Command, folder: Path, world: int, **more) -> Start:
-    start = Start(command, folder, world, resume=True, **more)
+def resume(command: Command, folder: Path, world: int) -> Start:
+    start = Start(command, folder, world, resume=True)
     start.wait()
     return start
 
 
 def resume_to_the_end(fault: Fault, command: Command, folder: Path) -> None:
-    start = resume(fault, command, folder, fault.then)
+    start = resume(command, folder, fault.then)
     if start.status() != 0:
         raise NotSurvived(f"--resume ended with {start.status()}: {start.said()[-400:]}")
 
@@ -643,7 +650,7 @@ def damaged(fault: Fault, command: Command, folder: Path, usual: Reference, rng:
     kill_all(fault, start)
     what = damage(fault, command.out, rng)
     before = snapshot(command.out)
-    again = resume(fault, command, folder, fault.then)
+    again = resume(command, folder, fault.then)
     if again.status() == 0:
         return what or "nothing there yet"
     error = must_refuse(again, before, command.out)
@@ -676,8 +683,11 @@ def two_processes(fault: Fault, command: Command, folder: Path, usual: Reference
     start = Start(command, folder, fault.world)
     wait_for_moment(fault, start, command, usual)
     second = Start(command, folder, 1, resume=True)
-    while not second.ended():
+    deadline = time.monotonic() + PATIENCE
+    while not second.ended() and time.monotonic() < deadline:
         time.sleep(0.01)
+    if not second.ended():
+        raise NotSurvived(f"the second process neither works nor refuses: {second.said()[-400:]}")
     late = start.ended()
     start.wait()
     if second.status() == 2:
@@ -699,7 +709,7 @@ def data_changed(fault: Fault, command: Command, folder: Path, usual: Reference,
     data.write_text(text.replace("?", "!").replace("Give", "Name"))
     place = command.place()
     before = snapshot(place)
-    again = resume(fault, command, folder, fault.then)
+    again = resume(command, folder, fault.then)
     finished = again.status() == 0 and not any(name != "args.json" for name in before)
     if not finished:
         must_refuse(again, before, place)
@@ -716,7 +726,6 @@ def kind_of(fault: Fault):
 def happen(fault: Fault, laboratory: Laboratory) -> Fault:
     """Let a fault happen, and note what came of it."""
     usual = laboratory.reference(fault.stage, fault.world)
-    whole = laboratory.reference(fault.stage, fault.then if fault.then == fault.world else fault.world).out
     began = time.monotonic()
     folder = laboratory.folder / f"fault-{fault.number}"
     folder.mkdir()
@@ -731,7 +740,7 @@ def happen(fault: Fault, laboratory: Laboratory) -> Fault:
         refused = fault.outcome.endswith(": refused")
         if not refused:
             exact = fault.then == fault.world
-            apart = difference(command.stage, command.out, whole, exact, fault.fault != "log cut")
+            apart = difference(command.stage, command.out, usual.out, exact, fault.fault != "log cut")
             if apart:
                 raise NotSurvived(f"{fault.outcome}; then {apart}")
             fault.outcome += "; then the same" + (" bytes" if exact else " numbers")
@@ -767,8 +776,11 @@ def parse_args(argv=None):
 
 
 def commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    """The commit, with a + if a Python file has changed since (the log itself may have grown)."""
+    git = ["git", "-C", str(ROOT)]
+    name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "--", "*.py"], capture_output=True, text=True).stdout
+    return name + "+" if changed.strip() else name
 
 
 def main(argv=None) -> int:
@@ -779,6 +791,7 @@ def main(argv=None) -> int:
     torch.set_num_threads(1)
     table = list(SHORT) if args.short else cases(bool(args.vllm_python))
     numbers = args.only or itertools.count(1)
+    here = commit()
     with tempfile.TemporaryDirectory(prefix="chaos_") as temporary:
         folder = Path(args.keep or temporary).resolve()
         laboratory = Laboratory(folder, Path(args.material or folder / "material").resolve(), args.vllm_python)
@@ -796,7 +809,7 @@ def main(argv=None) -> int:
                   f" ({fault.moment}): {fault.outcome}", flush=True)  # fmt: skip
             if args.log:
                 with open(args.log, "a") as log:
-                    log.write(json.dumps({"commit": commit()} | asdict(fault)) + "\n")
+                    log.write(json.dumps({"commit": here} | asdict(fault)) + "\n")
     lost = [fault for fault in faults if not fault.survived]
     print(f"{len(faults)} faults, {sum(fault.kills for fault in faults)} processes killed, {len(lost)} not survived")
     return 1 if lost or not faults else 0

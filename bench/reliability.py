@@ -21,7 +21,7 @@ RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "reliability.md"
 NOT_RUN = "not run"
 
-# Test files whose cases are damaged or hostile inputs, and what each is called on the page.
+# Test files whose tables are of damaged or hostile inputs, and what each is called on the page.
 INPUTS = {
     "test_files": "files: pipes, devices, links, bytes that are no text",
     "test_run_directory": "run directories and checkpoints",
@@ -193,13 +193,16 @@ def commit() -> str:
 
 
 def count() -> None:
-    """Write counts.json: cases of each test file of INPUTS that is there, and entries of plant_bugs.py."""
+    """Write counts.json: entries of plant_bugs.py, and cases of each test file of INPUTS that is there.
+
+    A case is one entry of a table that a test is parametrised with; tests without a table are not counted.
+    """
     present = [f"tests/{name}.py" for name in INPUTS if (ROOT / "tests" / f"{name}.py").exists()]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *present]
     listed = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
     cases = dict.fromkeys((Path(name).stem for name in present), 0)
     for line in listed.splitlines():
-        found = re.match(r"tests/(\w+)\.py::", line)
+        found = re.match(r"tests/(\w+)\.py::\w+\[", line)
         if found:
             cases[found[1]] += 1
     command = [sys.executable, "tests/plant_bugs.py", "--list"]

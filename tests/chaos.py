@@ -26,6 +26,7 @@ import multiprocessing.util
 import os
 import random
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -41,8 +42,6 @@ import torch
 import torch.distributed.run
 from commands import ROOT, Material, distance, environment, flags, rows, timeless, weights
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
-
-import processes
 
 PATIENCE = 300  # seconds until a run counts as hanging
 LINGER = 90  # seconds that ranks have to end after their launcher (processes.GRACE is 60)
@@ -66,7 +65,7 @@ TRAINERS = ("dpo", "grpo")
 
 
 def become(stage: str, argv: list[str]) -> None:
-    """Be `python STAGE.py ARGV…` from here on, in a forked process. Never returns."""
+    """Be `python STAGE.py ARGV…` (or torchrun) from here on, in a forked process. Never returns."""
     status = 1
     try:
         # What exec would have reset.
@@ -81,12 +80,12 @@ def become(stage: str, argv: list[str]) -> None:
             torch.distributed.run.main(argv)
             status = 0
         else:
-            processes.run(importlib.import_module(stage).main)
+            runpy.run_path(str(ROOT / f"{stage}.py"), run_name="__main__")
+            status = 0
     except SystemExit as end:
-        # An exit with a text is one line on stderr and status 1.
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except KeyboardInterrupt:
-        status = 130
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

@@ -72,6 +72,7 @@ def become(stage: str, argv: list[str]) -> None:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.closerange(3, 4096)
         os.chdir(ROOT)
         sys.argv = [f"{stage}.py", *argv]
@@ -100,6 +101,9 @@ class ForkedRank(subprocess.Popen):
     """What torchrun takes for `python -u STAGE.py ARGV…` in a session of its own: a fork of torchrun."""
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others):
+        # Python runs functions before and after a fork, and in them torchrun's handlers may not raise; around fork and
+        # exec there are none.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
@@ -107,6 +111,7 @@ class ForkedRank(subprocess.Popen):
             os.environ.update(env)
             script = next(place for place, word in enumerate(args) if word.endswith(".py"))
             become(Path(args[script]).stem, list(args[script + 1 :]))
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         self._child_created = True
 
 

@@ -40,7 +40,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.run
-from commands import ROOT, Material, environment, flags, rows, timeless, weights
+from commands import ROOT, Material, environment, flags, rows, timeless, weights, write
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 PATIENCE = 300  # seconds until a run counts as hanging
@@ -138,6 +138,11 @@ def children(pid: int) -> list[int]:
 def descendants(pid: int) -> list[int]:
     found = children(pid)
     return found + [further for child in found for further in descendants(child)]
+
+
+def kill_descendants() -> None:
+    for pid in descendants(os.getpid()):
+        send(pid, signal.SIGKILL)
 
 
 def send(pid: int, number: int) -> None:
@@ -241,6 +246,9 @@ class Laboratory:
         if not (material / "done").exists():
             in_a_child(lambda: Material(material))
         self.material = Material(material)
+        # Mathematics is scored by a process of its own, which must end with its rank.
+        sums = [Material.question(f"m{n}", f"1 + {n}?", answer=str(n + 1), answer_type="math") for n in range(2)]
+        self.mixed = write(material / f"mixed-{os.getpid()}.jsonl", self.material.records + sums)
         self.references = {}  # (stage, world) -> Reference
 
     def command(self, stage: str, folder: Path, data: Path | None = None) -> Command:
@@ -251,11 +259,13 @@ class Laboratory:
         if real in TRAINERS:
             settings = getattr(material, real)(**settings)
         elif real == "eval":
-            settings |= {"model": material.speaker, "data": material.data}
+            settings |= {"model": material.speaker}
         elif real == "distill":
             settings |= {"policy": material.speaker, "base": material.tiny, "data": material.data}
         if stage == "vllm":
             settings |= {"sampler": "vllm", "steps": 4, "save_every": 1}
+        if real in ("grpo", "eval"):
+            settings["data"] = self.mixed
         if data:
             settings["data"] = data
         # Beside the data: results name pictures relative to their own folder.
@@ -739,7 +749,7 @@ def happen(fault: Fault, laboratory: Laboratory) -> Fault:
     folder.mkdir()
     data = None
     if fault.fault == "data changed":
-        source = laboratory.material.pair_data if fault.stage == "dpo" else laboratory.material.data
+        source = Path(laboratory.command(fault.stage, folder).settings["data"])
         data = Path(shutil.copy(source, source.with_name(f"data-{os.getpid()}-{fault.number}.jsonl")))
     command = laboratory.command(fault.stage, folder, data)
     rng = random.Random(f"{fault.seed}/{fault.number}/strike")
@@ -760,8 +770,7 @@ def happen(fault: Fault, laboratory: Laboratory) -> Fault:
     finally:
         if data:
             data.unlink()
-        for pid in descendants(os.getpid()):
-            send(pid, signal.SIGKILL)
+        kill_descendants()
     fault.seconds = round(time.monotonic() - began, 1)
     return fault
 
@@ -797,13 +806,17 @@ def main(argv=None) -> int:
     began = time.monotonic()
     warnings.filterwarnings("ignore", "This process .* is multi-threaded")
     ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
+    # SIGTERM, too, must not leave runs behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     torch.set_num_threads(1)
     table = list(SHORT) if args.short else cases(bool(args.vllm_python))
     numbers = args.only or itertools.count(1)
     here = commit()
-    with tempfile.TemporaryDirectory(prefix="chaos_") as temporary:
+    with tempfile.TemporaryDirectory(prefix="chaos_") as temporary, contextlib.ExitStack() as cleaner:
         folder = Path(args.keep or temporary).resolve()
+        cleaner.callback(kill_descendants)
         laboratory = Laboratory(folder, Path(args.material or folder / "material").resolve(), args.vllm_python)
+        cleaner.callback(laboratory.mixed.unlink)
         import_what_a_run_imports(laboratory)
         faults = []
         for number in numbers:

@@ -14,6 +14,7 @@ the machine is merely busy, and the bug is tried again with more time; what stay
 """
 
 import argparse
+import json
 import os
 import runpy
 import shutil
@@ -734,10 +735,16 @@ def first_failure(output: str) -> str:
     return lines[0].split(" - ")[0].split(" ", 1)[1] if lines else output.strip()[-100:]
 
 
+def commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="plant only these (default: all)")
     parser.add_argument("--list", action="store_true", help="name them and check that each can be planted; run nothing")
+    parser.add_argument("--log", type=Path, help="JSON file to write: commit, and whether each was caught")
     args = parser.parse_args(argv)
     names = [bug.name for bug in BUGS]
     assert len(set(names)) == len(names), "two bugs share a name"
@@ -782,8 +789,9 @@ def main(argv=None):
                 patience *= 3
             return UNCLEAR, patience, "The tests did not end in time, with the bug or without: the machine is too busy."
 
-        survivors = []
+        survivors, log = [], []
         for bug, (status, seconds, output) in zip(bugs, pool.map(plant, bugs), strict=True):
+            log.append({"name": bug.name, "caught": status in (None, 1), "seconds": round(seconds)})
             if status in (None, 1):  # 1: tests ran and failed
                 print(f"caught {seconds:4.0f} s  {bug.name}", flush=True)
                 print(f"               by {'hanging' if status is None else first_failure(output)}", flush=True)
@@ -792,6 +800,8 @@ def main(argv=None):
                 print(f"NOT CAUGHT     {bug.name}", flush=True)
                 if status != 0:
                     print(f"{output}\npytest ended with status {status}", flush=True)
+    if args.log:
+        args.log.write_text(json.dumps({"commit": commit(), "bugs": log}, indent=1) + "\n")
     caught = len(bugs) - len(survivors)
     print(f"\n{caught} planted bugs caught, {len(survivors)} not, {len(problems)} could not be planted")
     for bug in survivors:

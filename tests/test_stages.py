@@ -573,7 +573,7 @@ def stages():
 
 # The groups of each stage's --help, in their order. What is said of the machine is said in one place.
 GROUPS = {
-    "dpo": ["loss", "optimiser", "model and machine", "run directory"],
+    "dpo": ["loss", "optimiser", "evaluation", "model and machine", "run directory"],
     "grpo": ["sampling", "reward and advantage", "loss", "optimiser", "sampler", "model and machine", "run directory"],
     "distill": ["pairs", "sampling", "sampler", "model and machine"],
     "eval": ["what to evaluate", "generalization factor (GF)", "replies", "sampler", "model and machine", "report"],
@@ -624,16 +624,21 @@ def test_help_shows_each_group_and_each_flag_once_of(stage, parser_of):
 
 
 # What add_training_flags gives both trainers: of args.json these are the machine's and the run directory's part.
-MACHINE = {"max_pixels", "dtype", "attn", "freeze_vision", "micro_tokens", "gradient_checkpointing", "shard",
-           "replicas", "offload", "accumulate", "measure_peak", "save_every", "keep", "timeout",
+MACHINE = {"max_pixels", "max_image_pixels", "dtype", "attn", "freeze_vision", "micro_tokens", "gradient_checkpointing",
+           "shard", "replicas", "offload", "accumulate", "measure_peak", "save_every", "keep", "timeout",
            "max_skipped"}  # fmt: skip
 COMMON = {"model", "data", "skip_bad", "out", "seed", "steps", "lr", "schedule", "warmup", "grad_clip"}
 SETTINGS = {
-    "dpo": COMMON | MACHINE | {"loss", "beta", "sft_weight", "batch"},
+    "dpo": COMMON | MACHINE | {
+        "loss", "beta", "sft_weight", "sft_mean", "preference", "preference_weight", "label_smoothing",
+        "quality_weight", "reward_shift", "batch", "eval_data", "eval_every",
+    },
     "grpo": COMMON | MACHINE | {
-        "prompts", "group", "temperature", "top_k", "top_p", "max_new_tokens", "reward", "format_weight",
-        "advantage_scale", "clip_low", "clip_high", "ratio", "kl", "normalizer", "importance", "importance_cap",
-        "updates", "sampler", "vllm_memory", "vllm_tp", "parity_every", "one_step_off_policy",
+        "prompts", "group", "max_refill", "temperature", "top_k", "top_p", "max_new_tokens", "reward", "format_weight",
+        "overlong_buffer", "accuracy_low", "accuracy_high", "advantage_scale", "advantage_baseline", "surrogate",
+        "clip_low", "clip_high", "ratio", "kl", "entropy_bonus", "normalizer", "mask_truncated", "importance",
+        "importance_cap", "importance_floor", "importance_outside", "updates", "sampler", "vllm_memory", "vllm_tp",
+        "parity_every", "one_step_off_policy",
     },
 }  # fmt: skip
 
@@ -659,7 +664,7 @@ def open_run(args, **changes):
 
 
 # Flags that a resumed run may be given anew: they change neither data nor weights, but how far, how safe and how fast.
-MAY_CHANGE = {"steps", "save_every", "keep", "timeout", "max_skipped", "measure_peak",
+MAY_CHANGE = {"steps", "save_every", "keep", "timeout", "max_skipped", "measure_peak", "max_image_pixels",
               "shard", "replicas", "offload", "accumulate", "vllm_tp",
               "vllm_memory", "parity_every"}  # fmt: skip
 

@@ -265,36 +265,36 @@ def parse_args(argv=None):
     add("--skip-bad", action="store_true",
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
     add("--out", required=True, help="run directory; ends as a model directory for the next stage")
-    add("--seed", type=integer("[0, inf)"), default=0, help="fixes the order of the pairs")
+    add("--seed", type=integer("[0, 4294967295]"), default=0, help="fixes the order of the pairs")
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dpo+sft", choices=["dpo+sft", "dpo", "sft"], help="what to minimise")
-    add("--beta", type=real("(0, inf)"), default=0.1,
+    add("--beta", type=real("[1e-6, 1e6]"), default=0.1,
         help="DPO's β: the price of leaving the reference (larger: stay closer)")  # fmt: skip
-    add("--sft-weight", type=real("[0, inf)"), default=1.0, help="λ of DPO + λ·SFT; 0 is pure DPO")
+    add("--sft-weight", type=real("[0, 1e6]"), default=1.0, help="λ of DPO + λ·SFT; 0 is pure DPO")
     add("--sft-mean", default="tokens", choices=["tokens", "replies"],
         help="SFT is the mean over all chosen tokens of the batch, or over its replies of their own means")  # fmt: skip
     add("--preference", default="sigmoid", choices=["sigmoid", "ipo"],
         help="what is asked of a pair: sigmoid: a margin as large as can be (DPO); ipo: 1/2 per token")  # fmt: skip
-    add("--preference-weight", type=real("[0, inf)"), default=1.0, help="weight of the preference loss (MPO: 0.8)")
+    add("--preference-weight", type=real("[0, 1e6]"), default=1.0, help="weight of the preference loss (MPO: 0.8)")
     add("--label-smoothing", type=real("[0, 0.5)"), default=0.0,
         help="share of pairs taken to be the wrong way round (cDPO); 0: none")  # fmt: skip
-    add("--quality-weight", type=real("[0, inf)"), default=0.0,
+    add("--quality-weight", type=real("[0, 1e6]"), default=0.0,
         help="weight of the quality loss, which judges each reply by itself (BCO; MPO: 0.2); 0: none")  # fmt: skip
     add("--reward-shift", default="none", choices=["none", "mean"],
         help="what the quality loss takes off implicit rewards: nothing, or their mean so far")  # fmt: skip
 
     add = parser.add_argument_group("optimiser").add_argument
-    add("--batch", type=integer("[1, inf)"), default=64, help="pairs per update, over all processes")
-    add("--steps", type=integer("[0, inf)"), default=0, help="updates; 0: one pass over the pairs")
-    add("--lr", type=real("(0, inf)"), default=1e-6, help="peak learning rate of AdamW")
+    add("--batch", type=integer("[1, 1e6]"), default=64, help="pairs per update, over all processes")
+    add("--steps", type=integer("[0, 1e6]"), default=0, help="updates; 0: one pass over the pairs")
+    add("--lr", type=real("[1e-12, 1]"), default=1e-6, help="peak learning rate of AdamW")
     add("--schedule", default="linear", choices=["linear", "constant"], help="linear falls to 0 at the last step")
-    add("--warmup", type=integer("[0, inf)"), default=0, help="updates over which the rate rises from 0; 0: none")
-    add("--grad-clip", type=real("[0, inf)"), default=1.0, help="largest global gradient norm; 0: no clipping")
+    add("--warmup", type=integer("[0, 1e6]"), default=0, help="updates over which the rate rises from 0; 0: none")
+    add("--grad-clip", type=real("0 or [1e-6, 1e6]"), default=1.0, help="largest global gradient norm; 0: no clipping")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-data", nargs="+", help="pairs.jsonl files that are never trained on: their loss is logged as eval_…")
-    add("--eval-every", type=integer("[1, inf)"), default=50,
+    add("--eval-every", type=integer("[1, 1e6]"), default=50,
         help="updates between evaluations of --eval-data; the last update is always evaluated")  # fmt: skip
 
     training.add_training_flags(parser)
@@ -323,10 +323,12 @@ def main(argv=None):
 
     # 1. Read the pairs
     text_fields = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
-    pairs = read_records(args.data, rewards.check_gold, text_fields, args.skip_bad)
+    pairs = read_records(args.data, rewards.check_gold, text_fields, args.skip_bad, args.max_image_pixels)
     eval_pairs = []
     if args.eval_data:
-        eval_pairs = read_records(args.eval_data, rewards.check_gold, text_fields, args.skip_bad)
+        eval_pairs = read_records(
+            args.eval_data, rewards.check_gold, text_fields, args.skip_bad, args.max_image_pixels
+        )  # fmt: skip
     steps = args.steps or math.ceil(len(pairs) / args.batch)
     total = args.steps * args.batch or len(pairs)  # one pass ends with the last pair, in a smaller batch
     order = epoch_order(args.seed, len(pairs), 0, total)

@@ -29,6 +29,7 @@ from tqdm import tqdm
 import model
 import rewards
 import sampler
+import scoring
 import training
 import vllm_sampler
 from records import DataError, epoch_order, read_records
@@ -284,25 +285,25 @@ def parse_args(argv=None):
     add("--skip-bad", action="store_true",
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
     add("--out", required=True, help="run directory; ends as a model directory for the next stage")
-    add("--seed", type=integer("[0, inf)"), default=0, help="fixes the order of the prompts and every sample")
+    add("--seed", type=integer("[0, 4294967295]"), default=0, help="fixes the order of the prompts and every sample")
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--steps", type=integer("[1, inf)"), default=100, help="steps of sampling and learning")
-    add("--prompts", type=integer("[1, inf)"), default=64, help="P: prompts per step, over all processes")
-    add("--group", type=integer("[2, inf)"), default=8, help="G: replies per prompt; one has nothing to compare with")
-    add("--max-refill", type=integer("[0, inf)"), default=0,
+    add("--steps", type=integer("[1, 1e6]"), default=100, help="steps of sampling and learning")
+    add("--prompts", type=integer("[1, 1e6]"), default=64, help="P: prompts per step, over all processes")
+    add("--group", type=integer("[2, 1e5]"), default=8, help="G: replies per prompt; one has nothing to compare with")
+    add("--max-refill", type=integer("[0, 1000]"), default=0,
         help="times a step may sample other prompts in place of those whose replies teach nothing (DAPO's dynamic "
         "sampling); 0: never")  # fmt: skip
-    add("--temperature", type=real("(0, inf)"), default=1.0,
+    add("--temperature", type=real("[1e-4, 1e4]"), default=1.0,
         help="sampling temperature; log-probs are taken at the same")  # fmt: skip
-    add("--top-k", type=integer("[0, inf)"), default=0, help="sample among the k likeliest tokens; 0: all")
+    add("--top-k", type=integer("[0, 1e6]"), default=0, help="sample among the k likeliest tokens; 0: all")
     add("--top-p", type=real("(0, 1]"), default=1.0, help="sample among the likeliest tokens of this mass; 1: all")
-    add("--max-new-tokens", type=integer("[1, inf)"), default=512, help="longest reply in tokens, end token included")
+    add("--max-new-tokens", type=integer("[1, 1e6]"), default=512, help="longest reply in tokens, end token included")
 
     add = parser.add_argument_group("reward and advantage").add_argument
-    add("--format-weight", type=real("[0, inf)"), default=0.5,
+    add("--format-weight", type=real("[0, 1e6]"), default=0.5,
         help="reward = accuracy + this x format; 0: format is not rewarded")  # fmt: skip
-    add("--overlong-buffer", type=integer("[0, inf)"), default=0,
+    add("--overlong-buffer", type=integer("[0, 1e6]"), default=0,
         help="last tokens before --max-new-tokens, over which the reward falls by up to 1 (DAPO); 0: none")  # fmt: skip
     add("--accuracy-low", type=real("[0, 1]"), default=0.0, help="groups of a smaller mean accuracy teach nothing")
     add("--accuracy-high", type=real("[0, 1]"), default=1.0, help="groups of a larger mean accuracy teach nothing")
@@ -316,11 +317,11 @@ def parse_args(argv=None):
         help="what a token gains by its ratio: clip: up to the bounds below (PPO, GRPO); cispo: its log-prob, weighed "
         "by the ratio up to 1 + --clip-high; sapo: a smooth gate without bounds")  # fmt: skip
     add("--clip-low", type=real("(0, 1]"), default=0.2, help="ratio clipped below 1 - this")
-    add("--clip-high", type=real("[0, inf)"), default=0.2, help="ratio clipped above 1 + this (DAPO: 0.28)")
+    add("--clip-high", type=real("[0, 1e6]"), default=0.2, help="ratio clipped above 1 + this (DAPO: 0.28)")
     add("--ratio", default="token", choices=["token", "sequence"], help="ratio per token, or per reply (GSPO)")
-    add("--kl", type=real("[0, inf)"), default=0.0,
+    add("--kl", type=real("[0, 1e6]"), default=0.0,
         help="weight of the KL to the starting model; 0: no reference model at all")  # fmt: skip
-    add("--entropy-bonus", type=real("[0, inf)"), default=0.0,
+    add("--entropy-bonus", type=real("[0, 1e6]"), default=0.0,
         help="weight of the policy's exact entropy, which the loss rewards; 0: none")  # fmt: skip
     add("--normalizer", default="sequence", choices=["sequence", "token", "constant"],
         help="per-token loss weight: sequence: 1/its reply's length (GRPO); token: the same for all (DAPO); "
@@ -331,18 +332,18 @@ def parse_args(argv=None):
         help="weigh what was sampled by the trainer's probability over the sampler's: of each token, of its whole "
         "reply, or not. vLLM gives probabilities after --top-k and --top-p, so the weight undoes these filters too; "
         "the builtin sampler gives those before")  # fmt: skip
-    add("--importance-cap", type=real("[1, inf)"), default=2.0, help="largest such weight")
+    add("--importance-cap", type=real("[1, 1e6]"), default=2.0, help="largest such weight")
     add("--importance-floor", type=real("[0, 1]"), default=0.0, help="smallest such weight; 0: none")
     add("--importance-outside", default="truncate", choices=["truncate", "mask"],
         help="a weight beyond floor or cap becomes that bound, or 0, so that the token or reply teaches nothing "
         "(per token with 0.5 and 5: IcePop)")  # fmt: skip
 
     add = parser.add_argument_group("optimiser").add_argument
-    add("--lr", type=real("(0, inf)"), default=1e-6, help="peak learning rate of AdamW")
+    add("--lr", type=real("[1e-12, 1]"), default=1e-6, help="peak learning rate of AdamW")
     add("--schedule", default="constant", choices=["linear", "constant"], help="linear falls to 0 at the last step")
-    add("--warmup", type=integer("[0, inf)"), default=0, help="steps over which the rate rises from 0; 0: none")
-    add("--grad-clip", type=real("[0, inf)"), default=1.0, help="largest global gradient norm; 0: no clipping")
-    add("--updates", type=integer("[1, inf)"), default=1,
+    add("--warmup", type=integer("[0, 1e6]"), default=0, help="steps over which the rate rises from 0; 0: none")
+    add("--grad-clip", type=real("0 or [1e-6, 1e6]"), default=1.0, help="largest global gradient norm; 0: no clipping")
+    add("--updates", type=integer("[1, 1000]"), default=1,
         help="optimizer updates on each sampled batch; above 1 the clipping matters")  # fmt: skip
 
     vllm_sampler.add_sampler_flags(parser, train=True)
@@ -363,7 +364,7 @@ def parse_args(argv=None):
     return args
 
 
-def score_replies(encoder, records, replies, format_weight, longest=0, overlong_buffer=0) -> tuple[list, list]:
+def score_replies(encoder, records, replies, scorer, longest=0, overlong_buffer=0) -> tuple[list, list]:
     """(texts, scores) of the replies to some records, both [record][reply]; a score is what rewards.score returns.
 
     With an overlong_buffer a score has "overlong" too, and "reward" is less by it. longest: tokens of a reply at most.
@@ -371,7 +372,7 @@ def score_replies(encoder, records, replies, format_weight, longest=0, overlong_
     texts = [[encoder.decode(reply.ids) for reply in group] for group in replies]
     scores = []
     for record, group in zip(records, texts, strict=True):
-        scores.append([rewards.score(text, record, format_weight=format_weight) for text in group])
+        scores.append([scorer.score(text, record) for text in group])
     if overlong_buffer:
         for group, group_scores in zip(replies, scores, strict=True):
             for reply, score in zip(group, group_scores, strict=True):
@@ -500,7 +501,9 @@ def main(argv=None):
     if P % world.size:
         raise DataError(f"--prompts {P} cannot be dealt evenly to {world.size} processes")
     # Input and run directory are checked before anything expensive: a typo must not cost a model's loading time.
-    records = read_records(args.data, rewards.check_gold, skip_bad=args.skip_bad)
+    records = read_records(
+        args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels
+    )
     run = Run.open(vars(args), world, vllm_sampler.MAY_CHANGE)
     options = training.load_options(args)
     policy, encoder = model.load(args.model, world, train=True, **options)
@@ -526,6 +529,7 @@ def main(argv=None):
     def sampler_state():
         return {"refilled": refilled} if args.max_refill else {}
 
+    scorer = scoring.Scorer(format_weight=args.format_weight)
     sample = sampler.sample
     if args.sampler == "vllm":
         sample = vllm_sampler.VLLM(
@@ -557,9 +561,7 @@ def main(argv=None):
             timer.end("sample", sum(cost.forward(groups)))
 
             # 2. Score: rules give each reply a reward, the group gives it an advantage
-            texts, scores = score_replies(
-                encoder, mine, replies, args.format_weight, args.max_new_tokens, args.overlong_buffer
-            )
+            texts, scores = score_replies(encoder, mine, replies, scorer, args.max_new_tokens, args.overlong_buffer)
             own = [slot for slot in empty if slot % world.size == world.rank]
             # Not strict: a rank without an empty slot has sampled along with the others, for nothing.
             batch |= dict(zip(own, zip(mine, groups, replies, texts, scores, strict=True), strict=False))

@@ -17,20 +17,24 @@ STAGES = {"distill", "dpo", "eval", "grpo", "jigsaw", "rewards"}
 # Shared files, and what each may import of ours. Every entry names only files that stand above it.
 SHARED = {
     "files": set(),
-    "records": {"files"},
+    "pictures": {"files"},
+    "records": {"files", "pictures"},
     "processes": {"files"},
     "attention": set(),
     "expressions": set(),
     "math_answers": {"expressions"},
-    "training": {"processes"},
+    "replies": set(),
+    "training": {"pictures", "processes"},
     "run_directory": {"files", "processes", "records", "training"},
-    "families": {"attention", "records"},
-    "model": {"attention", "families", "records", "run_directory", "training"},
+    "model_directory": {"files"},
+    "families": {"attention", "files", "model_directory", "records"},
+    "model": {"attention", "families", "files", "model_directory", "pictures", "records", "run_directory", "training"},
     "sampler": {"attention", "model", "training"},
     "vllm_sampler": {"model", "records", "sampler", "training"},
     "report": {"records", "training"},
     "claims": {"rewards"},
     "judge": {"claims", "rewards"},
+    "scoring": {"judge", "rewards"},
 }
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))
 OURS = {*FILES, "toy", "bench", "recipes", "tests"}
@@ -69,11 +73,11 @@ def test_a_shared_file_imports_only_what_stands_above_it_and_no_stage(name):
     assert imports_of(tree_of(name), everywhere=True) <= SHARED[name]
 
 
-@pytest.mark.parametrize("name, allowed", [("rewards", {"math_answers"}), ("jigsaw", set())])
+@pytest.mark.parametrize("name, allowed", [("rewards", {"math_answers", "replies"}), ("jigsaw", set())])
 def test_rewards_and_jigsaw_import_nothing_of_ours_but_how_mathematics_is_compared(name, allowed):
     assert imports_of(tree_of(name), everywhere=False) <= allowed
     # Scenes are asked for by --scenes only, and folders of pictures are opened as the trainer opens them.
-    assert imports_of(tree_of(name), everywhere=True) <= allowed | {"toy", "records"}
+    assert imports_of(tree_of(name), everywhere=True) <= allowed | {"toy", "pictures"}
 
 
 @pytest.mark.parametrize("name", sorted(STAGES))

@@ -341,6 +341,10 @@ TRIES = 1000  # pictures for one puzzle, before a folder counts as one of ambigu
 PER_PROCESS = 100  # fewer puzzles than this are made sooner than a process starts
 
 
+class WorkerEnded(Exception):
+    """A worker process ended before its work did: somebody killed it, or the machine ran out of memory."""
+
+
 class Job(NamedTuple):
     """What every process needs to make its share."""
 
@@ -397,6 +401,30 @@ def serve_share(job: Job, share: int, shares: int, connection) -> None:
         pass  # whom it was for has ended
 
 
+# A process that opens one picture after the other asks for the same few megabytes again and again. Pillow and glibc
+# give them back to the system each time, and to get them anew, page by page, can take as long as decoding.
+KEEP_MEMORY = {
+    "PILLOW_BLOCKS_MAX": "16",
+    "MALLOC_MMAP_THRESHOLD_": str(2**26),
+    "MALLOC_TRIM_THRESHOLD_": str(2**28),
+}
+
+
+@contextmanager
+def environment(**further: str) -> Iterator[None]:
+    """Further variables in the environment that processes started inside inherit."""
+    before = {name: os.environ.get(name) for name in further}
+    os.environ.update(further)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def start_process(job: Job, share: int, shares: int) -> tuple:
     """-> (process, connection to read its share from)"""
     # A fresh interpreter: a fork of a process with threads, torch's for one, may hang.
@@ -406,7 +434,8 @@ def start_process(job: Job, share: int, shares: int) -> tuple:
     # Ctrl-C reaches every process of a terminal. The children inherit that it is blocked, and are ended by this one.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        process.start()
+        with environment(**KEEP_MEMORY):
+            process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     sender.close()  # so that reading ends when the child does
@@ -428,7 +457,7 @@ def make_parallel(job: Job, workers: int) -> Iterator[tuple[str, int]]:
                 made = receiver.recv()
             except EOFError:
                 process.join()
-                raise ChildProcessError(f"a worker process ended with status {process.exitcode}") from None
+                raise WorkerEnded(f"a worker process ended with status {process.exitcode}") from None
             if isinstance(made, str):
                 raise ValueError(made)
             yield made
@@ -786,7 +815,7 @@ def main(argv: list[str] | None = None) -> None:
             path = write_puzzles(**vars(args))
     except ValueError as cause:
         Parser().error(one_line(cause))
-    except ChildProcessError as cause:
+    except WorkerEnded as cause:
         Parser().exit(1, f"error: {one_line(cause)}\n")
     print(f"{args.count} puzzles -> {path}")
 

@@ -112,14 +112,17 @@ def mix(
     """Trim, divide, mix. `swap` and `derange` as in `questions.Choices`. Identical pieces are let pass: see `twins`."""
     rows, cols = sample_grid(rows, cols, rng, swap)
     trimmed = trim(image, rows, cols)
-    pieces = pieces_of(trimmed, rows, cols)
     order = shuffled(rows * cols, rng, derange)
 
-    # Position x+1 gets piece order[x]: the answer to "where was it before" is the order itself, not its inverse.
     h, w = trimmed.height // rows, trimmed.width // cols
-    mixed = pieces[np.array(order) - 1].reshape(rows, cols, h, w, 3)
-    pixels = mixed.swapaxes(1, 2).reshape(rows * h, cols * w, 3)
-    return Mixed(Image.fromarray(pixels), rows, cols, order, deranged=derange)
+    picture = Image.new("RGB", trimmed.size)
+    for position, original in enumerate(order):
+        # Position x+1 gets piece order[x]: the answer to "where was it before" is the order itself, not its inverse.
+        row, col = divmod(original - 1, cols)
+        piece = trimmed.crop((col * w, row * h, col * w + w, row * h + h))
+        row, col = divmod(position, cols)
+        picture.paste(piece, (col * w, row * h))
+    return Mixed(picture, rows, cols, order, deranged=derange)
 
 
 def twins(pieces: np.ndarray | list[np.ndarray]) -> tuple[int, int] | None:

@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import bugs_puzzles
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
 PATIENCE = 60  # seconds more than without a bug, before the tests are suspected to hang
@@ -595,7 +597,7 @@ BUGS = [Bug(*entry) for entry in (
 
     # ---- jigsaw.py, mixing.py, questions.py, picture_files.py
     ("the order is the inverse of the mix", "mixing.py",
-     "pieces[np.array(order) - 1]", "pieces[np.argsort(order)]", JIGSAW),
+     "divmod(original - 1, cols)", "divmod(order.index(position + 1), cols)", JIGSAW),
     ("rows and columns are swapped in the numbering", "questions.py",
      "relation(mixed.order[k - 1], mixed.order[j - 1], mixed.cols)",
      "relation(mixed.order[k - 1], mixed.order[j - 1], mixed.rows)", JIGSAW),
@@ -613,8 +615,7 @@ BUGS = [Bug(*entry) for entry in (
     ("the original order is never sampled", "mixing.py",
      "while derange and any(", "while order == sorted(order) or derange and any(", JIGSAW),
     ("positions are numbered column by column", "mixing.py",
-     "mixed = pieces[np.array(order) - 1].reshape(rows, cols, h, w, 3)",
-     "mixed = pieces[np.array(order) - 1].reshape(cols, rows, h, w, 3).swapaxes(0, 1)", JIGSAW),
+     "row, col = divmod(position, cols)", "col, row = divmod(position, rows)", JIGSAW),
     ("the seed does not reach the puzzles", "jigsaw.py",
      'random.Random(f"{job.split} {job.seed} puzzle {index}")', 'random.Random(f"{job.split} puzzle {index}")', JIGSAW),
     ("copies of a picture can be on both sides", "picture_files.py",
@@ -659,6 +660,7 @@ BUGS = [Bug(*entry) for entry in (
     ("the accuracy of readable answers is that of all", "report.py",
      'keys = ("accuracy", "accuracy_read", "format")', 'keys = ("accuracy", "accuracy", "format")', REPORT),
 )]
+BUGS += [Bug(*entry) for entry in bugs_puzzles.BUGS]
 # fmt: on
 
 

@@ -781,7 +781,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--workers",
         metavar="N",
         type=integer("[1, 256]"),
-        default=len(os.sched_getaffinity(0)),
+        default=os.cpu_count() or 1,
         help="processes; the bytes do not depend on it (default: as many as cores)",
     )
     args = parser.parse_args(argv)

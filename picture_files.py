@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".ti
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
-MAX_IMAGE_PIXELS = 64_000_000  # 8,000 x 8,000; a larger picture is refused by its header, before it is decoded
+MAX_IMAGE_PIXELS = 2**26  # 64 megapixels; a larger picture is refused by its header, before it is decoded
 PILLOW_LIMIT = 89_478_485  # Pillow warns of more
 RESAMPLE = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
 

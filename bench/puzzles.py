@@ -6,6 +6,9 @@ Makes 200 photographs of 640 x 480 pixels out of those that come with scikit-ima
 command. A rate is puzzles per second of processor time, of all processes together, so other work on the machine
 disturbs it little; what one puzzle takes (start, listing of the folder) is taken off. --against DIR: the jigsaw.py of
 another checkout is measured the same way, as "before", with the flags it has.
+
+The yardstick is Pillow alone in the same minutes: decode a photograph, shrink it by the box filter, encode it as JPEG.
+On a machine that others use, too, a processor second is worth less; the share of the yardstick stays what it is.
 """
 
 import argparse
@@ -21,6 +24,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jigsaw  # noqa: E402
+
 SUBJECTS = ("astronaut", "coffee", "cat", "rocket", "hubble_deep_field", "immunohistochemistry", "retina", "motorcycle")
 PHOTOGRAPHS = 200
 COMMON = ["--max-side", "448", "--question", "pair", "--no-think", "--seed", "0"]
@@ -80,6 +87,29 @@ def measure(checkout: Path, photographs: Path, flags: list[str], count: int) -> 
     return {"puzzles": count, "per_core_second": round(core, 1), "per_second": round(clock, 1)}
 
 
+YARDSTICK = """
+import io, sys, time
+from pathlib import Path
+from PIL import Image
+paths = sorted(Path(sys.argv[1]).iterdir())
+for path in paths * 5:
+    with Image.open(path) as image:
+        small = image.convert("RGB").resize((448, 336), Image.Resampling.BOX)
+    small.save(io.BytesIO(), "JPEG", quality=95)
+    spent = time.process_time()
+    first = locals().get("first", spent)
+print((len(paths) * 5 - 1) / (spent - first))
+"""
+
+
+def yardstick(photographs: Path) -> float:
+    """Photographs a second of processor time that Pillow alone decodes, shrinks and encodes; the best of three."""
+    environment = os.environ | jigsaw.KEEP_MEMORY
+    command = [sys.executable, "-c", YARDSTICK, str(photographs)]
+    runs = [subprocess.run(command, check=True, env=environment, capture_output=True, text=True) for _ in range(3)]
+    return round(max(float(run.stdout) for run in runs), 1)
+
+
 def commit_of(checkout: Path) -> str:
     def git(*words):
         return subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, text=True).stdout.strip()
@@ -95,12 +125,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     os.environ["OMP_NUM_THREADS"] = "1"
-    results = {"commit": commit_of(ROOT), "machine": platform.processor() or platform.machine(), "runs": {}}
+    results = {"commit": commit_of(ROOT), "machine": platform.processor() or platform.machine()}
+    results |= {"cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1), "runs": {}}
     with tempfile.TemporaryDirectory() as made:
         photographs = Path(made)
         make_photographs(photographs)
         size = sum(path.stat().st_size for path in photographs.iterdir()) / PHOTOGRAPHS
         results["photographs"] = {"count": PHOTOGRAPHS, "size": "640x480", "mean_kilobytes": round(size / 1000)}
+        results["yardstick_per_core_second"] = yardstick(photographs)
+        print(f"{'Pillow alone':34s} {results['yardstick_per_core_second']} a second of a core")
         if args.against:
             flags, count = RUNS["lanczos, png"]
             name = f"before (commit {commit_of(args.against)})"

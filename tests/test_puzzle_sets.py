@@ -390,10 +390,12 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line(tmp_path, endless):
     children = [pid for pid, text in processes_of(process.pid).items() if pid != process.pid]
     command_lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
     worker = next(pid for pid, line in command_lines.items() if b"spawn_main" in line)
+    halfway = tmp_path / "out" / "images" / f"abc.png.{worker}.partial"
+    halfway.touch()  # as if it had been writing
     os.kill(worker, signal.SIGKILL)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 1 and err.startswith("error: a worker process ended") and err.count("\n") == 1, err
-    assert not list((tmp_path / "out").glob("records*"))
+    assert not list((tmp_path / "out").glob("records*")) and not halfway.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,3 +497,26 @@ def test_what_a_function_is_called_with_is_checked_as_flags_are(tmp_path):
         jigsaw.write_puzzles(tmp_path, 2, scenes=10**12)
     with pytest.raises(TypeError, match="colour"):
         jigsaw.write_puzzles(tmp_path, 2, scenes=2, colour="red")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# docs/formats.md
+
+
+def test_the_page_has_every_field_that_is_written_and_every_question_and_its_words_are_taken(tmp_path):
+    page = (ROOT / "docs/formats.md").read_text()
+    mixture = ",".join(f"{name}:{4 if name == 'rotation' else '2x2'}=1" for name in questions.QUESTIONS)
+    run(*SMALL, "--count", 40, "--mix", mixture, "--out", tmp_path / "a")
+    run(*SMALL, "--count", 4, "--curriculum", "2x1", "--reply-format", "json", "--out", tmp_path / "b")
+    records = read(tmp_path / "a/records.jsonl") + read(tmp_path / "b/records.jsonl")
+    written = {name for record in records for name in record}
+    assert {name for name in written if f"`{name}`" not in page} == set()
+    part = page.split("### Words of prompts")[1]
+    text = part.split("```json\n")[1].split("```")[0]
+    (tmp_path / "words.json").write_text(text)
+    run(*SMALL, "--count", 4, "--no-think", "--prompts", tmp_path / "words.json", "--out", tmp_path / "c")
+    assert read(tmp_path / "c/records.jsonl")[0]["prompt"].endswith("Write one letter and nothing else.")
+    table = page.split("| `--question` |")[1].split("\n\n")[0]
+    rows = [[cell.strip(" `") for cell in line.split("|")] for line in table.splitlines()[2:]]
+    listed = {row[1]: row[3] for row in rows}
+    assert listed == {name: question.answer_type for name, question in questions.QUESTIONS.items()}

@@ -285,7 +285,7 @@ def sample_texts(
 
 def main(argv=None):
     args = parse_args(argv)
-    world = training.setup()
+    world = training.setup(args.timeout)
 
     # 1. Read: everything that can be wrong is found before a model is loaded
     out = Path(args.out)

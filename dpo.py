@@ -13,7 +13,6 @@ Choices where the paper is silent: β = 0.1; linear decay to 0 without warm-up; 
 Legend: B pairs, T tokens of the longest reply; log-probs in nats, fp32.
 """
 
-import json
 import math
 
 import torch
@@ -23,7 +22,8 @@ from tqdm import tqdm
 import model
 import rewards
 import training
-from records import epoch_order, read_records, write_text
+from records import epoch_order, read_records
+from run_directory import Run
 from training import integer, real
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,20 +85,14 @@ def reference_log_probs(policy, encoder, world, pairs, indices, budget) -> dict[
     return {index: value for part in world.gather(found) for index, value in part.items()}
 
 
-def read_or_compute_reference(run, policy, encoder, pairs, needed, budget) -> dict[int, tuple[float, float]]:
-    """reference_log_probs of the pairs in `needed`, from run.out/reference.json as far as a resumed run has them."""
-    file, world = run.out / "reference.json", run.world
-    # Only a run that has made steps may trust the file: at step 0 it may be another run's.
-    known = {}
-    if world.main and run.step and file.exists():
-        known = json.loads(file.read_text())
-    reference = {int(index): value for index, value in world.gather(known)[0].items()}
-    missing = sorted(set(needed) - set(reference))
+def complete_reference(run, policy, encoder, pairs, needed, budget) -> dict[int, tuple[float, float]]:
+    """reference_log_probs of the pairs in `needed`, from a resumed run's checkpoint as far as it holds them."""
+    # JSON has made texts of the indices.
+    known = {int(index): tuple(value) for index, value in run.extra.get("reference", {}).items()}
+    missing = sorted(set(needed) - set(known))
     if missing:
-        reference |= reference_log_probs(policy, encoder, world, pairs, missing, budget)
-    if world.main:
-        write_text(file, json.dumps(reference))
-    return reference
+        known |= reference_log_probs(policy, encoder, run.world, pairs, missing, budget)
+    return known
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,9 +148,14 @@ def preference_metrics(margin, implicit, real_pairs, batch) -> dict[str, float]:
     return {name: total.item() / batch for name, total in sums.items()}
 
 
+def name_of(pair) -> dict:
+    """Which pair it was, for skipped.jsonl."""
+    return {"where": pair["_where"], "id": pair["id"]}
+
+
 def main(argv=None):
     args = parse_args(argv)
-    world = training.setup()
+    world = training.setup(args.timeout)
 
     # 1. Read the pairs
     text_fields = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
@@ -164,7 +163,7 @@ def main(argv=None):
     steps = args.steps or math.ceil(len(pairs) / args.batch)
     total = args.steps * args.batch or len(pairs)  # one pass ends with the last pair, in a smaller batch
     order = epoch_order(args.seed, len(pairs), 0, total)
-    run = training.Run.open(vars(args), world)
+    run = Run.open(vars(args), world)
     policy, encoder = model.load(args.model, world, train=True, **training.load_options(args))
     encoder.check(world, pairs)
 
@@ -172,7 +171,8 @@ def main(argv=None):
     reference = {}
     if args.loss != "sft":
         # The policy is still the reference here, so no second model is ever loaded.
-        reference = read_or_compute_reference(run, policy, encoder, pairs, order, args.micro_tokens)
+        reference = complete_reference(run, policy, encoder, pairs, order, args.micro_tokens)
+    kept = {"reference": reference} if world.main else {}  # in every checkpoint: the base's weights are gone then
     optimizer = training.adamw(policy, args.lr)
     run.restore(policy, optimizer)
     timer = training.PhaseTimer(world, policy.compute_dtype if args.measure_peak else None)
@@ -220,12 +220,16 @@ def main(argv=None):
 
         # 4. Record
         row = {"step": step + 1} | dict(zip(sums, world.sum(*sums.values()), strict=True))
-        row |= {"grad_norm": norm, "lr": lr} | timer.metrics(samples=len(batch))
+        skipped = not math.isfinite(norm)
+        row |= {"grad_norm": norm, "skipped": int(skipped), "lr": lr} | timer.metrics(samples=len(batch))
         row["seconds"] = row["seconds_learn"] + row["seconds_rest"]
         run.log(row)
         bar.set_postfix({label: f"{row[name]:.3f}" for label, name in BAR.items() if name in row})
         bar.update()
-        run.end_step(step + 1, steps, policy, optimizer, save_every=args.save_every, keep=args.keep)
+        run.count_skipped(step + 1, skipped, [name_of(pairs[index]) for index in mine], args.max_skipped)
+        run.end_step(
+            step + 1, steps, policy, optimizer, save_every=args.save_every, keep=args.keep, extra=lambda: kept
+        )  # fmt: skip
     bar.close()
     run.export(policy, encoder)
     if world.main:

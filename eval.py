@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.report:
         report.write_report(args.report, dict(args.runs), dict(args.results), args.table)
         return
-    world = training.setup()
+    world = training.setup(args.timeout)
 
     # 1 read: what is wrong with the input is found here, before the model is loaded
     records = read_files({"data": args.data, "id": args.id, "ood": args.ood}, args.limit, args.skip_bad)

@@ -15,6 +15,7 @@ A prompt and its pictures are fed once for all replies of its group (attention.p
 Legend: P prompts, G replies each, B = P·G replies, T tokens of the longest reply; log-probs in nats, fp32.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import sampler
 import training
 import vllm_sampler
 from records import DataError, epoch_order, read_records
+from run_directory import Run
 from training import integer, real
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,6 +303,12 @@ def shown_replies(record, texts, scores, count=2) -> list[dict]:
     return [{"id": record["id"], "source": record["source"], "reply": text, **score} for text, score in pairs]
 
 
+def asked_and_said(records, texts) -> list[dict]:
+    """Every question of a step with all its replies, for skipped.jsonl."""
+    pairs = zip(records, texts, strict=True)
+    return [{"where": record["_where"], "id": record["id"], "replies": group} for record, group in pairs]
+
+
 # What the progress bar shows: label and key of the log.
 BAR = {
     "reward": "reward",
@@ -343,7 +351,7 @@ def learning_metrics(world, sums: dict, tokens: float, updates: int) -> dict:
 
 def main(argv=None):
     args = parse_args(argv)
-    world = training.setup()
+    world = training.setup(args.timeout)
     if args.model == f"{EMBEDDED}/base":
         make_embedded(world)
     P, G = args.prompts, args.group
@@ -351,7 +359,7 @@ def main(argv=None):
         raise DataError(f"--prompts {P} cannot be dealt evenly to {world.size} processes")
     # Input and run directory are checked before anything expensive: a typo must not cost a model's loading time.
     records = read_records(args.data, rewards.check_gold, skip_bad=args.skip_bad)
-    run = training.Run.open(vars(args), world, vllm_sampler.MAY_CHANGE)
+    run = Run.open(vars(args), world, vllm_sampler.MAY_CHANGE)
     options = training.load_options(args)
     policy, encoder = model.load(args.model, world, train=True, **options)
     encoder.check(world, records)
@@ -410,7 +418,7 @@ def main(argv=None):
         micros = training.micro_batches(world, model.group_sizes(learned_groups), args.micro_tokens)
         # A function of the step alone, so that a resumed run has the same.
         lr = training.learning_rate(step, args.steps, args.lr, args.schedule, args.warmup)
-        old_logps, norm, sums = {}, 0.0, dict.fromkeys(TOKEN_SUMS, 0.0)
+        old_logps, norm, skipped, sums = {}, 0.0, 0, dict.fromkeys(TOKEN_SUMS, 0.0)
         for _ in range(args.updates if any(world.gather(len(useful))) else 0):
             for number, micro in enumerate(micros):
                 last = number == len(micros) - 1
@@ -437,17 +445,19 @@ def main(argv=None):
                     logp.detach(), old, ref, sampled, advantage, mask, correction, args.importance_cap, **clipping
                 ))  # fmt: skip
             norm = training.update(policy, optimizer, lr, args.grad_clip)
+            skipped += not math.isfinite(norm)
         timer.end("learn", args.updates * cost.learn(learned_groups, reference=args.kl > 0))
 
         # 4. Record
         row = {"step": step + 1} | batch_metrics(world, scores, replies, tokens, len(signal), P, G)
-        row |= learning_metrics(world, sums, tokens, args.updates) | {"grad_norm": norm, "lr": lr}
+        row |= learning_metrics(world, sums, tokens, args.updates) | {"grad_norm": norm, "skipped": skipped, "lr": lr}
         if args.one_step_off_policy:
             row["staleness"] = args.updates * sample.off_policy  # updates since the replies were sampled
         row |= timer.metrics(rollouts=P * G, tokens=tokens)
         run.log(row, shown_replies(mine[0], texts[0], scores[0]))
         bar.set_postfix({label: f"{row[name]:.3g}" for label, name in BAR.items()})
         bar.update()
+        run.count_skipped(step + 1, skipped > 0, asked_and_said(mine, texts), args.max_skipped)
         run.end_step(
             step + 1, args.steps, policy, optimizer, save_every=args.save_every, keep=args.keep, extra=sampler_state
         )

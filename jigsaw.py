@@ -331,7 +331,7 @@ def json_line(record: dict) -> str:
 
 def write_lines(path: Path, records: list[dict]) -> Path:
     """One JSON object a line, all or nothing."""
-    with all_or_nothing(path) as file:
+    with all_or_nothing(path, on_disk=True) as file:
         for record in records:
             file.write(json_line(record).encode("utf-8"))
     return path
@@ -533,7 +533,7 @@ def write_puzzles(
     made = make_share(job, 0, 1) if workers == 1 else make_parallel(job, workers)
     first, all_left_out = [], 0
     path = job.folder / "records.jsonl"
-    with all_or_nothing(path) as file:
+    with all_or_nothing(path, on_disk=True) as file:
         for line, left_out in tqdm(made, total=count, desc="puzzles", disable=None):  # None: a bar on terminals only
             file.write(line.encode("utf-8"))
             all_left_out += left_out

@@ -34,6 +34,7 @@ import training
 from attention import Layout, Segments
 from families import Family, family_of, matrix_weights
 from records import DataError, open_picture, picture_size
+from run_directory import distributed_checkpoint
 from training import DEFAULT_SHARDING, World
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -638,7 +639,7 @@ def read_weights(policy: Policy, folder: str) -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    dcp, storage, _ = training.distributed_checkpoint()
+    dcp, storage, _ = distributed_checkpoint()
     reader = storage(str(folder))
     # Files carry the names of the year they were written in; transformers knows what they are called now.
     renamings = [rule for rule in get_model_conversion_mapping(policy.hf) if isinstance(rule, WeightRenaming)]
@@ -699,8 +700,11 @@ class Cost:
 # Names that this file had before it was divided; found on demand, for those files import this one.
 
 MOVED = {
-    "records": ("DataError", "read_jsonl", "read_records", "write_jsonl", "write_text", "epoch_order"),
-    "training": ("Run", "setup", "run", "adamw", "backward", "update", "learning_rate", "save_model"),
+    "files": ("DataError", "write_text"),
+    "records": ("read_jsonl", "read_records", "write_jsonl", "epoch_order"),
+    "processes": ("setup", "run"),
+    "run_directory": ("Run", "save_model"),
+    "training": ("adamw", "backward", "update", "learning_rate"),
     "sampler": ("sample", "Reply"),
     "vllm_sampler": ("VLLM",),
     "toy.tiny_model": ("make_tiny",),

@@ -16,6 +16,7 @@ from typing import IO
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from files import sync
 from records import ORIENTATION, as_seen
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
@@ -125,40 +126,52 @@ def partial_of(path: Path) -> Path:
 
 
 @contextmanager
-def all_or_nothing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name when the block ends well, and not at all otherwise. OSError -> ValueError."""
+def all_or_nothing(path: Path, on_disk: bool = False) -> Iterator[IO[bytes]]:
+    """A file that appears under its name when the block ends well, and not at all otherwise. OSError -> ValueError.
+
+    on_disk: wait until a power cut cannot harm it. Not for every image: that would take longer than to make it.
+    """
     unfinished = partial_of(path)
     try:
         with open(unfinished, "wb") as file:
             yield file
+            if on_disk:
+                file.flush()
+                os.fsync(file.fileno())
         unfinished.replace(path)
+        if on_disk:
+            sync(path.parent)
     except OSError as cause:
         raise ValueError(f"cannot write {path}: {cause.strerror or cause}") from cause
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def encode(picture: Image.Image, image_format: str) -> tuple[bytes, str]:
-    """(content of the file, its name). The name follows from the picture: equal pictures share a file."""
-    buffer = io.BytesIO()
+def save_image(picture: Image.Image, folder: Path, saved: set[str], image_format: str = "png") -> str:
+    """Save a picture once. Returns its path relative to the folder; `saved` holds those of this run.
+
+    The name follows from what can be seen: equal pictures share a file.
+    """
+    content = None
     if image_format == "jpeg":
-        picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
-        named_by = buffer.getvalue()
+        content = named_by = encode(picture, image_format)
     else:
-        picture.save(buffer, "PNG", compress_level=PNG_LEVEL)
         # Pixels, not the file: zlib's next version may pack them otherwise. Sizes differ with the same pixels.
         named_by = f"{picture.size}".encode() + picture.tobytes()
-    return buffer.getvalue(), hashlib.sha256(named_by).hexdigest()[:20] + SUFFIXES[image_format]
-
-
-def save_image(picture: Image.Image, folder: Path, saved: set[str], image_format: str = "png") -> str:
-    """Save a picture once. Returns its path relative to the folder; `saved` holds those of this run."""
-    content, name = encode(picture, image_format)
-    path = f"images/{name}"
+    path = f"images/{hashlib.sha256(named_by).hexdigest()[:20]}{SUFFIXES[image_format]}"
     if path not in saved:
         with all_or_nothing(folder / path) as file:
-            file.write(content)
+            file.write(content or encode(picture, image_format))
         if len(saved) >= MOST_REMEMBERED:
             saved.clear()
         saved.add(path)
     return path
+
+
+def encode(picture: Image.Image, image_format: str) -> bytes:
+    buffer = io.BytesIO()
+    if image_format == "jpeg":
+        picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    else:
+        picture.save(buffer, "PNG", compress_level=PNG_LEVEL)
+    return buffer.getvalue()

@@ -16,13 +16,13 @@ Legend: n = rows*cols pieces; k, j positions, row by row from 1; `order[x]` is t
 position x+1.
 """
 
-import json
 import random
 import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import files
 from mixing import Mixed, shuffled
 
 LETTERS = "ABCDEFGH"  # as many as the longest list of options
@@ -372,7 +372,6 @@ def write_prompt(
 # ---------------------------------------------------------------------------------------------------------------------
 # Other words, from a file
 
-MOST_WORDS = 1_000_000  # bytes of such a file
 # What a text may name without having to: the size of grid and picture.
 OPTIONAL = {
     "task": {"n", "rows", "cols", "width", "height"},
@@ -432,12 +431,11 @@ def check_placeholders(where: str, text: str, ours: str, optional: set[str]) -> 
 def read_words(path: str | Path) -> dict[str, dict[str, str]]:
     """Other words for prompts from a JSON file. ValueError names the file and what is wrong with it."""
     try:
-        if not Path(path).is_file():  # a pipe or a device would be read without end
-            raise ValueError("not a file")
-        if Path(path).stat().st_size > MOST_WORDS:
-            raise ValueError(f"more than {MOST_WORDS} bytes")
-        words = json.loads(Path(path).read_text(encoding="utf-8"))
+        words = files.read_json(path)
+    except files.DataError as cause:
+        raise ValueError(str(cause)) from cause
+    try:
         check_words(words)
-    except (OSError, ValueError, RecursionError) as cause:
+    except ValueError as cause:
         raise ValueError(f"{path}: {cause}") from cause
     return words

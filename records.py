@@ -15,10 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-
-class DataError(Exception):
-    """The user's input is wrong. `training.run` prints the message as one line and exits with status 2."""
-
+from files import LARGEST_TEXT, DataError, read_bytes, write_text
 
 FIELDS = {  # of every record, and what each must be
     "id": str,
@@ -36,10 +33,7 @@ FIELDS = {  # of every record, and what each must be
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """Yield (line number, object) for every non-empty line of a JSONL file. DataError names file and line."""
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+    lines = read_bytes(path, LARGEST_TEXT).split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -52,13 +46,6 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: a JSON object is needed, this is {type(row).__name__}")
         yield number, row
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it: whoever reads it finds all of it or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:

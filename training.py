@@ -1,37 +1,28 @@
 """Training: what every stage needs around its algorithm, and nothing that knows a model, a loss or a reward.
 
-    flags           one argparse idiom for all stages, and the flags that concern the machine
-    processes       one process or many: rank, device, sums over ranks, exit status
-    sharding        FSDP2, whole: shard, gather, release, accumulate, export whole tensors
-    optimiser       AdamW, learning-rate schedule, micro-batches, gradient clipping
-    metrics         where a step's seconds, FLOPs and memory go
-    run directory   log, --resume, Ctrl-C, checkpoints, and the Hugging Face model at the end
+    flags        one argparse idiom for all stages, and the flags that concern the machine
+    sharding     FSDP2, whole: shard, gather, release, accumulate, export whole tensors
+    optimiser    AdamW, learning-rate schedule, micro-batches, gradient clipping
+    metrics      where a step's seconds, FLOPs and memory go
+
+Processes and exit status are in processes.py, the run directory and its checkpoints in run_directory.py.
 
 A `policy` here is any nn.Module that offers `units()`, the modules FSDP2 shards one by one (model.Policy does).
 """
 
 import argparse
-import json
 import math
-import os
 import resource
-import shutil
-import signal
 import sys
 import time
-import traceback
-import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import nn
 
-from records import DataError, write_jsonl, write_text
+from processes import World, child_environment, run, setup  # noqa: F401, stages say training.setup and training.run
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -102,6 +93,9 @@ def add_model_flags(parser: Parser):
         help="compute type; auto: bf16 on a GPU, fp32 on a CPU. Weights that learn stay fp32")  # fmt: skip
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
         help="flash: FlashAttention kernels of torch (CUDA, bf16); sdpa: exact everywhere")  # fmt: skip
+    add("--timeout", type=real("[0, 1e6]"), default=1800.0,
+        help="seconds that processes wait for one that gives no sign of life or does not come, before all end; "
+        "0: for ever")  # fmt: skip
     return group
 
 
@@ -131,12 +125,15 @@ def add_training_flags(parser: Parser):
     add("--save-every", type=integer("[0, inf)"), default=50,
         help="steps between checkpoints; 0: only at the end or when stopped")  # fmt: skip
     add("--keep", type=integer("[1, inf)"), default=2, help="checkpoints to keep")
+    add("--max-skipped", type=integer("[0, inf)"), default=5,
+        help="a step whose gradient is no finite number changes nothing and is counted; this many in a row end the "
+        "run; 0: never")  # fmt: skip
     add("--resume", action="store_true", help="go on from the last checkpoint in --out (same settings)")
     add("--overwrite", action="store_true", help="start anew in a directory that holds a run")
 
 
 # Flags of this file that may differ between a run and its resumption, like the number of processes.
-MAY_CHANGE = ("resume", "overwrite", "steps", "save_every", "keep", "measure_peak")
+MAY_CHANGE = ("resume", "overwrite", "steps", "save_every", "keep", "max_skipped", "timeout", "measure_peak")
 MAY_CHANGE += ("shard", "replicas", "offload", "accumulate")
 
 
@@ -150,99 +147,6 @@ def load_options(args) -> dict:
         "gradient_checkpointing": args.gradient_checkpointing,
         "sharding": Sharding(args.shard, args.replicas, args.offload, args.accumulate),
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes
-
-
-@dataclass(frozen=True)
-class World:
-    """Where this process stands: rank of size, its device. One process without torchrun is rank 0 of 1."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, *values: float) -> list[float]:
-        """Sum numbers over all ranks: floats in, floats out."""
-        if self.size == 1:
-            return [float(value) for value in values]
-        # fp64: counts of tokens must stay exact.
-        tensor = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
-
-    def gather(self, thing) -> list:
-        """A list with every rank's `thing` (picklable, between our own processes only), on every rank."""
-        if self.size == 1:
-            return [thing]
-        things = [None] * self.size
-        dist.all_gather_object(things, thing)
-        return things
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
-
-def setup() -> World:
-    """Join the process group torchrun started, if any, and choose the device: CUDA when there, else CPU."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if size > 1 and not dist.is_initialized():
-        # gloo beside nccl: objects and checkpoints travel through main memory.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return World(dist.get_rank() if size > 1 else 0, size, device)
-
-
-def child_environment() -> dict:
-    """The environment for a child process that must not join this process group."""
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    others = {key: value for key, value in os.environ.items() if key not in ours}
-    return {key: value for key, value in others.items() if not key.startswith("TORCHELASTIC")}
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a stage's main() and turn its end into an exit status: 0 done, 2 bad input (one line), 1 anything else."""
-    status, message = 0, None
-    try:
-        main()
-    except DataError as error:
-        status, message = 2, f"error: {' '.join(str(error).split())}"
-        if int(os.environ.get("RANK", "0")) > 0:
-            # Mostly rank 0 says the same, and torchrun ends this process before it can repeat it.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
-            message = f"\n{message}"  # rank 0's progress bar may stand on this line
-    except KeyboardInterrupt as stop:
-        status = 130
-        if int(os.environ.get("RANK", "0")) == 0:
-            message = str(stop) or "stopped"
-    except SystemExit:
-        raise
-    except Exception:
-        # In one piece: print_exc writes line by line, and the processes of a run write to one screen.
-        status, message = 1, traceback.format_exc().rstrip()
-
-    # Not above: there main's frame still lives, and with it a progress bar that has not ended its line.
-    if message:
-        print(message, file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        if status == 0:
-            dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Wait neither for ranks in a collective nor for gloo's threads, which may abort at shutdown.
-        os._exit(status)
-    sys.exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,16 +300,16 @@ def micro_batches(world: World, sizes: list[int], budget: int) -> list[list[int]
 def update(policy: nn.Module, optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
     """Clip the global gradient norm to max_norm (0: no clipping), step, clear. Returns the norm before clipping.
 
-    A norm that is no number ends the run here (RuntimeError, on every rank): one such update would be in every weight.
+    A norm that is no finite number changes nothing: one such update would be in every weight. The caller counts it
+    (Run.count_skipped). The norm is the global one, so all ranks skip alike.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
     # Over all shards: a DTensor's norm is the global one.
     norm = nn.utils.clip_grad_norm_(policy.parameters(), max_norm or math.inf)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if not math.isfinite(norm):
-        raise RuntimeError(f"the gradient norm is {norm}; no weight was changed, and the last checkpoint is good")
-    optimizer.step()
+    if math.isfinite(norm):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -440,6 +344,7 @@ class PhaseTimer:
         if flops is not None:
             self.flops[phase] = self.flops.get(phase, 0.0) + flops
         self.last = now
+        self.world.at(f"after {phase}")
 
     def metrics(self, **counts: float) -> dict[str, float]:
         """Everything booked since the last call, for log.jsonl: <name>_per_s of each count; seconds_<phase>;
@@ -485,291 +390,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Run directory
-
-
-PATIENCE = 2.0  # seconds between two signals that are two wishes
-
-
-@dataclass
-class Run:
-    """A training run's directory: args.json, log.jsonl, samples.jsonl, checkpoints/, LATEST, and at the end the model.
-
-    Open it before anything expensive; it refuses to mix two runs. `step` is the number of finished steps.
-    """
-
-    out: Path
-    world: World
-    step: int = 0
-    stop: bool = False  # somebody asked for it: a signal to this process, or to another rank
-    asked: float | None = None  # when this process itself got its first signal, by time.monotonic
-    group: object = None  # process group of the thread that writes checkpoints
-    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
-    writing: object = None  # future of that thread's present task
-
-    @classmethod
-    def open(cls, settings: dict, world: World, may_change: tuple = ()) -> "Run":
-        """Create or reopen settings["out"]. settings: all flags of the stage, by name.
-
-        may_change: flags of the stage's own that a resumed run may be given anew. DataError if the directory holds a
-        run and neither "resume" nor "overwrite" is set, or if a resumed run is asked to change its settings.
-        """
-        run = cls(Path(settings["out"]), world)
-        if world.size > 1:
-            run.group = dist.new_group(backend="gloo")
-        # How a run was continued is no setting of it.
-        recorded = {key: settings[key] for key in sorted(settings) if key not in ("resume", "overwrite")}
-        # Rank 0 looks, all ranks hear: otherwise one would go on where another has stopped.
-        problem = run._prepare(settings, recorded, MAY_CHANGE + may_change) if world.main else None
-        problem = world.gather(problem)[0]
-        if problem:
-            raise DataError(problem)
-        if settings["resume"] and (run.out / "LATEST").exists():
-            run.step = int((run.out / "LATEST").read_text().split("_")[-1])
-        world.barrier()
-        if world.main:
-            write_text(run.out / "args.json", json.dumps(recorded, indent=1, default=str) + "\n")
-            run._drop_unfinished()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, run._ask_to_stop)
-        return run
-
-    def _prepare(self, settings, recorded, may_change):
-        """On rank 0: make the directory, or say in one line why not."""
-        log = self.out / "log.jsonl"
-        used = (self.out / "LATEST").exists() or (log.exists() and log.stat().st_size > 0)
-        if used and settings["overwrite"]:
-            for name in ("args.json", "log.jsonl", "samples.jsonl", "reference.json", "LATEST", "checkpoints"):
-                path = self.out / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-        elif used and not settings["resume"]:
-            return f"{self.out}: holds a run already; add --resume to go on with it or --overwrite to start anew"
-        elif used and (self.out / "args.json").exists():
-            before = json.loads((self.out / "args.json").read_text())
-            for key, value in json.loads(json.dumps(recorded, default=str)).items():
-                if key not in may_change and before.get(key, value) != value:
-                    flag = f"--{key.replace('_', '-')}"
-                    return f"{self.out}: {flag} was {before[key]}, now {value}; a resumed run keeps its settings"
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            return f"{self.out}: cannot be made ({error})"
-        return None
-
-    def _drop_unfinished(self):
-        """Remove what a killed run wrote after its last checkpoint: those steps are repeated."""
-        for name in ("log.jsonl", "samples.jsonl"):
-            path = self.out / name
-            rows = whole_rows(path) if path.exists() else ()
-            write_jsonl(path, [row for row in rows if row["step"] <= self.step])
-        for unfinished in (self.out / "checkpoints").glob("*.partial"):
-            shutil.rmtree(unfinished)
-
-    def _ask_to_stop(self, number, frame):
-        # Asked twice means by a person, seconds apart: then the step is not waited for. A launcher and a scheduler may
-        # send the same wish together, and another rank may have passed it on before the signal arrives here.
-        now = time.monotonic()
-        if self.asked is not None and now - self.asked > PATIENCE:
-            raise KeyboardInterrupt
-        self.asked = now if self.asked is None else self.asked
-        self.stop = True
-
-    def log(self, row: dict, samples: list[dict] = ()) -> None:
-        """Append one step's numbers (and some decoded replies) to the logs; rank 0 only writes."""
-        if not self.world.main:
-            return
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        with open(self.out / "samples.jsonl", "a") as file:
-            for sample in samples:
-                file.write(json.dumps({"step": row["step"], **sample}, ensure_ascii=False) + "\n")
-
-    def end_step(self, step, steps, policy, optimizer, *, save_every, keep, extra=dict) -> None:
-        """After `step` of `steps`: write a checkpoint if one is due; leave (KeyboardInterrupt) if asked to.
-
-        extra(): {text: JSON} of this process, kept in the checkpoint.
-        """
-        if self.checkpoint_due(step, steps, save_every):
-            self.save(step, policy, optimizer, keep, extra())
-        if self.stop and step < steps:
-            self.finish()
-            raise KeyboardInterrupt(f"stopped after step {step} of {steps}; --resume goes on from there")
-
-    def checkpoint_due(self, step: int, steps: int, every: int) -> bool:
-        """Is a checkpoint to be written after this step: the last one, every so many, or when asked to stop?
-
-        The wish to stop (Ctrl-C or SIGTERM on any rank) is shared here, so that all ranks act on it together.
-        """
-        self.stop = self.world.sum(self.stop)[0] > 0
-        return self.stop or step == steps or (every > 0 and step % every == 0)
-
-    def save(self, step: int, policy: nn.Module, optimizer, keep: int = 2, extra: dict | None = None) -> None:
-        """Write checkpoints/step_000123 (weights and AdamW's state as safetensors, each process its shards), then point
-        LATEST at it. The shards are copied at once and written in the background, while the next steps go on.
-        extra: {text: JSON} of each process, which restore gives back to all, put together."""
-        self.finish()
-        extra = {name: value for part in self.world.gather(extra or {}) for name, value in part.items()}
-        folder = self.out / "checkpoints" / f"step_{step:06d}"
-        if self.world.main:
-            for leftover in (folder, partial_of(folder)):
-                shutil.rmtree(leftover, ignore_errors=True)
-        self.world.barrier()
-        # The optimizer changes weights in place, so the writer gets copies.
-        state = checkpoint_state(policy, optimizer)
-        copied = {name: value.to("cpu", copy=True) for name, value in state.items()}
-        self.writing = self.writer.submit(self._write, folder, copied, keep, extra)
-
-    def _write(self, folder, state, keep, extra):
-        dcp, _, storage = distributed_checkpoint()
-        writer = storage(str(partial_of(folder)), save_distributed=True)
-        dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=not dist.is_initialized())
-        if not self.world.main:
-            return
-        # Every process has written by now: the first one hears last.
-        write_text(partial_of(folder) / "extra.json", json.dumps(extra))
-        partial_of(folder).replace(folder)
-        write_text(self.out / "LATEST", folder.name)
-        # A later checkpoint, of a run killed before it named it in LATEST, must not count.
-        saved = sorted(path for path in folder.parent.glob("step_??????") if path.name <= folder.name)
-        for old in saved[:-keep]:
-            shutil.rmtree(old)
-
-    def finish(self) -> None:
-        """Wait until the last checkpoint is written. RuntimeError when it could not be (a full disk, say)."""
-        # CheckpointException is no Exception: without this nobody would catch it.
-        from torch.distributed.checkpoint.api import CheckpointException
-
-        writing, self.writing = self.writing, None
-        try:
-            if writing is not None:
-                writing.result()
-        except CheckpointException as error:
-            raise RuntimeError(f"{self.out}: a checkpoint could not be written, the last one is good") from error
-
-    def restore(self, policy: nn.Module, optimizer) -> dict:
-        """Load the checkpoint LATEST names into policy and optimizer, if this run has one (step > 0): -> its extra.
-
-        It may have been written by another number of processes: each reads the slices that are its own now."""
-        if not self.step:
-            return {}
-        dcp, storage, _ = distributed_checkpoint()
-        folder = self.out / "checkpoints" / f"step_{self.step:06d}"
-        reader = storage(str(folder))
-        known = reader.read_metadata().state_dict_metadata
-        for name, weight in policy.named_parameters():
-            if f"{name}/step" in known:  # AdamW makes its state in a weight's first update
-                moments = {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
-                clock = torch.zeros((), device=weight.device)
-                optimizer.state[weight] = {"step": clock, **moments}
-        # It shares the memory of what it names, which is filled now.
-        state = checkpoint_state(policy, optimizer)
-        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
-        return json.loads((folder / "extra.json").read_text())
-
-    def export(self, policy: nn.Module, encoder) -> None:
-        """Make the run directory a Hugging Face model directory: config, safetensors, tokenizer, image settings."""
-        self.finish()
-        save_model(policy, encoder, self.out, self.world)
-
-
-def whole_rows(path: Path):
-    """The rows of a log up to the half line of a killed process, if it ends in one."""
-    for line in path.read_text().split("\n"):
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
-
-
-def partial_of(folder: Path) -> Path:
-    """Where a checkpoint is written before it gets its name."""
-    return folder.with_name(folder.name + ".partial")
-
-
-def distributed_checkpoint():
-    """torch's distributed checkpoints, in safetensors (its own format holds pickles): (module, reader, writer)."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: that is how it is meant
-    return dcp, HuggingFaceStorageReader, HuggingFaceStorageWriter
-
-
-def checkpoint_state(policy: nn.Module, optimizer) -> dict[str, torch.Tensor]:
-    """{name: tensor or shards} of everything a run goes on from: weights, and AdamW's state as "name/exp_avg", …"""
-    state = {}
-    for name, weight in policy.named_parameters():
-        state[name] = weight.detach()
-        for key, value in optimizer.state.get(weight, {}).items():
-            state[f"{name}/{key}"] = value.reshape(1) if key == "step" else value
-    return state
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The Hugging Face model a run ends as
-
-
-def save_model(policy, encoder, folder, world: World = World(0, 1, None), file_bytes: int = 2**32) -> None:
-    """Write a directory that from_pretrained, vLLM and the next stage load; a large model in files of file_bytes.
-
-    The processes gather one tensor at a time and write files in turns, so none ever holds more than a file.
-    """
-    folder = Path(folder)
-    weights = {name.removeprefix("hf."): weight for name, weight in policy.named_parameters()}
-    files = divide_into_files(policy.hf, weights, file_bytes)
-    # The naming that from_pretrained and vLLM expect.
-    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-    if len(files) == 1:
-        names = ["model.safetensors"]
-    if world.main:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
-            old.unlink()
-        policy.hf.config.save_pretrained(folder)
-        policy.hf.generation_config.save_pretrained(folder)
-        encoder.save(folder)
-        if len(files) > 1:
-            total = sum(weight.numel() * weight.element_size() for weight in weights.values())
-            file_of = {key: name for name, file in zip(names, files, strict=True) for key, _ in file}
-            index = {"metadata": {"total_size": total}, "weight_map": file_of}
-            write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
-    world.barrier()
-    for number, (name, file) in enumerate(zip(names, files, strict=True)):
-        tensors = {}
-        mine = number % world.size == world.rank
-        for key, weight in file:
-            whole = whole_tensor(weights[weight])  # a collective, also for ranks that drop it
-            if mine:
-                tensors[key] = whole.cpu().contiguous()
-        if mine:
-            save_file(tensors, folder / f"{name}.partial", metadata={"format": "pt"})
-            (folder / f"{name}.partial").replace(folder / name)
-    world.barrier()
-
-
-def divide_into_files(hf: nn.Module, weights: dict, file_bytes: int) -> list[list[tuple[str, str]]]:
-    """Files of about file_bytes, each a list of (name in the file, name of the weight).
-
-    The names in files are those that public checkpoints of this family carry, which transformers may have renamed.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    order = list(weights)
-    # transformers maps names through tensors; numbers in tensors come back with the new names.
-    numbers = revert_weight_conversion(hf, {name: torch.tensor(number) for number, name in enumerate(order)})
-    files, left = [], 0
-    for key, number in numbers.items():
-        weight = weights[order[number]]
-        size = weight.numel() * weight.element_size()
-        if not files or size > left:
-            files.append([])
-            left = file_bytes
-        files[-1].append((key, order[number]))
-        left -= size
-    return files

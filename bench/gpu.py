@@ -46,6 +46,7 @@ import attention  # noqa: E402
 import grpo  # noqa: E402
 import model  # noqa: E402
 import rewards  # noqa: E402
+import run_directory  # noqa: E402
 import sampler  # noqa: E402
 import training  # noqa: E402
 from records import read_jsonl, read_records, write_jsonl, write_text  # noqa: E402
@@ -528,7 +529,7 @@ def time_steps(stage):
     with (  # rewards look random, so that every group has a signal; no model of this size is read or written
         mock.patch.object(rewards, "score", lambda text, *rest, **options: dict(zero, reward=versus.reward(text))),
         mock.patch.object(model, "load", return_value=(policy, encoder)),
-        mock.patch.multiple(training.Run, export=mock.DEFAULT, save=mock.DEFAULT),
+        mock.patch.multiple(run_directory.Run, export=mock.DEFAULT, save=mock.DEFAULT),
     ):
         grpo.main(flags + [f"--{key}={value}" for key, value in sizes.items()])
     for _, row in read_jsonl(out / "log.jsonl"):  # the first loads kernels and has no pictures encoded ahead

@@ -219,9 +219,9 @@ def hook(gate, spec, before_step=lambda step: {}):
     import torch
 
     import model
-    import training
+    import run_directory
 
-    load, log, restore, log_probs = model.load, training.Run.log, training.Run.restore, model.log_probs
+    load, log, restore, log_probs = model.load, run_directory.Run.log, run_directory.Run.restore, model.log_probs
     counted, reported = Counter(), {}
 
     def load_endless(*args, **options):
@@ -250,7 +250,7 @@ def hook(gate, spec, before_step=lambda step: {}):
         counted.clear()
         reported.update(before_step(row["step"]))
 
-    model.load, model.log_probs, training.Run.restore, training.Run.log = load_endless, count, first, each
+    model.load, model.log_probs, run_directory.Run.restore, run_directory.Run.log = load_endless, count, first, each
 
 
 def ours_grpo(gate, spec):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import model
+import run_directory
 import training
 
 
@@ -22,7 +23,7 @@ def export(args, world):
 
     training.save_file = watched
     try:
-        training.save_model(policy, encoder, args.out, world, args.bytes)
+        run_directory.save_model(policy, encoder, args.out, world, args.bytes)
     finally:
         training.save_file = save
     everybody = world.gather(written)

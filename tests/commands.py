@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+import run_directory
 import training
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks torch for one
@@ -48,7 +49,7 @@ def flags(**settings):
 def call(stage, **settings):
     """Run a stage's main() in this process."""
     threads = torch.get_num_threads()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     torch.set_num_threads(1)
     try:
         importlib.import_module(stage).main(flags(**settings))
@@ -180,7 +181,7 @@ def weights(out, name="model.safetensors"):
 
 def checkpoint(out, step):
     """{name: whole tensor} of a run's checkpoint, weights and AdamW's state, however many processes wrote it."""
-    dcp, storage, _ = training.distributed_checkpoint()
+    dcp, storage, _ = run_directory.distributed_checkpoint()
     reader = storage(str(Path(out) / f"checkpoints/step_{step:06d}"))
     known = reader.read_metadata().state_dict_metadata
     state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in known.items()}

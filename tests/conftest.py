@@ -5,6 +5,7 @@ All of it is made once and must not be changed; a test that needs other weights 
 
 import random
 import re
+import signal
 
 import flash
 import pytest
@@ -33,6 +34,14 @@ def pytest_runtest_makereport(item, call):
 def one_thread():
     """The models are so small that a second thread costs more than it helps."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A stage's end ignores SIGTERM; tests that run one in this process must not."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ the machine is merely busy, and the bug is tried again with more time; what stay
 
 import argparse
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -24,8 +25,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-
-import bugs_puzzles
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
@@ -100,14 +99,14 @@ FLAGS = some("test_training", "a_number_in_its_interval_is_read", "a_number_out_
 UPDATES = some(
     "test_training", "learning_rates_by_hand", "an_update_clips_the_norm_sets_the_rate_and_clears_the_gradient"
 )
-NUMBERS = some("test_training", "a_gradient_that_is_no_number_changes_nothing_and_ends_the_run")
+NUMBERS = some("test_run_directory", "a_gradient_that_is_no_number_changes_nothing")
 COST = some(
     "test_training",
     "the_flops_of_the_formula_are_those_that_torch_counts",
     "flops_of_windows_by_hand",
     "a_frozen_tower_has_no_backward_pass_to_count",
 )
-CHECKPOINT = some("test_training", "a_resumed_run_ends_with_the_weights_of_an_unbroken_one")
+CHECKPOINT = some("test_run_directory", "a_resumed_run_ends_with_the_weights_of_an_unbroken_one")
 SETTINGS = some("test_resume", "a_resumed_run_keeps_its_settings")
 BACKGROUND = some("test_resume", "a_checkpoint_holds_the_moment_it_was_asked_for_though_it_is_written_later")
 EXPORT = some("test_parallel", "a_model_is_exported_in_files_that_the_processes_write_in_turns")
@@ -222,9 +221,8 @@ BUGS = [Bug(*entry) for entry in (
     ("DPO divides each micro-batch by its own size", "dpo.py",
      "loss_dpo = (losses * real_pairs).sum() / len(batch)", "loss_dpo = losses.mean()", MICRO_BATCHES),
     ("a resumed run takes the trained model as its reference", "dpo.py",
-     "    known = {}\n    if world.main and run.step and file.exists():\n"
-     "        known = json.loads(file.read_text())\n",
-     "    known = run.restore(policy, training.adamw(policy, 1.0)) or {}\n", RESUME),
+     "    known = {int(index): tuple(value) for index, value in run.extra.get(\"reference\", {}).items()}\n",
+     "    known = {} if run.restore(policy, training.adamw(policy, 1.0)) else {}\n", RESUME),
     ("dpo.py forgets to restore", "dpo.py", "run.restore(policy, optimizer)", "pass", RESUME),
 
     # ---- grpo.py: the stage
@@ -421,16 +419,16 @@ BUGS = [Bug(*entry) for entry in (
     ("the learning rate warms up from zero", "training.py",
      "peak * (step + 1) / warmup", "peak * step / warmup", UPDATES),
     ("gradients are not clipped", "training.py", "max_norm or math.inf", "math.inf", UPDATES),
-    ("a gradient of NaN goes into the weights", "training.py", "if not math.isfinite(norm):", "if False:", NUMBERS),
-    ("resume does not restore the optimizer", "training.py",
+    ("a gradient of NaN goes into the weights", "training.py", "if math.isfinite(norm):", "if True:", NUMBERS),
+    ("resume does not restore the optimizer", "run_directory.py",
      "        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())",
      "        some = {name: value for name, value in state.items() if '/' not in name}\n"
      "        dcp.load(some, storage_reader=reader, no_dist=not dist.is_initialized())", CHECKPOINT),
-    ("AdamW's clock begins anew after a resume", "training.py",
+    ("AdamW's clock begins anew after a resume", "run_directory.py",
      'value.reshape(1) if key == "step"', 'value.reshape(1).clone() if key == "step"', CHECKPOINT),
-    ("a checkpoint shares its memory with the weights", "training.py",
+    ("a checkpoint shares its memory with the weights", "run_directory.py",
      'value.to("cpu", copy=True)', 'value.to("cpu")', BACKGROUND),
-    ("one process writes every file", "training.py",
+    ("one process writes every file", "run_directory.py",
      "mine = number % world.size == world.rank", "mine = world.rank == 0", EXPORT),
     ("--shard none shards the weights all the same", "training.py",
      'replicas = world.size if sharding.mode == "none" else sharding.replicas',
@@ -549,7 +547,7 @@ BUGS = [Bug(*entry) for entry in (
      "read_bare=read_one_capital", "read_bare=read_letter", ANSWERS),
     ("a side of 10**400 is an overflow", "rewards.py", "except OverflowError:", "except ZeroDivisionError:", ANSWERS),
     ("bad golds are left out unasked", "records.py", "if not skip_bad:", "if False:", ANSWERS),
-    ("bad golds are left out without a word", "records.py", "    if skipped:\n", "    if False:\n", ANSWERS),
+    ("bad golds are left out without a word", "records.py", "    if skipped and", "    if False and", ANSWERS),
 
     # ---- math_answers.py, expressions.py
     ("two sides without a value are equal", "expressions.py",
@@ -636,9 +634,9 @@ BUGS = [Bug(*entry) for entry in (
      some("test_pictures", "transparency_lies_on_white")),
     ("a picture's size is not turned with it", "records.py", "return (height, width) if turned else (width, height)",
      "return width, height", some("test_pictures", "a_picture_is_turned_as_its_camera_says_and_its_size_too")),
-    ("a wish passed on by another rank counts as the first of two", "training.py",
+    ("a wish passed on by another rank counts as the first of two", "run_directory.py",
      "if self.asked is not None and now - self.asked > PATIENCE:", "if self.stop:",
-     some("test_training", "one_wish_to_stop_may_arrive_several_times_and_a_second_one_comes_seconds_later")),
+     some("test_run_directory", "one_wish_to_stop_may_arrive_several_times_and_a_second_one_comes_seconds_later")),
     ("GF: beta is not squared in the denominator", "eval.py",
      "/ (beta**2 * gain_id + gain_ood)", "/ (beta * gain_id + gain_ood)", EVAL),
     ("GF: a negative gain gives a number", "eval.py",
@@ -660,7 +658,9 @@ BUGS = [Bug(*entry) for entry in (
     ("the accuracy of readable answers is that of all", "report.py",
      'keys = ("accuracy", "accuracy_read", "format")', 'keys = ("accuracy", "accuracy", "format")', REPORT),
 )]
-BUGS += [Bug(*entry) for entry in bugs_puzzles.BUGS]
+# Those of a topic stand beside this file, in the same form: bugs_<topic>.py has a list BUGS of such tuples.
+for path in sorted(Path(__file__).resolve().parent.glob("bugs_*.py")):
+    BUGS += [Bug(*entry) for entry in runpy.run_path(str(path))["BUGS"]]
 # fmt: on
 
 

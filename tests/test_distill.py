@@ -16,6 +16,7 @@ import jigsaw
 import judge
 import model
 import rewards
+import run_directory
 import training
 from records import DataError, read_records, write_jsonl
 from toy.scenes import scene
@@ -252,7 +253,7 @@ def place(tmp_path_factory):
         loss.backward()
         training.update(policy, optimizer, 1e-2, 1.0)
     assert loss < 0.005
-    training.save_model(policy, encoder, folder / "parrot")
+    run_directory.save_model(policy, encoder, folder / "parrot")
     return folder
 
 

@@ -21,8 +21,8 @@ from transformers import AutoModelForImageTextToText
 
 import families
 import model
+import run_directory
 import sampler
-import training
 from records import DataError, read_records
 from toy.scenes import scene
 from toy.tiny_model import make_tiny
@@ -231,7 +231,7 @@ def test_max_pixels_bounds_the_tiles_and_stays_out_of_the_exported_settings(tiny
             assert encoder.family.grid(width, height)[0] <= tiles + (tiles > 1)
         assert encoder.prompt(gallery[0]).pixels.shape[0] == encoder.family.grid(112, 112)[0]
         assert encoder.family.vllm_settings()["mm_processor_kwargs"]["max_patches"] == tiles
-    training.save_model(policy, encoder, tmp_path)
+    run_directory.save_model(policy, encoder, tmp_path)
     for name in ("preprocessor_config.json", "processor_config.json"):
         assert json.loads((tmp_path / name).read_text()) == json.loads((source / name).read_text())
     with pytest.raises(DataError, match="--max-pixels 3000 is below one tile, 3136 pixels"):
@@ -287,7 +287,7 @@ def test_dynamic_rope_is_transformers_own_up_to_the_models_length_and_stays_in_t
     folder = changed(tiny_dirs["internvl"], tmp_path / "m", text_config__rope_parameters=rope)
     policy, encoder = load_rough(folder)
     assert_computes_what_transformers_computes(policy, encoder, records)
-    training.save_model(policy, encoder, tmp_path / "out")
+    run_directory.save_model(policy, encoder, tmp_path / "out")
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert plain.model.language_model.rotary_emb.rope_type == "dynamic"
     prompt = encoder.prompt(records[0])

@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText
 import attention
 import families
 import model
+import run_directory
 import training
 from records import DataError
 
@@ -30,7 +31,7 @@ from records import DataError
 @every_family
 def test_a_saved_model_is_the_same_to_from_pretrained_and_to_load(models, records, tmp_path, family):
     policy, encoder = models[family]
-    training.save_model(policy, encoder, tmp_path)
+    run_directory.save_model(policy, encoder, tmp_path)
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(plain) is type(policy.hf) and type(plain).__module__.startswith("transformers.models.")
     assert plain.lm_head.weight is plain.get_input_embeddings().weight, "tied"
@@ -98,7 +99,7 @@ def test_a_head_of_its_own_is_used_even_if_the_config_ties_it(tiny_dirs, records
     expected = logits.log_softmax(-1).gather(-1, reply[:, None])[:, 0]
     torch.testing.assert_close(logp[0], expected, **EXACT)
 
-    training.save_model(policy, encoder, tmp_path / "again")
+    run_directory.save_model(policy, encoder, tmp_path / "again")
     again, _ = model.load(tmp_path / "again", CPU)
     assert torch.equal(again.hf.lm_head.weight, head), "what is trained stays untied on disk"
 

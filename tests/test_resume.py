@@ -15,7 +15,9 @@ import pytest
 import torch
 from commands import ROOT, Material, call, checkpoint, distance, end, rows, start, stop, timeless, weights
 
+import dpo
 import model
+import run_directory
 import sampler
 import training
 import vllm_sampler
@@ -177,7 +179,7 @@ def test_a_checkpoint_newer_than_the_one_just_written_does_not_push_it_out(mater
         (tmp_path / f"checkpoints/step_00000{step}").mkdir(parents=True)
     (tmp_path / "LATEST").write_text("step_000003")
     policy, _ = model.load(material.speaker, training.setup(), train=True)
-    run = training.Run(tmp_path, training.setup(), step=3)
+    run = run_directory.Run(tmp_path, training.setup(), step=3)
     run.save(4, policy, training.adamw(policy, 1e-3), keep=1)
     run.finish()
     assert (tmp_path / "LATEST").read_text() == "step_000004"
@@ -188,7 +190,7 @@ def test_a_checkpoint_newer_than_the_one_just_written_does_not_push_it_out(mater
 def test_a_checkpoint_holds_the_moment_it_was_asked_for_though_it_is_written_later(material, tmp_path):
     policy, _ = model.load(material.speaker, training.setup(), train=True)
     before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
-    run, may_write = training.Run(tmp_path, training.setup()), threading.Event()
+    run, may_write = run_directory.Run(tmp_path, training.setup()), threading.Event()
     run.writer.submit(may_write.wait)  # the writer is busy
     run.save(1, policy, training.adamw(policy, 1e-3))
     with torch.no_grad():
@@ -203,7 +205,7 @@ def test_a_checkpoint_holds_the_moment_it_was_asked_for_though_it_is_written_lat
 
 def test_what_goes_wrong_in_the_background_ends_the_run_and_leaves_the_last_checkpoint(material, tmp_path):
     policy, _ = model.load(material.speaker, training.setup(), train=True)
-    run = training.Run(tmp_path, training.setup())
+    run = run_directory.Run(tmp_path, training.setup())
     run.save(1, policy, training.adamw(policy, 1e-3))
     run.finish()
     (tmp_path / "checkpoints/step_000002.partial").write_text("a file stands where the folder should be")
@@ -245,3 +247,22 @@ def test_a_resumed_run_keeps_its_settings(material, tmp_path, capsys, stage):
         err = capsys.readouterr().err.splitlines()
         assert len(err) == 1 and err[0].startswith("error: ") and f"--{name.replace('_', '-')} was" in err[0], err
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_kept_and_made_up_by_no_other(material, tmp_path, monkeypatch):
+    plain, calls = dpo.dpo_loss, []
+
+    def sometimes_nan(*args):
+        calls.append(args)
+        losses, margin = plain(*args)
+        return losses * (float("nan") if len(calls) == 2 else 1.0), margin
+
+    monkeypatch.setattr(dpo, "dpo_loss", sometimes_nan)
+    call("dpo", **material.dpo(out=tmp_path / "run", steps=3, save_every=1, keep=9))
+    assert len(calls) == 3, "a micro-batch a step is what this test counts on"
+    log = rows(tmp_path / "run")
+    assert [row["skipped"] for row in log] == [0, 1, 0] and log[1]["grad_norm"] is None and log[1]["loss"] is None
+    steps = [checkpoint(tmp_path / "run", step) for step in (1, 2, 3)]
+    assert distance(steps[0], steps[1]) == 0 and distance(steps[1], steps[2]) > 0
+    kept = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert kept and all(row["step"] == 2 and row["where"] and row["id"] for row in kept)

@@ -37,6 +37,7 @@ from commands import (
 import grpo
 import model
 import rewards
+import run_directory
 import sampler
 import training
 import vllm_sampler
@@ -44,11 +45,11 @@ from records import DataError, epoch_order, read_records
 
 LN2 = 0.6931471805599453
 DPO_KEYS = {"step", "loss", "loss_dpo", "loss_sft", "chosen_reward", "rejected_reward", "margin", "preference_accuracy",
-            "grad_norm", "lr", "seconds", "samples_per_s", "seconds_rest", "seconds_learn", "tflops_learn",
+            "grad_norm", "skipped", "lr", "seconds", "samples_per_s", "seconds_rest", "seconds_learn", "tflops_learn",
             "peak_memory_gib"}  # fmt: skip
 SFT_KEYS = DPO_KEYS - {"loss_dpo", "chosen_reward", "rejected_reward", "margin", "preference_accuracy"}
 GRPO_KEYS = {"step", "reward", "accuracy", "format", "length", "finished", "loss", "kl", "clip_fraction", "entropy",
-             "useful_groups", "grad_norm", "lr", "sampler_gap", "sampler_gap_mean", "importance_capped",
+             "useful_groups", "grad_norm", "skipped", "lr", "sampler_gap", "sampler_gap_mean", "importance_capped",
              "rollouts_per_s", "tokens_per_s", "seconds_sample", "seconds_score", "seconds_learn", "seconds_rest",
              "tflops_sample", "tflops_learn", "peak_memory_gib"}  # fmt: skip
 
@@ -624,7 +625,8 @@ def test_help_shows_each_group_and_each_flag_once_of(stage, parser_of):
 
 # What add_training_flags gives both trainers: of args.json these are the machine's and the run directory's part.
 MACHINE = {"max_pixels", "dtype", "attn", "freeze_vision", "micro_tokens", "gradient_checkpointing", "shard",
-           "replicas", "offload", "accumulate", "measure_peak", "save_every", "keep"}  # fmt: skip
+           "replicas", "offload", "accumulate", "measure_peak", "save_every", "keep", "timeout",
+           "max_skipped"}  # fmt: skip
 COMMON = {"model", "data", "skip_bad", "out", "seed", "steps", "lr", "schedule", "warmup", "grad_clip"}
 SETTINGS = {
     "dpo": COMMON | MACHINE | {"loss", "beta", "sft_weight", "batch"},
@@ -641,34 +643,34 @@ def test_args_json_holds_every_setting_of(stage, tmp_path):
     args = importlib.import_module(stage).parse_args(["--model", "m", "--data", "d", "--out", str(tmp_path)])
     open_run(args)
     recorded = json.loads((tmp_path / "args.json").read_text())
-    assert recorded.keys() == SETTINGS[stage]
-    assert recorded.keys() == vars(args).keys() - {"resume", "overwrite"}
+    assert recorded.keys() == SETTINGS[stage] | {"inputs"}
+    assert recorded.keys() == vars(args).keys() - {"resume", "overwrite"} | {"inputs"}
     assert recorded["data"] == ["d"] and recorded["gradient_checkpointing"] == "auto"
 
 
 def open_run(args, **changes):
     """Open args.out as grpo.py does, and put back what it does to signals."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in run_directory.SIGNALS}
     try:
-        return training.Run.open(vars(args) | changes, training.setup(), vllm_sampler.MAY_CHANGE)
+        return run_directory.Run.open(vars(args) | changes, training.setup(), vllm_sampler.MAY_CHANGE)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 # Flags that a resumed run may be given anew: they change neither data nor weights, but how far, how safe and how fast.
-MAY_CHANGE = {"steps", "save_every", "keep", "measure_peak", "shard", "replicas", "offload", "accumulate", "vllm_tp",
+MAY_CHANGE = {"steps", "save_every", "keep", "timeout", "max_skipped", "measure_peak",
+              "shard", "replicas", "offload", "accumulate", "vllm_tp",
               "vllm_memory", "parity_every"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(SETTINGS["grpo"] - {"out"}))
 def test_a_resumed_run_may_be_given_anew_only_what_changes_no_result(tmp_path, name):
     args = grpo.parse_args(["--model", "m", "--data", "d", "--out", str(tmp_path)])
-    open_run(args)
-    (tmp_path / "LATEST").write_text("step_000002")
+    open_run(args).log({"step": 1})
     changes = {"resume": True, name: "another"}
     if name in MAY_CHANGE:
-        assert open_run(args, **changes).step == 2
+        open_run(args, **changes)
         assert json.loads((tmp_path / "args.json").read_text())[name] == "another"
     else:
         with pytest.raises(DataError, match=f"--{name.replace('_', '-')} was .*, now another; a resumed run keeps its"):

@@ -1,9 +1,7 @@
-"""training.py and model.Cost: flags, schedules, micro-batches and updates by hand; runs that stop go on unharmed."""
+"""training.py and model.Cost: flags, schedules, micro-batches and updates by hand; matrix products."""
 
 import argparse
-import json
 import random
-import signal
 import time
 
 import pytest
@@ -15,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import training
-from records import DataError, read_jsonl
+from records import DataError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -215,19 +213,6 @@ def test_an_update_leaves_small_gradients_and_those_nobody_wants_clipped(max_nor
     assert layer.weight[0].tolist() == pytest.approx([0.7, 1.4], abs=1e-5)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_no_number_changes_nothing_and_ends_the_run(scratch_model, records, value):
-    policy, encoder = scratch_model
-    before = {name: weight.clone() for name, weight in training.whole_weights(policy).items()}
-    optimizer = training.adamw(policy, 1e-3)
-    logp, _ = model.log_probs(policy, groups_of(encoder, records, [(1, 1)]))
-    (value * logp.sum()).backward()
-    with pytest.raises(RuntimeError, match=f"gradient norm is (nan|{value}); no weight was changed"):
-        training.update(policy, optimizer, 1e-3, 1.0)
-    for name, weight in policy.named_parameters():
-        assert torch.equal(weight, before[name]), name
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # FLOPs and seconds
 
@@ -340,105 +325,6 @@ def test_the_measured_peak_is_what_a_product_reaches():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Run directory
-
-
-@pytest.fixture
-def signals_restored():
-    """Run.open takes Ctrl-C and SIGTERM for itself: give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def settings(out, **changes):
-    usual = {"out": str(out), "lr": 1e-2, "resume": False, "overwrite": False, "steps": 4}
-    return usual | changes
-
-
-def learn(policy, optimizer, groups, steps):
-    for _ in range(steps):
-        logp, _ = model.log_probs(policy, groups)
-        (-logp.mean()).backward()
-        training.update(policy, optimizer, 1e-2, 1.0)
-
-
-def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tiny_dirs, records, tmp_path, signals_restored):
-    path = tiny_dirs["qwen2_5_vl"]
-    policy, encoder = model.load(path, CPU, train=True)
-    groups = groups_of(encoder, records, [(0, 2), (1, 1)])
-    optimizer = training.adamw(policy, 1e-2)
-    run = training.Run.open(settings(tmp_path / "run"), CPU)
-    for step in range(1, 4):
-        learn(policy, optimizer, groups, 1)
-        run.log({"step": step}, [{"reply": "A"}])
-        if step == 2:
-            run.save(step, policy, optimizer)
-    run.finish()
-    unbroken = {name: weight.clone() for name, weight in training.whole_weights(policy).items()}
-
-    policy, _ = model.load(path, CPU, train=True)
-    optimizer = training.adamw(policy, 1e-2)
-    run = training.Run.open(settings(tmp_path / "run", resume=True, steps=9), CPU)
-    assert run.step == 2
-    for name in ("log.jsonl", "samples.jsonl"):  # step 3 will be done again
-        assert [row["step"] for _, row in read_jsonl(tmp_path / "run" / name)] == [1, 2]
-    run.restore(policy, optimizer)
-    learn(policy, optimizer, groups, 1)
-    for name, weight in policy.named_parameters():
-        assert torch.equal(weight, unbroken[name]), name
-
-
-def test_a_run_directory_refuses_a_second_run_and_changed_settings(tmp_path, signals_restored):
-    training.Run.open(settings(tmp_path), CPU).log({"step": 1})
-    with pytest.raises(DataError, match="add --resume to go on with it or --overwrite"):
-        training.Run.open(settings(tmp_path), CPU)
-    with pytest.raises(DataError, match="--lr was 0.01, now 0.5"):
-        training.Run.open(settings(tmp_path, resume=True, lr=0.5), CPU)
-    training.Run.open(settings(tmp_path, resume=True, lr=0.5), CPU, may_change=("lr",))
-    training.Run.open(settings(tmp_path, overwrite=True, lr=0.7), CPU)
-    assert (tmp_path / "log.jsonl").read_text() == ""
-    assert json.loads((tmp_path / "args.json").read_text())["lr"] == 0.7
-
-
-def test_checkpoints_are_few_whole_and_written_when_due(scratch_model, records, tmp_path, signals_restored):
-    policy, encoder = scratch_model
-    optimizer = training.adamw(policy, 1e-3)
-    learn(policy, optimizer, groups_of(encoder, records, [(1, 1)]), 1)
-    run = training.Run.open(settings(tmp_path), CPU)
-    assert [step for step in range(1, 8) if run.checkpoint_due(step, 7, 3)] == [3, 6, 7]
-    assert [step for step in range(1, 8) if run.checkpoint_due(step, 7, 0)] == [7]
-    for step in (3, 6, 7):
-        run.save(step, policy, optimizer, keep=2)
-    run.finish()
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000006", "step_000007"]
-    assert (tmp_path / "LATEST").read_text() == "step_000007"
-
-
-def test_a_step_ends_with_the_checkpoint_that_is_due_and_a_run_asked_to_stop_leaves_after_one(
-    scratch_model, records, tmp_path, signals_restored
-):
-    policy, encoder = scratch_model
-    optimizer = training.adamw(policy, 1e-3)
-    learn(policy, optimizer, groups_of(encoder, records, [(1, 1)]), 1)
-    run = training.Run.open(settings(tmp_path), CPU)
-    options = {"save_every": 2, "keep": 5, "extra": lambda: {"seed": 7}}
-    for step in (1, 2, 3):
-        run.end_step(step, 9, policy, optimizer, **options)
-    signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt, match="after step 5 of 9; --resume"):
-        run.end_step(5, 9, policy, optimizer, **options)
-    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert saved == ["step_000002", "step_000005"] and (tmp_path / "LATEST").read_text() == "step_000005"
-    run.end_step(9, 9, policy, optimizer, **options)  # it is finished: nothing to leave
-    run.finish()
-
-    again = training.Run.open(settings(tmp_path, resume=True), CPU)
-    assert again.step == 9 and again.restore(policy, optimizer) == {"seed": 7}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Exit status
 
 
@@ -461,15 +347,3 @@ def test_the_exit_status_says_whose_fault_it_was(capsys, error, status, said):
     printed = capsys.readouterr().err.lstrip("\n")
     assert (caught.value.code or 0) == status
     assert printed == said or (status == 1 and printed.endswith(said))
-
-
-def test_one_wish_to_stop_may_arrive_several_times_and_a_second_one_comes_seconds_later(tmp_path, monkeypatch):
-    run, now = training.Run(tmp_path, CPU), [100.0]
-    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
-    run.stop = True  # another rank was asked first, and has passed it on
-    run._ask_to_stop(signal.SIGTERM, None)
-    now[0] += 1.0
-    run._ask_to_stop(signal.SIGTERM, None)  # by the scheduler, after the launcher
-    now[0] += 1.5
-    with pytest.raises(KeyboardInterrupt):
-        run._ask_to_stop(signal.SIGINT, None)

@@ -3,14 +3,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
+TEST_JOBS ?= 2
 BIN := $(abspath $(VENV))/bin
 
 .PHONY: demo test test-vllm photos bugs exercise lint bench
 demo: $(VENV)/ready
 	PATH="$(BIN):$$PATH" bash recipes/demo.sh runs/demo
 
+# two files of tests at a time, one thread each, in the order of their names: the long ones are not the last
 test: $(VENV)/ready
-	PATH="$(BIN):$$PATH" python -m pytest
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 # an environment of its own (several GB) with vLLM's CPU build; then about three minutes
 test-vllm:

@@ -110,7 +110,7 @@ def question_of(record: dict) -> Question:
             letter_of[in_order(plain(option))] = letter
     prompt = str(record.get("prompt") or "")[:MAX_PROMPT]
     pair = record.get("pair")
-    if not pair:
+    if not (isinstance(pair, list | tuple) and len(pair) == 2):
         named = re.search(r"position ([0-9]{1,2})\b[^?\n]{0,40}relative to[^?\n]{0,40}position ([0-9]{1,2})\b", prompt)
         pair = named.groups() if named else None
     words = frozenset(re.findall(r"[a-z]{3,}", prompt.casefold()))

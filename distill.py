@@ -29,6 +29,7 @@ from tqdm import tqdm
 import model
 import rewards
 import sampler
+import scoring
 import training
 import vllm_sampler
 from judge import contradicts, find_answer
@@ -201,8 +202,8 @@ def parse_args(argv=None):
     add("--skip-bad", action="store_true",
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
     add("--out", required=True, help="pairs.jsonl to write: records with chosen and rejected")
-    add("--limit", type=integer("[0, inf)"), default=0, help="use the first N records only; 0: all")
-    add("--seed", type=integer("[0, inf)"), default=0,
+    add("--limit", type=integer("[0, 1e9]"), default=0, help="use the first N records only; 0: all")
+    add("--seed", type=integer("[0, 4294967295]"), default=0,
         help="fixes every sample, whatever --batch and the number of processes")  # fmt: skip
 
     add = parser.add_argument_group("pairs").add_argument
@@ -213,13 +214,13 @@ def parse_args(argv=None):
         help="refuse chosen replies whose reasoning contradicts their answer, by rule; none: take them")  # fmt: skip
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--samples", type=integer("[1, inf)"), default=4,
+    add("--samples", type=integer("[1, 1e5]"), default=4,
         help="replies per question from each model; more samples, fewer lost questions")  # fmt: skip
-    add("--temperature", type=real("[0, inf)"), default=1.0,
+    add("--temperature", type=real("0 or [1e-4, 1e4]"), default=1.0,
         help="sampling temperature of both models; 0: greedy, --samples 1 only")  # fmt: skip
-    add("--max-new-tokens", type=integer("[1, inf)"), default=512,
+    add("--max-new-tokens", type=integer("[1, 1e6]"), default=512,
         help="longest reply in tokens; a reply truncated there is not used")  # fmt: skip
-    add("--batch", type=integer("[1, inf)"), default=64,
+    add("--batch", type=integer("[1, 1e6]"), default=64,
         help="questions encoded at a time; the memory of sampling is bounded by itself")  # fmt: skip
 
     vllm_sampler.add_sampler_flags(parser)
@@ -235,15 +236,13 @@ def parse_args(argv=None):
 
 
 def check_paths(out: Path, models: dict[str, str | None]) -> None:
-    """DataError if `out` cannot be written, or one of {flag: model path} names neither a model nor a hub id."""
+    """DataError if `out` cannot be written, or one of {flag: model path} names neither a sound model nor a hub id."""
     if out.is_dir():
         raise DataError(f"--out {out}: is a directory; name the file to write, such as {out / 'pairs.jsonl'}")
     for flag, path in models.items():
-        if path is None or Path(path, "config.json").is_file():
-            continue
-        hub_id = path.count("/") == 1 and not Path(path).exists()
-        if not hub_id:
-            raise DataError(f"{flag} {path}: no model directory (nor a hub id, which reads owner/name)")
+        hub_id = path is not None and path.count("/") == 1 and not Path(path).exists()
+        if path is not None and not hub_id:  # the base is loaded hours after the policy: what is wrong is said now
+            model.check_folder(path, flag)
 
 
 def sample_texts(
@@ -290,7 +289,10 @@ def main(argv=None):
     # 1. Read: everything that can be wrong is found before a model is loaded
     out = Path(args.out)
     check_paths(out, {"--policy": args.policy, "--base": args.base})
-    records = read_records(args.data, rewards.check_gold, skip_bad=args.skip_bad)[: args.limit or None]
+    records = read_records(
+        args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels
+    )
+    records = records[: args.limit or None]
     places = range(world.rank, len(records), world.size)
     mine = [records[place] for place in places]
 
@@ -298,6 +300,7 @@ def main(argv=None):
     options = {name: getattr(args, name) for name in ("samples", "temperature", "max_new_tokens", "batch")}
     options |= {"engine": args.sampler, "vllm_memory": args.vllm_memory}
     options |= {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
+    options |= {"max_image_pixels": args.max_image_pixels}
     # Even and odd seeds: the two models must not use the same random numbers.
     seeds = [2 * (args.seed * 10**9 + place) for place in places]
     policy_texts = sample_texts("policy", args.policy, world, mine, seeds, **options)
@@ -308,7 +311,9 @@ def main(argv=None):
     # 3. Pair
     choices = {"judge": args.judge, "coupled": args.coupled, "reject_from": args.reject_from}
     found = []
+    scorer = scoring.Scorer()
     for place, record, *texts in zip(places, mine, policy_texts, base_texts, strict=True):
+        texts = [scorer.readable(group, record) for group in texts]
         found.append(make_pair(record, *texts, random.Random(f"{args.seed}/{place}"), **choices))
     outcomes = [None] * len(records)
     for rank, part in enumerate(world.gather(found)):

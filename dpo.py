@@ -107,21 +107,21 @@ def parse_args(argv=None):
     add("--skip-bad", action="store_true",
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
     add("--out", required=True, help="run directory; ends as a model directory for the next stage")
-    add("--seed", type=integer("[0, inf)"), default=0, help="fixes the order of the pairs")
+    add("--seed", type=integer("[0, 4294967295]"), default=0, help="fixes the order of the pairs")
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dpo+sft", choices=["dpo+sft", "dpo", "sft"], help="what to minimise")
-    add("--beta", type=real("(0, inf)"), default=0.1,
+    add("--beta", type=real("[1e-6, 1e6]"), default=0.1,
         help="DPO's β: the price of leaving the reference (larger: stay closer)")  # fmt: skip
-    add("--sft-weight", type=real("[0, inf)"), default=1.0, help="λ of DPO + λ·SFT; 0 is pure DPO")
+    add("--sft-weight", type=real("[0, 1e6]"), default=1.0, help="λ of DPO + λ·SFT; 0 is pure DPO")
 
     add = parser.add_argument_group("optimiser").add_argument
-    add("--batch", type=integer("[1, inf)"), default=64, help="pairs per update, over all processes")
-    add("--steps", type=integer("[0, inf)"), default=0, help="updates; 0: one pass over the pairs")
-    add("--lr", type=real("(0, inf)"), default=1e-6, help="peak learning rate of AdamW")
+    add("--batch", type=integer("[1, 1e6]"), default=64, help="pairs per update, over all processes")
+    add("--steps", type=integer("[0, 1e6]"), default=0, help="updates; 0: one pass over the pairs")
+    add("--lr", type=real("[1e-12, 1]"), default=1e-6, help="peak learning rate of AdamW")
     add("--schedule", default="linear", choices=["linear", "constant"], help="linear falls to 0 at the last step")
-    add("--warmup", type=integer("[0, inf)"), default=0, help="updates over which the rate rises from 0; 0: none")
-    add("--grad-clip", type=real("[0, inf)"), default=1.0, help="largest global gradient norm; 0: no clipping")
+    add("--warmup", type=integer("[0, 1e6]"), default=0, help="updates over which the rate rises from 0; 0: none")
+    add("--grad-clip", type=real("0 or [1e-6, 1e6]"), default=1.0, help="largest global gradient norm; 0: no clipping")
 
     training.add_training_flags(parser)
     return parser.parse_args(argv)
@@ -159,7 +159,7 @@ def main(argv=None):
 
     # 1. Read the pairs
     text_fields = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
-    pairs = read_records(args.data, rewards.check_gold, text_fields, args.skip_bad)
+    pairs = read_records(args.data, rewards.check_gold, text_fields, args.skip_bad, args.max_image_pixels)
     steps = args.steps or math.ceil(len(pairs) / args.batch)
     total = args.steps * args.batch or len(pairs)  # one pass ends with the last pair, in a smaller batch
     order = epoch_order(args.seed, len(pairs), 0, total)

@@ -26,6 +26,7 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -35,8 +36,10 @@ import model
 import report
 import rewards
 import sampler
+import scoring
 import training
 import vllm_sampler
+from pictures import MAX_IMAGE_PIXELS
 from records import DataError, read_records, write_text
 from training import integer, real
 
@@ -168,7 +171,9 @@ def format_gains(
 ROLES = ("data", "id", "ood")
 
 
-def read_files(files: dict[str, list[str]], limit: int | None, skip_bad: bool = False) -> list[dict]:
+def read_files(
+    files: dict[str, list[str]], limit: int | None, skip_bad: bool = False, max_image_pixels: int = MAX_IMAGE_PIXELS
+) -> list[dict]:  # fmt: skip
     """All records of {role: files}, in that order, with "_file" (absolute), "_role" and "_source".
 
     limit: only so many of each file. A file named twice is read once, in its last role: a file of --data that is also
@@ -177,7 +182,8 @@ def read_files(files: dict[str, list[str]], limit: int | None, skip_bad: bool = 
     roles = {os.path.abspath(path): role for role in ROLES for path in files[role]}
     records = []
     for path, role in roles.items():
-        for record in read_records(path, rewards.check_gold, skip_bad=skip_bad)[:limit]:
+        whole = read_records(path, rewards.check_gold, skip_bad=skip_bad, max_image_pixels=max_image_pixels)
+        for record in whole[:limit]:
             form = rewards.reply_format(record)
             source = record["source"] if form == "think" else f"{record['source']}:{form}"
             records.append(record | {"_file": path, "_role": role, "_source": source})
@@ -225,13 +231,20 @@ def first_of_each_source(records: list[dict], count: int) -> set[int]:
 
 
 def score_row(
-    record: dict, texts: list[str], lengths: list[int], finished: list[bool], store: bool, folder: Path
+    record: dict,
+    texts: list[str],
+    lengths: list[int],
+    finished: list[bool],
+    store: bool,
+    folder: Path,
+    score: Callable[[str, dict], dict] = rewards.score,
 ) -> dict:
     """One row of the result file: the scores of a record's n replies; with `store` also what the report shows of it.
 
-    texts, lengths, finished: one a reply. Paths in the row are relative to `folder`.
+    texts, lengths, finished: one a reply. Paths in the row are relative to `folder`. score: rewards.score, or a
+    Scorer's.
     """
-    scores = [rewards.score(text, record) for text in texts]
+    scores = [score(text, record) for text in texts]
     row = {
         "id": record["id"],
         "source": record["_source"],
@@ -312,7 +325,7 @@ def named_weight(text: str) -> tuple[str, float]:
     source, _, weight = text.rpartition("=")
     if not source:
         raise argparse.ArgumentTypeError(f"must be SOURCE=WEIGHT, not {text}")
-    return source, real("(0, inf)")(weight)
+    return source, real("[1e-6, 1e6]")(weight)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -324,10 +337,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--skip-bad", action="store_true",
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")
     add("--out", type=Path, metavar="FILE.json", help="the result file to write")
-    add("--limit", type=integer("[1, inf)"), metavar="N", help="only the first N records of each file (default: all)")
-    add("--batch", type=integer("[1, inf)"), default=64, metavar="N",
+    add("--limit", type=integer("[1, 1e9]"), metavar="N", help="only the first N records of each file (default: all)")
+    add("--batch", type=integer("[1, 1e6]"), default=64, metavar="N",
         help="records a call and process: a matter of memory and speed, not of results")
-    add("--keep-replies", type=integer("[0, inf)"), default=20, metavar="N",
+    add("--keep-replies", type=integer("[0, 1e9]"), default=20, metavar="N",
         help="records of each source whose replies are stored word for word")
 
     add = parser.add_argument_group("generalization factor (GF)").add_argument
@@ -339,15 +352,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="weight of each OOD source in the OOD gain (default: all alike)")
 
     add = parser.add_argument_group("replies").add_argument
-    add("--samples", type=integer("[1, inf)"), default=1, metavar="N", help="replies a record; above 1: pass@k")
-    add("--temperature", type=real("[0, inf)"), default=0.0, metavar="X",
+    add("--samples", type=integer("[1, 1e5]"), default=1, metavar="N", help="replies a record; above 1: pass@k")
+    add("--temperature", type=real("0 or [1e-4, 1e4]"), default=0.0, metavar="X",
         help="0: greedy; must be above 0 when --samples is above 1")
-    add("--top-k", type=integer("[0, inf)"), default=0, metavar="N",
+    add("--top-k", type=integer("[0, 1e6]"), default=0, metavar="N",
         help="sample from the N likeliest tokens; 0: from all")
     add("--top-p", type=real("(0, 1]"), default=1.0, metavar="X",
         help="sample from the likeliest tokens that hold this share of the probability; 1: from all")
-    add("--max-new-tokens", type=integer("[1, inf)"), default=512, metavar="N", help="longest reply in tokens")
-    add("--seed", type=integer("[0, inf)"), default=0, metavar="N",
+    add("--max-new-tokens", type=integer("[1, 1e6]"), default=512, metavar="N", help="longest reply in tokens")
+    add("--seed", type=integer("[0, 4294967295]"), default=0, metavar="N",
         help="sampled replies follow from it, greedy ones do not")
 
     vllm_sampler.add_sampler_flags(parser)
@@ -390,7 +403,8 @@ def main(argv: list[str] | None = None) -> None:
     world = training.setup(args.timeout)
 
     # 1 read: what is wrong with the input is found here, before the model is loaded
-    records = read_files({"data": args.data, "id": args.id, "ood": args.ood}, args.limit, args.skip_bad)
+    files = {"data": args.data, "id": args.id, "ood": args.ood}
+    records = read_files(files, args.limit, args.skip_bad, args.max_image_pixels)
     folder = args.out.absolute().parent
     before = read_baseline(args.baseline, records, folder) if args.baseline else None
     weights = dict(args.ood_weights) if args.ood_weights else None
@@ -402,7 +416,10 @@ def main(argv: list[str] | None = None) -> None:
         raise DataError(f"--out {args.out}: its folder cannot be made ({error})") from error
 
     # A whole copy of the model in every process: nothing is trained, so nothing is sharded.
-    policy, encoder = model.load(args.model, world, dtype=args.dtype, attn=args.attn, max_pixels=args.max_pixels)
+    policy, encoder = model.load(
+        args.model, world, dtype=args.dtype, attn=args.attn, max_pixels=args.max_pixels,
+        max_image_pixels=args.max_image_pixels,
+    )  # fmt: skip
     # Records are dealt like cards, so that a file of long questions is shared by all processes.
     mine = range(world.rank, len(records), world.size)
     sample = sampler.sample
@@ -437,12 +454,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3 score: as in training, then every process gets every row
     stored = first_of_each_source(records, args.keep_replies)
+    scorer = scoring.Scorer()
     scored = {}  # index of a record -> its row
     for index, group in replies.items():
         texts = [encoder.decode(reply.ids) for reply in group]
         lengths = [len(reply.ids) for reply in group]
         finished = [bool(reply.finished) for reply in group]
-        scored[index] = score_row(records[index], texts, lengths, finished, index in stored, folder)
+        scored[index] = score_row(records[index], texts, lengths, finished, index in stored, folder, scorer.score)
     everyone = {index: row for part in world.gather(scored) for index, row in part.items()}
     rows = [everyone[index] for index in range(len(records))]
 

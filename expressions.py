@@ -5,8 +5,9 @@ r"""Expressions: reads a short LaTeX text into a tree, and compares two trees by
 
 The whole text is read by one small grammar: nothing is searched for in it and nothing of it is ever executed. Nothing
 is proved either: two expressions are equal if they have the same finite value, to 60 of 100 digits, at every sample
-point of their letters. So an expression without a finite value is no answer, no comparison succeeds because both sides
-fail, and its time is bounded by the length of the text: there is no algebra that could explode. Infinity is no number.
+point of their letters. So an expression without a finite value is no answer, and no comparison succeeds because both
+sides fail. There is no algebra that could explode: what a text may cost is counted before anything is computed (see
+`effort`). Infinity is no number.
 
 Legend
 text      what is read, at most MAX_TEXT characters
@@ -29,6 +30,7 @@ MAX_TEXT = 200  # characters
 MAX_DEPTH = 25  # brackets inside each other
 MAX_LOG = 10_000  # no power beyond e^10000
 MAX_FACTORIAL = 300
+MAX_EFFORT = 3_000  # of one text, in units of about 10 µs: see `effort`
 POINTS = 6  # where expressions with letters are compared
 MIN_FINITE = 3  # at so many of them both must have a value
 
@@ -494,6 +496,42 @@ def number(token: str) -> Fraction:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Effort: what a text costs, counted before anything is computed
+#
+# A time limit would give a reply another reward on a busy machine. So operations are counted instead, from the text
+# alone, and a text of too many is refused, on every machine and with a warm cache, too.
+
+# One operation on complex numbers of 100 digits, the dearer case, in units of about 10 µs
+TRIGONOMETRIC, HYPERBOLIC, INVERSE_EFFORT = 20, 30, 4
+EFFORTS = {
+    "^": 15, "exp": 15, "!": 6, "binom": 25, "sqrt": 6, "ln": 8, "lg": 16, "log": 18,
+    "sin": TRIGONOMETRIC, "cos": TRIGONOMETRIC, "tan": TRIGONOMETRIC, "cot": TRIGONOMETRIC, "sec": TRIGONOMETRIC,
+    "csc": TRIGONOMETRIC, "sinh": HYPERBOLIC, "cosh": HYPERBOLIC, "tanh": HYPERBOLIC, "arcsin": INVERSE_EFFORT,
+    "arccos": INVERSE_EFFORT, "arctan": INVERSE_EFFORT, "+": 5, "-": 5, "\\pm": 5, "\\mp": 5,
+}  # fmt: skip
+SMALL_EFFORT = 3  # a number, a letter, a bracket, a product, a quotient
+WORK = re.compile(r"\\?[A-Za-z]+|[0-9.]+|[^\sA-Za-z0-9.]")
+
+
+def effort(text: str) -> int:
+    """At most what comparing a tidied text costs: the sum over its operations, times the points where they are done."""
+    total, has_letters = 0, False
+    for part in WORK.findall(text):
+        name = part if part in EFFORTS else part.removeprefix("\\")
+        if name in EFFORTS:
+            total += EFFORTS[name]
+        elif name.isalpha() and part[0] != "\\":
+            # a run of letters is their product
+            total += len(name) * SMALL_EFFORT
+            has_letters = has_letters or name not in ("e", "i", "pi")
+        else:
+            total += SMALL_EFFORT
+            has_letters = has_letters or name in GREEK_LETTERS or name in THINGS
+    signs = 2 if re.search(r"\\[pm]{2}(?![A-Za-z])", text) else 1
+    return total * signs * (POINTS if has_letters else 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Expressions: tree to value. Each function takes finite values and returns one, or raises Unreadable.
 
 
@@ -630,6 +668,7 @@ OPERATIONS = {
 }
 
 
+@lru_cache(maxsize=4096)  # every x of a text has the same values
 def letter_value(name: str, point: int):
     """Between 0.2 and 2.2 in size, the same in every process; points 0 to 2 are positive, 3 negative, 4 and 5 mixed."""
     bits = zlib.crc32(f"{name} {point}".encode())

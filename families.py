@@ -28,6 +28,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import attention
+from files import read_json_object
+from model_directory import check_no_code, exists, is_integer, is_number, shown
 from records import DataError
 
 
@@ -145,6 +147,87 @@ def matrix_weights(*modules: nn.Module) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Image settings: preprocessor_config.json
+
+
+def image_settings(folder: str | Path, kind: str) -> tuple[dict, Path]:
+    """(the image settings of a model directory, the file they stand in), checked. DataError.
+
+    kind: how the name of transformers' class for them begins. Mean and deviation must be written down: there is a
+    default, but it is that of other models.
+    """
+    path = Path(folder) / "processor_config.json"
+    settings = read_json_object(path) if exists(path) else {}
+    check_no_code(settings, path)
+    # New files have the image settings inside of the processor's.
+    if "image_processor" in settings:
+        settings = settings["image_processor"]
+        if not isinstance(settings, dict):
+            raise DataError(f"{path}: image_processor must be an object, it is {shown(settings)}")
+    else:
+        path = Path(folder) / "preprocessor_config.json"
+        settings = read_json_object(path)
+    check_no_code(settings, path)
+
+    # null and a missing field mean the same to transformers.
+    settings = {name: value for name, value in settings.items() if value is not None}
+    name = settings.get("image_processor_type", kind)
+    if not isinstance(name, str) or not name.startswith(kind):
+        raise DataError(f"{path}: image_processor_type must be {kind}, it is {shown(name)}")
+    for name in ("image_mean", "image_std"):
+        values = settings.get(name)
+        sound = isinstance(values, list) and len(values) == 3 and all(is_number(value) for value in values)
+        if not sound or (name == "image_std" and min(values) <= 0):
+            what = "three positive numbers" if name == "image_std" else "three numbers"
+            raise DataError(f"{path}: {name} must be {what}, it is {shown(values)}")
+    for name, value in settings.items():
+        if name.startswith("do_") and not isinstance(value, bool):
+            raise DataError(f"{path}: {name} must be true or false, it is {shown(value)}")
+    scale, resample = settings.get("rescale_factor", 1), settings.get("resample", 3)
+    if not is_number(scale) or scale <= 0:
+        raise DataError(f"{path}: rescale_factor must be a positive number, it is {shown(scale)}")
+    if not is_integer(resample) or not 0 <= resample <= 5:
+        raise DataError(f"{path}: resample must be a whole number from 0 to 5, it is {shown(resample)}")
+    if not isinstance(settings.get("size", {}), dict):
+        raise DataError(f"{path}: size must be an object, it is {shown(settings['size'])}")
+    return settings, path
+
+
+def area_limits(settings: dict, path: Path) -> tuple[int, int]:
+    """(least, most) pixels of a picture by a Qwen image processor's settings, in any of their three spellings."""
+    size = settings.get("size", {})
+    spellings = {
+        "min_pixels": (settings.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels")),
+        "max_pixels": (settings.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels")),
+    }
+    found = []
+    for name, values in spellings.items():
+        # In the order in which transformers prefers them.
+        value = next((value for value in values if value is not None), None)
+        if not is_integer(value) or value < 1:
+            raise DataError(f"{path}: {name} (or its edge in size) must be a positive number, it is {shown(value)}")
+        found.append(value)
+    least, most = found
+    if least > most:
+        raise DataError(f"{path}: min_pixels {least} is larger than max_pixels {most}")
+    return least, most
+
+
+def check_tiles(settings: dict, path: Path, token: int) -> None:
+    """Raise DataError for settings of a tiling image processor that make no tiles. token: side of an image token."""
+    size = settings.get("size", {})
+    height, width = size.get("height"), size.get("width")
+    if not is_integer(height) or height != width or not 0 < height <= 2**14 or height % token:
+        raise DataError(f"{path}: size must be a square of a multiple of {token} pixels, it is {shown(size)}")
+    least, most = settings.get("min_patches", 1), settings.get("max_patches", 12)
+    # All shapes of up to `most` tiles are tried for a picture.
+    if not (is_integer(least) and is_integer(most) and 1 <= least <= most <= 1000):
+        raise DataError(f"{path}: min_patches to max_patches must lie within 1 to 1000, they are {least} to {most}")
+    if not isinstance(settings.get("crop_to_patches", True), bool):
+        raise DataError(f"{path}: crop_to_patches must be true or false, it is {shown(settings['crop_to_patches'])}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Qwen2-VL, Qwen2.5-VL, Qwen3-VL
 
 
@@ -159,13 +242,33 @@ class QwenVL(Family):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         super().__init__(config, folder, max_pixels, min_pixels)
-        self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        self.patch, self.merge = self.processor.patch_size, self.processor.merge_size
+        settings, path = image_settings(folder, "Qwen2VLImageProcessor")
+        vision = config.vision_config
+        sides = {
+            "patch_size": vision.patch_size,
+            "merge_size": vision.spatial_merge_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+        }
+        for name, side in sides.items():
+            if settings.get(name, side) != side:
+                raise DataError(f"{path}: {name} is {shown(settings[name])}, config.json says {side}")
+        if settings.get("resample", 3) != 3:
+            raise DataError(f"{path}: resample must be 3 (bicubic), it is {shown(settings['resample'])}")
+        self.patch, self.merge = vision.patch_size, vision.spatial_merge_size
         self.factor = self.patch * self.merge  # pixels along the side of an image token
-        self.max_pixels = max_pixels or self.processor.size["longest_edge"]
-        self.min_pixels = min(min_pixels or self.processor.size["shortest_edge"], self.max_pixels)
+
+        least, most = area_limits(settings, path)
+        if most < self.factor**2:
+            raise DataError(f"{path}: its largest area, {most} pixels, is below one image token, {self.factor**2}")
+        # One spelling of the limits for all that read them later, and what is missing is not a default's.
+        limits = {"size": {"shortest_edge": least, "longest_edge": most}, "min_pixels": None, "max_pixels": None}
+        self.processor = Qwen2VLImageProcessorPil.from_pretrained(folder, **limits, **sides)
+        self.max_pixels = max_pixels or most
+        self.min_pixels = min(min_pixels or least, self.max_pixels)
         if self.max_pixels < self.factor**2:
-            raise DataError(f"--max-pixels {self.max_pixels} is below one image token, {self.factor**2} pixels")
+            raise DataError(
+                f"--max-pixels {self.max_pixels} is below one image token: at least {self.factor**2} pixels"
+            )
 
     def target_size(self, width: int, height: int) -> tuple[int, int]:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -284,16 +387,22 @@ class InternVL(Family):
         text, vision = config.get_text_config(), config.vision_config
         if text.model_type not in self.decoders:
             raise DataError(f"InternVL with a decoder {text.model_type} is not supported ({', '.join(self.decoders)})")
+        if config.vision_feature_layer != -1:
+            raise DataError(f"vision_feature_layer must be -1 (the last), it is {config.vision_feature_layer}")
+        if not 0 < config.downsample_ratio <= 1:
+            raise DataError(f"downsample_ratio of config.json must lie in (0, 1], it is {config.downsample_ratio}")
         drops = [name for name in self.dropouts if getattr(vision, name)]
         if drops:
             raise DataError(f"dropout in the vision tower is not supported ({drops[0]} {getattr(vision, drops[0])})")
 
+        settings, path = image_settings(folder, "GotOcr2ImageProcessor")
+        check_tiles(settings, path, vision.patch_size[0] * round(1 / config.downsample_ratio))
         self.processor = GotOcr2ImageProcessorPil.from_pretrained(folder)
         side = self.processor.size["height"]
         most = self.processor.max_patches  # here and in transformers' settings a "patch" is a tile
         if max_pixels is not None:
             if max_pixels < side**2:
-                raise DataError(f"--max-pixels {max_pixels} is below one tile, {side**2} pixels")
+                raise DataError(f"--max-pixels {max_pixels} is below one tile: at least {side**2} pixels")
             most = min(most, max_pixels // side**2)
         self.tiling = {
             # Files may say False here: transformers' own processor turns it on by itself.
@@ -305,8 +414,10 @@ class InternVL(Family):
         self.patches = side // self.patch  # along a tile's side
         self.merge = round(1 / config.downsample_ratio)
         # The chat template writes one image token a picture; transformers' processor puts these around it.
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.frame = tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
+        if None in self.frame or tokenizer.unk_token_id in self.frame:
+            raise DataError("its tokenizer has no special tokens <img> and </img>")
 
     def grid(self, width, height):
         tiles = self.processor.get_number_of_image_patches(height, width, self.tiling)
@@ -402,8 +513,9 @@ REFUSED = {
 
 def family_of(model_type: str) -> type[Family]:
     """The class of a model_type. DataError, with the reason if there is a known one."""
-    if model_type in FAMILIES:
+    known = isinstance(model_type, str)
+    if known and model_type in FAMILIES:
         return FAMILIES[model_type]
-    if model_type in REFUSED:
+    if known and model_type in REFUSED:
         raise DataError(f"model_type {model_type}: {REFUSED[model_type]}")
     raise DataError(f"model_type {model_type} is not supported ({', '.join(FAMILIES)})")

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import model
 import rewards
 import sampler
+import scoring
 import training
 import vllm_sampler
 from records import DataError, epoch_order, read_records
@@ -204,29 +205,29 @@ def parse_args(argv=None):
     add("--skip-bad", action="store_true",
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
     add("--out", required=True, help="run directory; ends as a model directory for the next stage")
-    add("--seed", type=integer("[0, inf)"), default=0, help="fixes the order of the prompts and every sample")
+    add("--seed", type=integer("[0, 4294967295]"), default=0, help="fixes the order of the prompts and every sample")
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--steps", type=integer("[1, inf)"), default=100, help="steps of sampling and learning")
-    add("--prompts", type=integer("[1, inf)"), default=64, help="P: prompts per step, over all processes")
-    add("--group", type=integer("[2, inf)"), default=8, help="G: replies per prompt; one has nothing to compare with")
-    add("--temperature", type=real("(0, inf)"), default=1.0,
+    add("--steps", type=integer("[1, 1e6]"), default=100, help="steps of sampling and learning")
+    add("--prompts", type=integer("[1, 1e6]"), default=64, help="P: prompts per step, over all processes")
+    add("--group", type=integer("[2, 1e5]"), default=8, help="G: replies per prompt; one has nothing to compare with")
+    add("--temperature", type=real("[1e-4, 1e4]"), default=1.0,
         help="sampling temperature; log-probs are taken at the same")  # fmt: skip
-    add("--top-k", type=integer("[0, inf)"), default=0, help="sample among the k likeliest tokens; 0: all")
+    add("--top-k", type=integer("[0, 1e6]"), default=0, help="sample among the k likeliest tokens; 0: all")
     add("--top-p", type=real("(0, 1]"), default=1.0, help="sample among the likeliest tokens of this mass; 1: all")
-    add("--max-new-tokens", type=integer("[1, inf)"), default=512, help="longest reply in tokens, end token included")
+    add("--max-new-tokens", type=integer("[1, 1e6]"), default=512, help="longest reply in tokens, end token included")
 
     add = parser.add_argument_group("reward and advantage").add_argument
-    add("--format-weight", type=real("[0, inf)"), default=0.5,
+    add("--format-weight", type=real("[0, 1e6]"), default=0.5,
         help="reward = accuracy + this x format; 0: format is not rewarded")  # fmt: skip
     add("--advantage-scale", default="group", choices=["group", "none", "batch"],
         help="advantages divided by the std of the group, nothing (Dr. GRPO), or the std of the batch")  # fmt: skip
 
     add = parser.add_argument_group("loss").add_argument
     add("--clip-low", type=real("(0, 1]"), default=0.2, help="ratio clipped below 1 - this")
-    add("--clip-high", type=real("[0, inf)"), default=0.2, help="ratio clipped above 1 + this (DAPO: 0.28)")
+    add("--clip-high", type=real("[0, 1e6]"), default=0.2, help="ratio clipped above 1 + this (DAPO: 0.28)")
     add("--ratio", default="token", choices=["token", "sequence"], help="ratio per token, or per reply (GSPO)")
-    add("--kl", type=real("[0, inf)"), default=0.0,
+    add("--kl", type=real("[0, 1e6]"), default=0.0,
         help="weight of the KL to the starting model; 0: no reference model at all")  # fmt: skip
     add("--normalizer", default="sequence", choices=["sequence", "token", "constant"],
         help="per-token loss weight: sequence: 1/its reply's length (GRPO); token: the same for all (DAPO); "
@@ -235,14 +236,14 @@ def parse_args(argv=None):
         help="weigh what was sampled by the trainer's probability over the sampler's: of each token, of its whole "
         "reply, or not. vLLM gives probabilities after --top-k and --top-p, so the weight undoes these filters too; "
         "the builtin sampler gives those before")  # fmt: skip
-    add("--importance-cap", type=real("[1, inf)"), default=2.0, help="largest such weight")
+    add("--importance-cap", type=real("[1, 1e6]"), default=2.0, help="largest such weight")
 
     add = parser.add_argument_group("optimiser").add_argument
-    add("--lr", type=real("(0, inf)"), default=1e-6, help="peak learning rate of AdamW")
+    add("--lr", type=real("[1e-12, 1]"), default=1e-6, help="peak learning rate of AdamW")
     add("--schedule", default="constant", choices=["linear", "constant"], help="linear falls to 0 at the last step")
-    add("--warmup", type=integer("[0, inf)"), default=0, help="steps over which the rate rises from 0; 0: none")
-    add("--grad-clip", type=real("[0, inf)"), default=1.0, help="largest global gradient norm; 0: no clipping")
-    add("--updates", type=integer("[1, inf)"), default=1,
+    add("--warmup", type=integer("[0, 1e6]"), default=0, help="steps over which the rate rises from 0; 0: none")
+    add("--grad-clip", type=real("0 or [1e-6, 1e6]"), default=1.0, help="largest global gradient norm; 0: no clipping")
+    add("--updates", type=integer("[1, 1000]"), default=1,
         help="optimizer updates on each sampled batch; above 1 the clipping matters")  # fmt: skip
 
     vllm_sampler.add_sampler_flags(parser, train=True)
@@ -257,12 +258,12 @@ def parse_args(argv=None):
     return args
 
 
-def score_replies(encoder, records, replies, format_weight) -> tuple[list, list]:
+def score_replies(encoder, records, replies, scorer) -> tuple[list, list]:
     """(texts, scores) of the replies to some records, both [record][reply]; a score is what rewards.score returns."""
     texts = [[encoder.decode(reply.ids) for reply in group] for group in replies]
     scores = []
     for record, group in zip(records, texts, strict=True):
-        scores.append([rewards.score(text, record, format_weight=format_weight) for text in group])
+        scores.append([scorer.score(text, record) for text in group])
     return texts, scores
 
 
@@ -358,7 +359,9 @@ def main(argv=None):
     if P % world.size:
         raise DataError(f"--prompts {P} cannot be dealt evenly to {world.size} processes")
     # Input and run directory are checked before anything expensive: a typo must not cost a model's loading time.
-    records = read_records(args.data, rewards.check_gold, skip_bad=args.skip_bad)
+    records = read_records(
+        args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels
+    )
     run = Run.open(vars(args), world, vllm_sampler.MAY_CHANGE)
     options = training.load_options(args)
     policy, encoder = model.load(args.model, world, train=True, **options)
@@ -375,6 +378,7 @@ def main(argv=None):
         first_seed = (args.seed * 10**6 + step) * 10**6
         return [records[batch[place]] for place in places], [first_seed + place for place in places]
 
+    scorer = scoring.Scorer(format_weight=args.format_weight)
     sample, sampler_state = sampler.sample, dict
     if args.sampler == "vllm":
         sample = vllm_sampler.VLLM(
@@ -401,7 +405,7 @@ def main(argv=None):
         timer.end("sample", sum(cost.forward(groups)))
 
         # 2. Score: rules give each reply a reward, the group gives it an advantage
-        texts, scores = score_replies(encoder, mine, replies, args.format_weight)
+        texts, scores = score_replies(encoder, mine, replies, scorer)
         # Every rank sees all rewards: --advantage-scale batch needs the spread of the whole batch.
         advantages = group_advantages(gather_rewards(world, scores, P, G), args.advantage_scale)
         advantages = advantages[world.rank :: world.size]

@@ -24,6 +24,7 @@ import random
 import re
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -48,7 +49,6 @@ from mixing import (
 from picture_files import (
     JPEG_QUALITY,
     MAX_IMAGE_PIXELS,
-    PILLOW_LIMIT,
     RESAMPLE,
     SUFFIXES,
     all_or_nothing,
@@ -598,7 +598,7 @@ def contact_sheet(records: list[dict], folder: Path) -> Image.Image:
 
 
 class Parser(argparse.ArgumentParser):
-    """--help shows the file's docstring, flags are not abbreviated, and an error is one line."""
+    """training.Parser's twin: --help shows the file's docstring, no flag is abbreviated, an error is one line."""
 
     def __init__(self, doc: str = ""):
         super().__init__(
@@ -608,8 +608,54 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        flag = ""
+        for word in words:
+            if word.startswith("--"):
+                flag, equals, word = word.partition("=")
+                if not equals:
+                    continue
+            problem = problem_of_name(word)
+            if problem:
+                self.error(f"argument {flag}: {problem}: {shown(word)}" if flag else f"{problem}: {shown(word)}")
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message}\n")
+        line = " ".join(message.split())  # it may quote a flag's value
+        self.exit(2, f"error: {printable(line)}\n")
+
+
+def problem_of_name(text: str) -> str | None:
+    """Why a word of a command line can be no number and no name of a file."""
+    if not text:
+        return "is empty"
+    if text == "--":  # argparse would drop it
+        return "is no value"
+    if any(0xD800 <= ord(letter) < 0xE000 for letter in text):  # how Python reads bytes that are no UTF-8
+        return "is not UTF-8"
+    if any(unicodedata.category(letter) == "Cc" for letter in text):
+        return "holds a control character"
+    if any(len(part.encode()) > 255 for part in text.split("/")):  # more than file systems take
+        return "has a part of more than 255 bytes"
+    return None
+
+
+def printable(text: str) -> str:
+    """Text with escapes for what a terminal cannot show."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def shown(text: str) -> str:
+    """A flag's value as an error message quotes it: its beginning, if it is long."""
+    return printable(text if len(text) <= 60 else f"{text[:60]}…")
+
+
+# Plain digits: Python's int and float also read spaces, underscores and the digits of all alphabets.
+WRITTEN = {
+    int: re.compile(r"[+-]?[0-9]+"),
+    float: re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|infinity|nan)", re.I),
+}
 
 
 def number_in(interval: str, kind: type, what: str) -> Callable[[str], float]:
@@ -617,14 +663,18 @@ def number_in(interval: str, kind: type, what: str) -> Callable[[str], float]:
     low, high = (float(end) for end in interval[1:-1].split(","))
 
     def read(text: str) -> float:
+        if not WRITTEN[kind].fullmatch(text):
+            raise argparse.ArgumentTypeError(f"must be {what}, not {shown(text)}")
         try:
             value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {what}, not {text:.40}") from None
+        except ValueError:  # more digits than Python reads
+            raise argparse.ArgumentTypeError(f"must lie in {interval}, not {shown(text)}") from None
         above = value >= low if interval[0] == "[" else value > low
         below = value <= high if interval[-1] == "]" else value < high
         if not (above and below):  # so is NaN
-            raise argparse.ArgumentTypeError(f"must lie in {interval}, not {text:.40}")
+            raise argparse.ArgumentTypeError(f"must lie in {interval}, not {shown(text)}")
+        if value == 0 and re.search("[1-9]", re.split("[eE]", text)[0]):
+            raise argparse.ArgumentTypeError(f"is too close to 0 for a float: {shown(text)}")
         return value
 
     return read
@@ -649,10 +699,10 @@ def add_common_flags(parser: Parser) -> None:
         help="no folder: make N distinct procedural scenes",
     )
     add = parser.add_argument
-    add("--size", type=integer("[16, 8192]"), help=f"scenes only: side in pixels (default {SCENE_SIZE})")
+    add("--size", type=integer("[16, 4096]"), help=f"scenes only: side in pixels (default {SCENE_SIZE})")
     add(
         "--max-side",
-        type=integer("[1, 100000]"),
+        type=integer("[1, 1e5]"),
         help="images only: shrink to this longest side in pixels (default: no)",
     )
     add(
@@ -663,7 +713,7 @@ def add_common_flags(parser: Parser) -> None:
     )
     add(
         "--max-image-pixels",
-        type=integer(f"[1, {PILLOW_LIMIT}]"),
+        type=integer("[1, 1e9]"),
         help=f"images only: a picture with more ends the run (default {MAX_IMAGE_PIXELS})",
     )
     add(
@@ -687,7 +737,12 @@ def add_common_flags(parser: Parser) -> None:
         help="probability that rows and cols are exchanged if they differ (default %(default)s, the paper's; 0: never)",
     )
     add("--derange", action="store_true", help="every piece moves (default: any order, the original one included)")
-    add("--seed", type=integer("[0, inf)"), default=0, help="the same seed writes the same bytes (default %(default)s)")
+    add(
+        "--seed",
+        type=integer("[0, 4294967295]"),
+        default=0,
+        help="the same seed writes the same bytes (default %(default)s)",
+    )
 
 
 def check_common_flags(parser: Parser, args: argparse.Namespace) -> None:
@@ -734,7 +789,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of `write_puzzles`, under the same names."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--count", metavar="N", type=integer("[1, inf)"), required=True, help="how many puzzles to write")
+    add("--count", metavar="N", type=integer("[1, 1e9]"), required=True, help="how many puzzles to write")
     add("--out", metavar="DIR", required=True, help="gets records.jsonl and images/")
     add_common_flags(parser)
     add(

@@ -24,6 +24,7 @@ from functools import lru_cache
 from expressions import (
     FUNCTIONS,
     MAX_DEPTH,
+    MAX_EFFORT,
     MIN_FINITE,
     MP,
     PARTNER,
@@ -32,6 +33,7 @@ from expressions import (
     Tree,
     Unreadable,
     close,
+    effort,
     evaluate,
     letters_in,
     proportional,
@@ -68,7 +70,8 @@ def units_by_spelling() -> dict[str, str]:
 
 UNITS = units_by_spelling()
 MONEY = ("\\dollar", "\\euro", "\\pound", "\\yen")
-# A gold of these may be answered by the number alone; cm, % and the others must be repeated.
+# A gold of these may be answered by the number alone; cm, % and the others must be repeated, or else one reply would be
+# right for 5 cm, 5 m and 5 kg (docs/answers.md).
 MAY_BE_LEFT_OUT = (*MONEY, "deg")
 # Behind a number these make another number or another statement of it: they are the names of no things.
 NO_NOUNS = set(
@@ -293,7 +296,12 @@ def several(values: list[Value], has_or: bool) -> Value:
     return many([replace(item, name="") for item in items])
 
 
+MAX_ITEMS = 32  # each is compared with each
+
+
 def many(items: list, braces: bool = False) -> Many:
+    if len(items) > MAX_ITEMS:
+        raise Unreadable("too many values")
     for index, item in enumerate(items):
         if any(equal(item, other) for other in items[:index]):
             raise Unreadable("a value twice")
@@ -659,6 +667,8 @@ def read(text: str, units: str = "loose") -> Value | None:
     """The value of a text, or None if it has none."""
     try:
         tidied = tidy(text)
+        if effort(tidied) > MAX_EFFORT:
+            raise Unreadable("too much to compute")
         word = plain_word(tidied)
         if word:
             return Name(word, is_word=True)

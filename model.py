@@ -19,9 +19,12 @@ import importlib
 import json
 import math
 import os
+import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,10 +33,14 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+import model_directory
 import training
 from attention import Layout, Segments
 from families import Family, family_of, matrix_weights
-from records import DataError, open_picture, picture_size
+from files import read_json_object
+from model_directory import is_integer
+from pictures import MAX_IMAGE_PIXELS, PictureError, open_picture, picture_size
+from records import DataError
 from run_directory import distributed_checkpoint
 from training import DEFAULT_SHARDING, World
 
@@ -67,23 +74,30 @@ class Prompt:
 class Encoder:
     """Turns records into prompts and texts into replies with the checkpoint's own tokenizer and image settings.
 
-    Encoded pictures are cached (up to cache_bytes) because epochs come back to them.
+    Encoded pictures are cached (up to cache_bytes) because epochs come back to them. max_image_pixels: the largest
+    width x height of an image file that is opened.
     """
 
-    def __init__(self, folder: str, family: Family, hf: nn.Module, cache_bytes: int = 512 * 2**20):
+    def __init__(
+        self, folder: str, family: Family, hf: nn.Module, cache_bytes: int = 512 * 2**20,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+    ):  # fmt: skip
         from transformers import AutoTokenizer
 
-        self.family, self.hf = family, hf
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.forbidden = family.forbidden(self.tokenizer)
-        self.image_id = self.forbidden[0]
-        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
-        self.max_length = family.config.get_text_config().max_position_embeddings
-        self.end_id = self.tokenizer.eos_token_id
+        self.family, self.hf, self.max_image_pixels = family, hf, max_image_pixels
         # A template in a file of its own wins over the tokenizer's, as in transformers' AutoProcessor.
-        self.tokenizer.chat_template = template_beside(Path(folder)) or self.tokenizer.chat_template
-        if None in (self.image_token, self.end_id) or not self.tokenizer("a", add_special_tokens=False)["input_ids"]:
-            raise DataError(f"{folder}: its tokenizer files are missing or incomplete")
+        template = model_directory.template_beside(folder)
+        with one_line(f"{folder}: its tokenizer cannot be loaded"):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, config=family.config, trust_remote_code=False)
+            self.tokenizer.chat_template = template or self.tokenizer.chat_template
+        with one_line(f"{folder}: its tokenizer does not work"):
+            self.forbidden = family.forbidden(self.tokenizer)
+            self.image_id = self.forbidden[0]
+            self.end_id = self.tokenizer.eos_token_id
+            check_tokenizer(self, folder)
+            self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
+        self.max_length = family.config.get_text_config().max_position_embeddings
+        check_template(self, folder)
         # Futures, so that two questions about one picture wait for the same encoding.
         self._pictures: OrderedDict[str, Future] = OrderedDict()  # by path, the least recently used first
         self._bytes_left, self._lock = cache_bytes, threading.Lock()
@@ -99,7 +113,7 @@ class Encoder:
 
     def image(self, path: str) -> Image.Image:
         """The picture of an image file, resized as every engine gets it."""
-        return self.family.resize(open_picture(path))
+        return self.family.resize(open_picture(path, self.max_image_pixels))
 
     def images(self, paths: list[str]) -> list[Image.Image]:
         """The pictures of several image files, side by side in worker threads."""
@@ -124,7 +138,7 @@ class Encoder:
 
     def _encode(self, path):
         # numpy: a torch operation in this thread would start a team of threads of its own, against the main one's.
-        picture = open_picture(path)
+        picture = open_picture(path, self.max_image_pixels)
         grid = self.family.grid(*picture.size)
         pixels = self.family.pixels(self.family.resize(picture))
         encoded = torch.from_numpy(pixels), torch.tensor(grid)
@@ -156,7 +170,8 @@ class Encoder:
                 content.append({"type": "image"})
         if self.tokenizer.chat_template is not None:
             turn = [{"role": "user", "content": content}]
-            return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            with one_line(f"{record.get('_where', record['id'])}: the model's chat template failed"):
+                return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         # A base model without a template: a plain dialogue.
         picture = self.family.picture_text.format(self.image_token)
         words = "".join(part.get("text", picture) for part in content)
@@ -179,12 +194,14 @@ class Encoder:
         if plain.count(self.image_id) != len(record["images"]) or others & set(plain):
             raise DataError(f"{where}: the prompt's text holds image or video tokens of its own")
         counts = []
-        try:
-            for path in record["images"]:
-                grid = self.family.grid(*picture_size(path))
-                counts.append(self.family.tokens_per_picture(grid))
-        except (OSError, ValueError) as error:  # too thin a strip, or gone since the records were read
-            raise DataError(f"{where}: an image cannot be encoded ({error})") from error
+        for path in record["images"]:
+            try:
+                grid = self.family.grid(*picture_size(path, self.max_image_pixels))
+            except PictureError as error:  # gone, or changed, since the records were read
+                raise DataError(f"{where}: {error}") from error
+            except ValueError as error:  # too thin a strip
+                raise DataError(f'{where}: image "{path}" cannot be encoded ({error})') from error
+            counts.append(self.family.tokens_per_picture(grid))
         length = len(self._expand(plain, counts))
         if length >= self.max_length:
             raise DataError(f"{where}: {length} prompt tokens, the model takes {self.max_length}; lower --max-pixels")
@@ -217,13 +234,16 @@ class Encoder:
             raise DataError(problem)
 
     def prompt(self, record: dict) -> Prompt:
-        """Encode a record's question. DataError when text and images do not fit each other."""
+        """Encode a record's question. DataError when text and images do not fit each other, or a picture is gone."""
         plain, counts = self.measure(record)
         ids = torch.tensor(self._expand(plain, counts))
         pixels = grids = None
         # Pixels only here: checks and lengths never read them.
         if record["images"]:
-            pictures = [self.picture(path) for path in record["images"]]
+            try:
+                pictures = [self.picture(path) for path in record["images"]]
+            except PictureError as error:
+                raise DataError(f"{record.get('_where', record['id'])}: {error}") from error
             pixels = torch.cat([pixels for pixels, _ in pictures])
             grids = torch.stack([grid for _, grid in pictures])
         positions = self.family.positions(self.hf, ids, grids)
@@ -251,13 +271,79 @@ class Encoder:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def template_beside(folder: Path) -> str | None:
-    """The chat template that a repository keeps in a file of its own, or None."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text()
-    if (folder / "chat_template.json").exists():
-        return json.loads((folder / "chat_template.json").read_text())["chat_template"]
-    return None
+@contextmanager
+def one_line(where: str):
+    """Turn whatever the libraries raise about a model's files into a DataError: they raise what their parsing meets."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        cause = cause if len(cause) <= 300 else f"{cause[:297]}..."
+        raise DataError(f"{where} ({cause})") from error
+
+
+# Letters, digits, space, line break, and bytes beyond ASCII: what every reply may hold.
+PROBE = "Is 1 + 23 = 24?\nÄ 中 😀"
+
+
+def check_tokenizer(encoder: Encoder, folder: str) -> None:
+    """Raise DataError for a tokenizer that loses text, or that does not belong to the model."""
+    tokenizer, path = encoder.tokenizer, f"{folder}: its tokenizer"
+    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    if tokenizer.decode(ids) != PROBE:
+        raise DataError(f"{path} files are missing or incomplete: it loses text when it encodes {json.dumps(PROBE)}")
+
+    rows, last = encoder.family.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+    if last >= rows:
+        raise DataError(f"{path} has tokens up to id {last}, the model has {rows} (vocab_size of config.json)")
+    if encoder.end_id is None:
+        raise DataError(f"{path} names no end token (eos_token of tokenizer_config.json)")
+    for token in (*encoder.forbidden, encoder.end_id):
+        known = is_integer(token) and 0 <= token < rows
+        name = tokenizer.convert_ids_to_tokens(token) if known else None
+        if name is None or tokenizer(name, add_special_tokens=False)["input_ids"] != [token]:
+            raise DataError(f"{path} has no special token {token}, which stands for pictures or the end")
+
+
+TEMPLATE_STEPS = 10**5  # lines of a chat template that one question may take; the longest in use take some hundred
+
+
+def check_template(encoder: Encoder, folder: str) -> None:
+    """Raise DataError for a chat template that fails, hardly ends, or does not show text and picture of a question."""
+    words = "What is this?"
+    for images in ([], ["a picture"]):
+        record = {"id": f"{folder}: a question on trial", "prompt": words, "images": images}
+        with one_line(f"{folder}: its chat template failed"):
+            text = within_steps(lambda record=record: encoder.chat(record), TEMPLATE_STEPS)
+        ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        shown = [token for token in ids if token in encoder.forbidden]
+        if words not in text or shown != [encoder.image_id] * len(images):
+            raise DataError(f"{folder}: its chat template does not show a question with {len(images)} pictures")
+
+
+def within_steps(function: Callable, steps: int):
+    """function(), unless it takes more than so many lines of Jinja or calls of Python: then RuntimeError.
+
+    A template is a program: two nested loops of 10^5 would run for hours.
+    """
+    left = steps
+
+    def count(frame, event, argument):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RuntimeError(f"more than {steps} steps for one question")
+        # Lines are counted in templates only; elsewhere, calls.
+        return count if frame.f_code.co_filename == "<template>" else None
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        return function()
+    finally:
+        sys.settrace(before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,8 +590,8 @@ def log_probs(policy: Policy, groups: list, temperature: float = 1.0) -> tuple[t
 
 
 def load(
-    path: str, world: World, *, dtype="auto", attn="auto", max_pixels=None, train=False, freeze_vision=False,
-    gradient_checkpointing="auto", sharding=DEFAULT_SHARDING,
+    path: str, world: World, *, dtype="auto", attn="auto", max_pixels=None, max_image_pixels=MAX_IMAGE_PIXELS,
+    train=False, freeze_vision=False, gradient_checkpointing="auto", sharding=DEFAULT_SHARDING,
 ) -> tuple[Policy, Encoder]:  # fmt: skip
     """Load a checkpoint directory or hub id: -> (Policy on world.device, Encoder). Only safetensors are read.
 
@@ -513,9 +599,8 @@ def load(
     bf16 its compute is cast (FSDP mixed precision). attn: "flash", "sdpa" or "auto" (flash on CUDA in bf16). train:
     shard with FSDP2 when there is more than one process (or CUDA). gradient_checkpointing: "on", "off" or "auto" (on
     CUDA). The model is built without memory, sharded, and then filled: each process reads only its shards from the
-    files. Raises DataError when it cannot be loaded.
+    files. Raises DataError, on all processes together, when it cannot be loaded or holds NaN or inf.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -529,33 +614,68 @@ def load(
     # Before anything is read: HSDP needs equal groups of processes.
     if world.size % sharding.replicas:
         raise DataError(f"--replicas {sharding.replicas} does not divide the {world.size} process(es)")
-    try:
-        folder = local_folder(path)
-        weight_dtype = torch.float32 if train or not half else torch.bfloat16
+    weight_dtype = torch.float32 if train or not half else torch.bfloat16
+    with together(world):
+        folder = check_folder(path)
         policy, encoder = build(
-            folder, weight_dtype, max_pixels, chunk_bytes=2**29 if cuda else 2**26,
+            folder, weight_dtype, max_pixels, max_image_pixels, chunk_bytes=2**29 if cuda else 2**26,
             flash=attn != "sdpa" and cuda and half, half=half, trains=train, sharding=sharding,
         )  # fmt: skip
-        hf, family = policy.hf, policy.family
-        family.use_kernels(hf, windows=policy.flash or not cuda)
-        if freeze_vision:
-            for part in family.vision(hf):
-                part.requires_grad_(False)
-        if train and (gradient_checkpointing == "on" or (gradient_checkpointing == "auto" and cuda)):
-            hf.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-            hf.train()  # transformers checkpoints in training mode only; nothing here drops out
-        sharded = train and (world.size > 1 or cuda)
-        if sharded:
-            training.shard(policy, world, torch.bfloat16 if half else None, sharding)
-        give_memory(policy, world.device, sharding.offload and sharded)
-        read_weights(policy, folder)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, CheckpointException) as error:
-        # What checkpoint reading collects of all processes; the first cause is enough.
-        causes = getattr(error, "failures", {})
-        cause = next((str(failure[0]) for failure in causes.values()), str(error))
-        cause = (cause.splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path}: no model could be loaded ({cause})") from error
+        names = stored_names(policy, folder)
+    if world.main and encoder.tokenizer.chat_template is None:
+        print(f"{path}: no chat template, so prompts read User: … Assistant:", file=sys.stderr)
+
+    hf, family = policy.hf, policy.family
+    family.use_kernels(hf, windows=policy.flash or not cuda)
+    if freeze_vision:
+        for part in family.vision(hf):
+            part.requires_grad_(False)
+    if train and (gradient_checkpointing == "on" or (gradient_checkpointing == "auto" and cuda)):
+        hf.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        hf.train()  # transformers checkpoints in training mode only; nothing here drops out
+    sharded = train and (world.size > 1 or cuda)
+    if sharded:
+        training.shard(policy, world, torch.bfloat16 if half else None, sharding)
+    give_memory(policy, world.device, sharding.offload and sharded)
+    with together(world):
+        read_weights(policy, folder, names)
+        check_finite(policy, folder)
     return policy, encoder
+
+
+@contextmanager
+def together(world: World):
+    """A DataError of one process becomes one of all: nobody may wait in a collective for a process that has left."""
+    problem = None
+    try:
+        yield
+    except DataError as error:
+        problem = str(error)
+    for first in filter(None, world.gather(problem)):
+        raise DataError(first)
+
+
+def check_folder(path: str, flag: str = "--model") -> str:
+    """Find a model and check all its files without loading it: -> its directory. Seconds even for a large one.
+
+    path: a directory, or a hub id, which is downloaded. flag: what a message calls it. Raises DataError, one line that
+    names the file: every stage asks this before anything expensive.
+    """
+    folder = model_directory.find(path, flag)
+    model_directory.check_finished(folder)
+    family_in(folder)
+    model_directory.read_settings(folder)
+    model_directory.read_headers(folder)
+    return folder
+
+
+def family_in(folder: str) -> type[Family]:
+    """The class of a directory's model_type. DataError."""
+    config = read_json_object(Path(folder) / "config.json")
+    try:
+        return family_of(config.get("model_type"))
+    except DataError as error:
+        raise DataError(f"{folder}: {error}") from error
 
 
 def load_reference(path: str, world: World, *, sharding=DEFAULT_SHARDING, **options) -> Policy:
@@ -567,45 +687,48 @@ def load_reference(path: str, world: World, *, sharding=DEFAULT_SHARDING, **opti
     return policy.requires_grad_(False)
 
 
-def build(folder: str, dtype: torch.dtype, max_pixels: int | None = None, **options) -> tuple[Policy, Encoder]:
+def build(
+    folder: str, dtype: torch.dtype, max_pixels: int | None = None, max_image_pixels: int = MAX_IMAGE_PIXELS, **options
+) -> tuple[Policy, Encoder]:  # fmt: skip
     """A policy without memory (on the meta device) and its encoder. options: those of Policy. DataError, OSError."""
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
-    try:
-        # Before AutoConfig, which asks on the terminal whether to run code of the checkpoint's own.
-        kind = family_of(json.loads((Path(folder) / "config.json").read_text())["model_type"])
-        config = AutoConfig.from_pretrained(folder)
-        family = kind(config, folder, max_pixels)
-    except DataError as error:
-        raise DataError(f"{folder}: {error}") from error
-    text = config.get_text_config()
-    if getattr(text, "use_sliding_window", False):
+    # Before AutoConfig, which asks on the terminal whether to run code of the checkpoint's own.
+    kind = family_in(folder)
+    model_directory.read_settings(folder)
+    with one_line(f"{folder}: config.json describes no model"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = config.get_text_config()
+    with one_line(f"{folder}: no image processor can be made of its settings"):
+        family = family_for(kind, config, folder, max_pixels)
+    windows = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if getattr(text, "use_sliding_window", False) or windows:
         raise DataError(f"{folder}: sliding-window attention is not supported (use_sliding_window)")
-    if config.tie_word_embeddings and has_own_head(folder):
-        # Otherwise its lm_head would be ignored: transformers ties what the config says is tied.
-        config.tie_word_embeddings = text.tie_word_embeddings = False
-    with torch.device("meta"):
-        hf = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    encoder = Encoder(folder, family, hf)
-    end_ids = {encoder.end_id}
-    try:
-        hf.generation_config = GenerationConfig.from_pretrained(folder)
-        listed = hf.generation_config.eos_token_id
-        end_ids |= {listed} if isinstance(listed, int) else set(listed or ())
-    except OSError:
-        pass  # a model without generation_config.json ends on the tokenizer's end token alone
+    with one_line(f"{folder}: config.json describes no model"):
+        if config.tie_word_embeddings and has_own_head(folder):
+            # Otherwise its lm_head would be ignored: transformers ties what the config says is tied.
+            config.tie_word_embeddings = text.tie_word_embeddings = False
+        with torch.device("meta"):
+            hf = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+
+    encoder = Encoder(folder, family, hf, max_image_pixels=max_image_pixels)
+    # A model without generation_config.json ends on the tokenizer's end token alone.
+    end_ids = {encoder.end_id, *model_directory.end_tokens(folder)}
+    if max(end_ids) >= text.vocab_size:
+        raise DataError(f"{folder}: generation_config.json: eos_token_id {max(end_ids)} is beyond the vocabulary")
+    if (Path(folder) / "generation_config.json").exists():
+        with one_line(f"{folder}: generation_config.json cannot be used"):
+            hf.generation_config = GenerationConfig.from_pretrained(folder)
     return Policy(hf, family, sorted(end_ids), encoder.forbidden, **options), encoder
 
 
-def local_folder(path: str) -> str:
-    """The directory of a model, downloaded first if `path` is a hub id (owner/name). DataError when it is neither."""
-    if Path(path).is_dir():
-        return str(path)
-    if str(path).count("/") != 1:
-        raise DataError(f"--model {path}: no such directory (nor a hub id, which reads owner/name)")
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
+def family_for(kind: type[Family], config, folder: str, max_pixels: int | None) -> Family:
+    """The answers of a family for one checkpoint; its own complaints begin with the directory."""
+    try:
+        return kind(config, folder, max_pixels)
+    except DataError as error:
+        named = str(error).startswith(str(folder))
+        raise error if named else DataError(f"{folder}: {error}") from error
 
 
 def has_own_head(folder: str) -> bool:
@@ -634,23 +757,75 @@ def give_memory(policy: Policy, device: torch.device, offload: bool = False) -> 
     policy.forbidden, policy.no_mask = forbidden.to(device), torch.zeros(1, 1, 1, 1, device=device)
 
 
-def read_weights(policy: Policy, folder: str) -> None:
-    """Fill a policy from a directory's safetensors, each process reading the slices that are its own."""
+def stored_names(policy: Policy, folder: str) -> dict[str, str]:
+    """{name of a weight: its name in the files}. DataError unless the files hold exactly the weights of the model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    dcp, storage, _ = distributed_checkpoint()
-    reader = storage(str(folder))
+    stored = model_directory.read_headers(folder)
     # Files carry the names of the year they were written in; transformers knows what they are called now.
     renamings = [rule for rule in get_model_conversion_mapping(policy.hf) if isinstance(rule, WeightRenaming)]
-    keys = {rename_source_key(key, renamings, [])[0]: key for key in reader.read_metadata().state_dict_metadata}
-    weights = {name.removeprefix("hf."): weight.detach() for name, weight in policy.named_parameters()}
-    missing = sorted(weights.keys() - keys.keys())
+    names = {}
+    for key, tensor in stored.items():
+        name = rename_source_key(key, renamings, [])[0]
+        if name in names:
+            raise DataError(f"{folder}/{tensor.file}: {key} and {names[name]} are the same weight")
+        names[name] = key
+
+    weights = {name.removeprefix("hf."): weight for name, weight in policy.named_parameters()}
+    missing = sorted(weights.keys() - names.keys())
     if missing:
         raise DataError(f"{folder}: its safetensors lack {', '.join(missing[:3])}")
+    for name, weight in weights.items():
+        tensor = stored[names[name]]
+        if tensor.shape != tuple(weight.shape):
+            says = f"has the shape {list(tensor.shape)}, config.json asks for {list(weight.shape)}"
+            raise DataError(f"{folder}/{tensor.file}: {names[name]} {says}")
+    # A tied head may be stored a second time.
+    further = sorted(names.keys() - weights.keys() - {"lm_head.weight"})
+    if further:
+        raise DataError(f"{folder}: its safetensors hold what the model has not: {', '.join(further[:3])}")
+    return {name: names[name] for name in weights}
+
+
+def read_weights(policy: Policy, folder: str, names: dict[str, str]) -> None:
+    """Fill a policy from a directory's safetensors, each process reading the slices that are its own. DataError.
+
+    names: as from `stored_names`.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    dcp, storage, _ = distributed_checkpoint()
+    weights = {name.removeprefix("hf."): weight.detach() for name, weight in policy.named_parameters()}
     # dcp reads only the slices that a process holds.
-    wanted = {keys[name]: weight for name, weight in weights.items()}
-    dcp.load(wanted, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+    wanted = {names[name]: weight for name, weight in weights.items()}
+    try:
+        dcp.load(wanted, storage_reader=storage(str(folder)), no_dist=not torch.distributed.is_initialized())
+    except (OSError, ValueError, RuntimeError, SafetensorError, CheckpointException) as error:
+        # What checkpoint reading collects of all processes; the first cause is enough.
+        causes = getattr(error, "failures", {})
+        cause = next((str(failure[0]) for failure in causes.values()), str(error))
+        cause = (cause.splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{folder}: no model could be loaded ({cause})") from error
+
+
+def check_finite(policy: Policy, folder: str) -> None:
+    """Raise DataError if a weight holds NaN or inf. Each process looks at the shards that it holds."""
+    names, extremes = [], []
+    for name, weight in policy.named_parameters():
+        part = weight.detach()
+        part = part.to_local() if hasattr(part, "to_local") else part
+        if part.numel():
+            names.append(name.removeprefix("hf."))
+            # NaN passes through; a sum of many finite numbers might not be finite.
+            extremes.append(torch.stack(torch.aminmax(part)).float())
+    if not names:
+        return
+    finite = torch.stack(extremes).isfinite().all(1).tolist()
+    bad = [name for name, good in zip(names, finite, strict=True) if not good]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise DataError(f"{folder}: {bad[0]}{more} holds NaN or inf: the run that wrote it has diverged")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

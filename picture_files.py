@@ -7,25 +7,22 @@ import hashlib
 import io
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from files import sync
-from records import ORIENTATION, as_seen
+from pictures import MAX_IMAGE_PIXELS, TURNS, PictureError, as_seen, opened, orientation
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
-MAX_IMAGE_PIXELS = 2**26  # 64 megapixels; a larger picture is refused by its header, before it is decoded
-PILLOW_LIMIT = 89_478_485  # Pillow warns of more
 RESAMPLE = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
 
 
@@ -33,22 +30,13 @@ def one_line(cause: Exception) -> str:
     return " ".join(str(cause).split()) or type(cause).__name__
 
 
-def check_pixels(image: Image.Image, max_image_pixels: int) -> None:
-    """Raise ValueError for a picture whose header says that it is too large."""
-    if image.width * image.height > max_image_pixels:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than --max-image-pixels {max_image_pixels}")
-
-
 def check_image(path: Path, max_image_pixels: int = MAX_IMAGE_PIXELS) -> None:
     """Cheap look at a file: its header, for some kinds its checksums. Pixels are read when the picture is used."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                check_pixels(image, max_image_pixels)
-                image.verify()
-    except Exception as cause:  # Pillow raises many kinds for broken files; all mean the same here
-        raise ValueError(f"{path}: not a readable image ({one_line(cause)})") from cause
+        with opened(path, max_image_pixels) as image:
+            image.verify()
+    except PictureError as cause:
+        raise ValueError(str(cause)) from cause
 
 
 def in_split(path: Path, split: str, test_fraction: float) -> bool:
@@ -94,18 +82,17 @@ def load_picture(
                 half, a quarter or an eighth where that is enough: several times faster.
     """
     try:
-        with Image.open(path) as image:
-            check_pixels(image, max_image_pixels)
+        with opened(path, max_image_pixels) as image:
             shrink = max_side is not None and max(image.size) > max_side
             if shrink and resample == "box":
                 part = max_side / max(image.size)
                 image.draft(None, (math.ceil(image.width * part), math.ceil(image.height * part)))
-            if image.getexif().get(ORIENTATION, 1) == 1:
-                picture = as_seen(image)
-            else:
-                picture = as_seen(ImageOps.exif_transpose(image))
-    except Exception as cause:
-        raise ValueError(f"not a readable image ({one_line(cause)})") from cause
+            image.load()
+            # After loading: a TIFF is turned by Pillow itself then, and says so.
+            turn = TURNS.get(orientation(image))
+            picture = as_seen(image if turn is None else image.transpose(turn))
+    except PictureError as cause:
+        raise ValueError(str(cause)) from cause
     if shrink:
         picture.thumbnail((max_side, max_side), RESAMPLE[resample])
     return picture

@@ -249,27 +249,14 @@ def run(main: Callable[[], None]) -> None:
     status, message = 0, None
     # From here on, and until a run directory takes over: SIGTERM ends the stage as Ctrl-C does, children and files too.
     signal.signal(signal.SIGTERM, terminate)
-    first_rank = int(os.environ.get("RANK", "0")) == 0
     try:
         main()
-    except DataError as error:
-        status, message = 2, f"error: {one_line(error)}"
-        if not first_rank:
-            # Mostly rank 0 says the same, and torchrun ends this process before it can repeat it.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
-            message = f"\n{message}"  # rank 0's progress bar may stand on this line
-    except StageError as error:
-        status, message = 1, f"error: {one_line(error)}" if first_rank else None
-    except KeyboardInterrupt as stop:
-        status, message = 130, (str(stop) or "stopped") if first_rank else None
-    except Terminated:
-        status, message = 128 + signal.SIGTERM, "terminated" if first_rank else None
-    except SystemExit:
-        raise
-    except Exception:
-        # In one piece: print_exc writes line by line, and the processes of a run write to one screen.
-        status, message = 1, traceback.format_exc().rstrip()
+    except BaseException as error:
+        # First of all: torchrun ends the other ranks when one fails, while they are still saying why they do.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if isinstance(error, SystemExit):
+            raise
+        status, message = last_words(error, int(os.environ.get("RANK", "0")) == 0)
 
     # Not above: there main's frame still lives, and with it a progress bar that has not ended its line.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end has begun
@@ -283,6 +270,25 @@ def run(main: Callable[[], None]) -> None:
         # Wait neither for ranks in a collective nor for gloo's threads, which may abort at shutdown.
         os._exit(status)
     sys.exit(status)
+
+
+def last_words(error: BaseException, first_rank: bool) -> tuple[int, str | None]:
+    """(exit status, what to print) for whatever ended a stage. What all ranks know, the first one says."""
+    if isinstance(error, DataError):
+        if first_rank:
+            return 2, f"error: {one_line(error)}"
+        # Mostly rank 0 says the same, and torchrun ends this process before it can repeat it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+        return 2, f"\nerror: {one_line(error)}"  # rank 0's progress bar may stand on this line
+    if isinstance(error, StageError):
+        return 1, f"error: {one_line(error)}" if first_rank else None
+    if isinstance(error, KeyboardInterrupt):
+        return 130, (str(error) or "stopped") if first_rank else None
+    if isinstance(error, Terminated):
+        return 128 + signal.SIGTERM, "terminated" if first_rank else None
+    # In one piece: print_exception writes line by line, and the processes of a run write to one screen.
+    return 1, "".join(traceback.format_exception(error)).rstrip()
 
 
 def terminate(number, frame):

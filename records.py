@@ -10,12 +10,11 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
-
 from files import LARGEST_TEXT, DataError, read_bytes, write_text
+from pictures import MAX_IMAGE_PIXELS, PictureError, open_picture, picture_size
 
 FIELDS = {  # of every record, and what each must be
     "id": str,
@@ -68,13 +67,14 @@ def read_records(
     check: Callable[[dict], None] | None = None,
     text_fields: tuple = (),
     skip_bad: bool = False,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> list[dict]:
     """Read and validate records.jsonl files. Everything is checked, pictures included, before it returns.
 
     paths: one path or a list. check(record): raises ValueError with a cause when the stage cannot use the record
     (rewards.check_gold). text_fields: further fields that must be non-empty text ("chosen", "rejected" for pairs).
     skip_bad: leave out the records that `check` refuses, and say on stderr how many and why the first; every other
-    mistake in a file still ends the run.
+    mistake in a file still ends the run. max_image_pixels: the largest width x height of an image file.
     Returns a list of dicts; `images` holds absolute paths, `_where` is "file:line". Raises DataError.
     """
     records = []
@@ -100,7 +100,7 @@ def read_records(
                     continue
 
             folder = Path(path).parent
-            record["images"] = [str((folder / name).resolve()) for name in record["images"]]
+            record["images"] = [os.path.realpath(folder / name) for name in record["images"]]
             for name in record["images"]:
                 pictures.setdefault(name, where)
             records.append({**record, "_where": where})
@@ -110,7 +110,7 @@ def read_records(
         print(f"skipped {len(skipped)} records: first {skipped[0]}", file=sys.stderr)
 
     with ThreadPoolExecutor(8) as pool:
-        for problem in pool.map(problem_with_picture, pictures, pictures.values()):
+        for problem in pool.map(problem_with_picture, pictures, pictures.values(), repeat(max_image_pixels)):
             if problem:
                 raise DataError(problem)
     return records
@@ -136,64 +136,17 @@ def check_fields(record: dict, where: str, text_fields: tuple) -> None:
         raise DataError(f'{where}: "images" must be a list of paths')
 
 
-def problem_with_picture(path: str, where: str) -> str | None:
+def problem_with_picture(path: str, where: str, max_pixels: int = MAX_IMAGE_PIXELS) -> str | None:
     """Why an image file cannot be used, or None. It is decoded wholly: a truncated file passes every shorter check."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        return f'{where}: image "{path}" is missing'
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f'{where}: image "{path}" is broken ({error})'
+        size = open_picture(path, max_pixels).size
+        # The size in the header decides how many tokens a picture takes, long before it is decoded.
+        header = picture_size(path, max_pixels)
+        if header != size:
+            return f'{where}: image "{path}" is broken (its header says {header}, its content is {size})'
+    except PictureError as error:
+        return f"{where}: {error}"
     return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-#
-# Trainer, samplers and jigsaw.py open pictures here, so that all see what a person sees in a viewer.
-
-ORIENTATION = 0x0112  # the EXIF tag of a camera that was held sideways; from 5 on, width and height change places
-
-
-def open_picture(path: str | Path) -> Image.Image:
-    """An image file as RGB, turned as its camera says. OSError, SyntaxError or ValueError if it cannot be read."""
-    with Image.open(path) as image:
-        return as_seen(ImageOps.exif_transpose(image))
-
-
-def picture_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of what open_picture will give, from the file's header alone."""
-    with Image.open(path) as image:
-        width, height = image.size
-        turned = image.getexif().get(ORIENTATION, 1) >= 5
-    return (height, width) if turned else (width, height)
-
-
-def as_seen(image: Image.Image) -> Image.Image:
-    """RGB of any mode: wide value ranges are scaled to 0 … 255, transparency lies on white.
-
-    Pillow's own convert clips 16-bit values at 255 (a white picture), rounds fractions to 0 (a black one) and drops
-    the alpha channel, so that whatever colour hides under full transparency appears.
-    """
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(eight_bits(np.asarray(image, dtype=np.float64))).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def eight_bits(values: np.ndarray) -> np.ndarray:
-    """Grey values of some range -> uint8. The range is the smallest usual one that holds them: 1, 255, 65535, or the
-    largest value itself; what is negative or no number is black."""
-    values = np.clip(np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0), 0.0, None)
-    largest = float(values.max(initial=0.0))
-    whole = bool((values == np.round(values)).all())
-    # Fractions up to 1 are shares of white; whole numbers up to 1 are levels of a very dark picture.
-    limits = (255.0, 65535.0) if whole else (1.0, 255.0, 65535.0)
-    white = next((limit for limit in limits if largest <= limit), largest)
-    return np.round(values * (255.0 / white)).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

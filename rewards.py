@@ -13,8 +13,8 @@ gold      the right answer, record["answer"]
 reply     the whole text a model wrote; a reply format splits it into a reason and an answer text
 answer    the answer text, read by the grammar of its answer type: "B", 12, [2, 1, 4, 3], [10.0, 20.0]
 
-Two tables hold what can be extended: REPLY_FORMATS and ANSWER_TYPES. A new answer type is one entry of the second,
-with its functions above it; nothing else in this file knows any type by name.
+Two tables hold what can be extended: REPLY_FORMATS in replies.py and ANSWER_TYPES. A new answer type is one entry of
+the second, with its functions above it; nothing else in this file knows any type by name.
 
 Reading is a full match against a small grammar, never a search: "A or B" is not an A with something behind it, it is no
 letter at all. What may stand around an answer (frames, leads, a plain sentence) is a fixed list, and only formats that
@@ -32,348 +32,31 @@ only help to build pairs and never earn a reward, are in judge.py.
 import json
 import math
 import re
+import reprlib
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import math_answers
+from replies import (  # noqa: F401  also for those who look for them here
+    MAX_REPLY,
+    REPLY_FORMATS,
+    SPACE,
+    TAG,
+    ReplyFormat,
+    closing_brace,
+    fold,
+    format_called,
+    read_bare,
+    read_reply,
+    reply_format,
+    stated,
+    unwrap,
+)
 
-MAX_REPLY = 100_000  # characters; a longer reply is not read at all
 MAX_ANSWER = 2_000  # characters of an answer of any type
-
-# What .strip() takes off. Python's own default would take off dozens of Unicode spaces too.
-SPACE = " \t\r\n"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The shape of a reply: where the reason ends and the answer begins
-#
-# A reader gets the stripped reply and returns (reason, answer text), or None if the shape is not exactly its own.
-
-# The tags of all formats. A text answer must not hold any, so a format with tags of its own adds them here.
-TAG = re.compile(r"</?(?:think|answer|reason|result)>")
-
-
-def read_blocks(reply: str, first: str, second: str) -> tuple[str, str] | None:
-    """<first>R</first><second>A</second>, each tag once, only white space around the blocks."""
-    reason_opens, reason_closes = f"<{first}>", f"</{first}>"
-    answer_opens, answer_closes = f"<{second}>", f"</{second}>"
-
-    # Counting the tags rules out nested, repeated and unclosed ones.
-    for tag in (reason_opens, reason_closes, answer_opens, answer_closes):
-        if reply.count(tag) != 1:
-            return None
-    if not reply.startswith(reason_opens) or not reply.endswith(answer_closes):
-        return None
-
-    reason_end, answer_start = reply.find(reason_closes), reply.find(answer_opens)
-    if reason_end > answer_start:
-        return None
-    between = reply[reason_end + len(reason_closes) : answer_start]
-    if between.strip(SPACE):
-        return None
-
-    reason = reply[len(reason_opens) : reason_end]
-    answer_text = reply[answer_start + len(answer_opens) : -len(answer_closes)]
-    return reason, answer_text
-
-
-def read_think(reply: str) -> tuple[str, str] | None:
-    """<think>R</think><answer>A</answer>"""
-    return read_blocks(reply, "think", "answer")
-
-
-def read_tags(reply: str) -> tuple[str, str] | None:
-    """<reason>R</reason><result>A</result>, as strict as think."""
-    return read_blocks(reply, "reason", "result")
-
-
-def read_bare(reply: str) -> tuple[str, str] | None:
-    """A, and no reason."""
-    return "", reply
-
-
-def read_boxed(reply: str) -> tuple[str, str] | None:
-    r"""R, then \boxed{A} as the very end, in $...$ and with a full stop or not; \boxed once."""
-    start = reply.find("\\boxed{")
-    if start < 0 or reply.count("\\boxed") != 1:
-        return None
-    end = closing_brace(reply, start + len("\\boxed"))
-    if end is None:
-        return None
-
-    reason, after = reply[:start], reply[end + 1 :]
-    if after not in ("", ".", "$", "$.", ".$"):
-        return None
-    if ("$" in after) != reason.endswith("$"):
-        return None  # one dollar sign without its partner
-    return reason.removesuffix("$"), reply[start + len("\\boxed{") : end]
-
-
-def closing_brace(text: str, opening: int) -> int | None:
-    """Index of the } that closes the { at `opening`, or None. One pass."""
-    depth = 0
-    for match in re.compile(r"[{}]").finditer(text, opening):
-        depth += 1 if match.group() == "{" else -1
-        if depth == 0:
-            return match.start()
-    return None
-
-
-def read_json(reply: str) -> tuple[str, str] | None:
-    """{"reason": R, "answer": A} and nothing else; R is text, A is text, a number, or a list of those."""
-    if not (reply.startswith("{") and reply.endswith("}")):
-        return None
-
-    # Python's reader is looser than JSON: of a key that stands twice it takes the last, and it knows NaN and Infinity.
-    def refuse_duplicates(pairs: list) -> dict:
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a key twice")
-        return dict(pairs)
-
-    def refuse_constant(name: str):
-        raise ValueError(name)
-
-    try:
-        value = json.loads(reply, object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
-    except (ValueError, RecursionError):
-        # ValueError: not JSON, or an integer of thousands of digits; RecursionError: brackets nested without end
-        return None
-
-    if set(value) != {"reason", "answer"} or not isinstance(value["reason"], str):
-        return None
-    reason, answer = value["reason"], value["answer"]
-    if answer is None or isinstance(answer, bool | dict):
-        return None
-    if isinstance(answer, str):
-        return reason, answer
-    try:
-        return reason, json.dumps(answer, allow_nan=False)
-    except (ValueError, RecursionError):  # 1e999 is JSON, and infinite
-        return None
-
-
-def read_line(reply: str) -> tuple[str, str] | None:
-    """R, then the last line "Answer: A"; "Answer:" occurs once."""
-    reason, _, last_line = reply.rpartition("\n")
-    if reply.count("Answer:") != 1 or not last_line.startswith("Answer: "):
-        return None
-    return reason, last_line[len("Answer: ") :]
-
-
-@dataclass(frozen=True)
-class ReplyFormat:
-    """One way to lay out a reply."""
-
-    read: Callable[[str], tuple[str, str] | None]  # stripped reply -> (reason, answer text); its grammar: the docstring
-    reason_may_be_empty: bool = False
-    # The switch of leniency. True: the answer may stand in a frame or a sentence and in any usual spelling: \boxed{B},
-    # "The answer is B.", "(B)", "B. below", "3 cars". False: exactly what the type's `read_bare` takes, "B" or "3", as
-    # Jigsaw-R1 wants it where the prompt asks for the answer alone.
-    answer_may_be_wrapped: bool = True
-
-
-REPLY_FORMATS = {
-    "think": ReplyFormat(read_think),
-    "bare": ReplyFormat(read_bare, reason_may_be_empty=True, answer_may_be_wrapped=False),
-    "tags": ReplyFormat(read_tags),
-    "boxed": ReplyFormat(read_boxed, reason_may_be_empty=True),
-    "json": ReplyFormat(read_json),
-    "line": ReplyFormat(read_line),
-}
-
-
-def reply_format(record: dict) -> str:
-    """The format the prompt asks for: the record's `reply_format`, otherwise `think` or `bare` as its `think` says."""
-    return record.get("reply_format") or ("think" if record.get("think") else "bare")
-
-
-def format_called(name: str) -> ReplyFormat:
-    """The entry of REPLY_FORMATS. ValueError for a name it does not have."""
-    if not isinstance(name, str) or name not in REPLY_FORMATS:
-        raise ValueError(f"unknown reply_format {name!r}")
-    return REPLY_FORMATS[name]
-
-
-def read_reply(reply: str, format_name: str) -> tuple[str, str] | None:
-    """Splits a reply into (reason, answer text), or None if it does not have exactly the structure of the format.
-
-    Neither part may be empty, unless the format allows it for the reason.
-    """
-    if len(reply) > MAX_REPLY:
-        return None
-    wanted = format_called(format_name)
-    parts = wanted.read(reply.strip(SPACE))
-    if parts is None:
-        return None
-
-    reason, answer_text = parts[0].strip(SPACE), parts[1].strip(SPACE)
-    if not answer_text:
-        return None
-    if not reason and not wanted.reason_may_be_empty:
-        return None
-    return reason, answer_text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What may stand around an answer: characters, frames, leads, sentences
-
-INVISIBLE = re.compile("[\u200b-\u200d\u2060\ufeff]")
-# These compatibility forms mean more than the plain character: ² is an exponent, ½ a fraction.
-MEANINGFUL = ("<super>", "<sub>", "<fraction>")
-
-
-def fold(text: str) -> str:
-    """Full-width, circled and bold characters as plain ones (NFKC). Letters of other alphabets stay what they are."""
-    folded = []
-    for character in unicodedata.normalize("NFC", INVISIBLE.sub("", text)):
-        keeps = unicodedata.decomposition(character).startswith(MEANINGFUL)
-        folded.append(character if keeps else unicodedata.normalize("NFKC", character))
-    return "".join(folded).replace("、", ",")
-
-
-# (opening, closing) marks that may stand around a whole answer, if neither stands inside
-FRAMES = [
-    ("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"), ('"', '"'), ("“", "”"), ("'", "'"),
-    ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("「", "」"), ("【", "】"), ("_", "_"),
-]  # fmt: skip
-COMMAND = re.compile(r"\\(?:boxed|fbox|text|textbf|textit|textrm|mathrm|mathbf|mathit|boldsymbol|underline)(?=\{)")
-FENCE = re.compile(r"```[A-Za-z]*[ ]*\n(.*?)\n?```", re.DOTALL)
-BOLD = re.compile(r"(?<![\w*])\*\*(?=\S)([^*\n]+?)(?<=\S)\*\*(?![\w*])")
-HEADING = re.compile(r"#{1,6}[ ]*(?=[A-Za-z])")
-CLOSING_WORDS = re.compile(r"[.]?\s+I hope it is correct\.?$")
-
-# "The answer is", "Final answer:", "Option", then the same in other languages. re.ASCII: an ASCII letter is meant.
-LEADS = [
-    re.compile(
-        r"(?:(?:so|thus|hence|therefore|finally|i think|i believe)(?:,[ ]?|[ ]))?(?:(?:the|my|our)[ ])?"
-        r"(?:(?:final|correct|right|best)[ ])?"
-        r"(?:(?:answer|ans|option|choice)\.?(?:[ ](?:is|would be|must be))?"
-        r"|(?:solution|result|letter|total|count)(?:[ ]is|(?=[ ]?:)))"
-        r"(?:[ ]?[:=]\s*|\s+)(?:(?:option|choice)[ ])?",
-        re.IGNORECASE | re.ASCII,
-    ),
-    re.compile(r"(?:i (?:would |will )?)?(?:choose|pick|select) (?:(?:option|choice) )?", re.IGNORECASE | re.ASCII),
-    re.compile(
-        r"(?:(?:所以|因此|故|综上)\s*,?\s*)?"
-        r"(?:(?:最终|正确)?(?:答案|结果|选项)\s*(?:是|为|选)?|应?选择?)\s*:?\s*"
-        r"|(?:答え|正解|解答)\s*は?\s*:?\s*"
-    ),
-    re.compile(r"(?:최종 )?(?:정답|답)\s*(?:은|는)?\s*:?\s*"),
-    re.compile(
-        r"(?:la réponse(?: finale| correcte)? est|réponse|(?:die )?(?:richtige )?antwort(?: ist| lautet)?"
-        r"|la respuesta(?: final| correcta)? es|respuesta|a resposta(?: final| correta)? é|resposta"
-        r"|la risposta(?: finale| corretta)? è|risposta|правильный ответ|ответ|đáp án(?: đúng)?(?: là)?)"
-        r"(?:[ ]?:\s*|[ ])",
-        re.IGNORECASE,
-    ),
-]
-TAILS = re.compile(
-    r"[ ]is(?: the)? (?:correct|right|best)(?: (?:answer|option|choice|one))?\.?$|[ ]is the answer\.?$"
-    r"|です[.。]?$|입니다[.]?$",
-    re.IGNORECASE | re.ASCII,
-)
-
-
-def unwrap(text: str) -> str:
-    r"""The answer without what may stand around it.
-
-    That is leads ("The answer is"), tails ("is correct"), frames (\boxed{}, $$, **, code fences, quotes) and the full
-    stop behind a frame.
-    """
-    for _ in range(8):
-        before = text
-        text = CLOSING_WORDS.sub("", text.strip(SPACE))
-        text = BOLD.sub(r"\1", HEADING.sub("", text, count=1) if text.startswith("#") else text)
-        text = unframe(text.removesuffix("。"))
-        for lead in LEADS:
-            found = lead.match(text)
-            if found and found.end() > 0:
-                text = text[found.end() :].strip(SPACE)
-                break
-        text = TAILS.sub("", text)
-        if text == before:
-            break
-    return text
-
-
-def unframe(text: str) -> str:
-    """Without the outermost frame, if there is one around the whole text."""
-    if text[-2:-1] and text[-2:-1] in "}$)]*`\"”" and text.endswith("."):
-        text = text[:-1]
-    fence = FENCE.fullmatch(text)
-    if fence and "```" not in fence[1]:
-        return fence[1].strip(SPACE)
-    if text.startswith("\\displaystyle"):
-        return text.removeprefix("\\displaystyle").strip(SPACE)
-
-    command = COMMAND.match(text)
-    if command and closing_brace(text, command.end()) == len(text) - 1:
-        return text[command.end() + 1 : -1].strip(SPACE)
-    for opening, closing in FRAMES:
-        inner = text[len(opening) : len(text) - len(closing)]
-        framed = text.startswith(opening) and text.endswith(closing) and inner.strip(SPACE)
-        if framed and opening not in inner and closing not in inner:
-            return inner.strip(SPACE)
-    return answer_in_json(text)
-
-
-def answer_in_json(text: str) -> str:
-    """{"answer": "B"} without its braces."""
-    if text.startswith("{") and text.endswith("}") and '"answer"' in text:
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            return text
-        if list(value) == ["answer"] and isinstance(value["answer"], str | int | float | list):
-            inner = value["answer"]
-            return json.dumps(inner) if isinstance(inner, list) else str(inner).strip(SPACE)
-    return text
-
-
-# A plain statement: what stands before its verb must be words (or $x$), and none that doubts or denies.
-STATEMENT = re.compile(
-    r"(?P<subject>(?:[A-Za-z']+|\$[A-Za-z]{1,2}\$)(?:[ ](?:[A-Za-z']+|\$[A-Za-z]{1,2}\$)){0,14}?)"
-    r"[ ](?:(?:is|are|was|equals|gets?|takes?|has|have|see|counts?|came from|comes from)"
-    r"(?: equal to| located at| at)?:?|at|on)\s+(?P<rest>.+)",
-    re.DOTALL,
-)
-CONNECTIVE = re.compile(r"(?:so|thus|hence|therefore|then|in total|a total of)\b,?[ ]+", re.IGNORECASE)
-LAST_SENTENCE = re.compile(
-    r"(?P<before>.+?)[,.;][ ]+(?:so |thus |hence |therefore |and )?(?=(?:the|my) (?:final )?answer is )", re.IGNORECASE
-)
-DOUBT = re.compile(
-    r"n't\b|\b(?:not|no|nor|neither|never|nothing|nobody|none|hardly|if|unless|or|either|whether|that|which|who|when"
-    r"|false|wrong|incorrect|unlikely|impossible|doubt\w*|maybe|perhaps|possibly|might|may|could|least|most|than|between|about|except|without)\b",
-    re.IGNORECASE,
-)
-
-
-def stated(text: str) -> str | None:
-    """What a plain sentence says its subject is: "There are 5 ways." -> "5 ways". None for anything less plain."""
-    last = LAST_SENTENCE.fullmatch(text + "\n") or LAST_SENTENCE.match(text)
-    if last and not DOUBT.search(last["before"]):
-        return unwrap(text[last.end() :])
-    connective = CONNECTIVE.match(text)
-    if connective:
-        text = text[connective.end() :]
-    statement = STATEMENT.fullmatch(text)
-    if statement and not DOUBT.search(statement["subject"]):
-        return unwrap(statement["rest"])
-    return unwrap(text) if connective else None
-
-
-def brackets_nest(text: str) -> bool:
-    """Whether each bracket is closed by its own kind, in order."""
-    expected = []
-    for character in re.findall(r"[()\[\]{}]", text):
-        if character in "([{":
-            expected.append({"(": ")", "[": "]", "{": "}"}[character])
-        elif not expected or expected.pop() != character:
-            return False
-    return not expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,6 +81,42 @@ class AnswerType:
     right_from: float = 1.0
     # As `read`, where the format wants the answer alone (ReplyFormat.answer_may_be_wrapped); None: `read` itself
     read_bare: Callable[[str, dict], Answer | None] | None = None
+    # Whether reading computes values: scoring.py then does it in a process of its own, under a limit
+    computes: bool = False
+
+
+def is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)  # to Python True is an int
+
+
+SHORT = reprlib.Repr()
+SHORT.maxlist = SHORT.maxdict = 6
+SHORT.maxstring = SHORT.maxother = 70
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def shown(value: object) -> str:
+    """A gold as an error names it: at most 80 characters on one line, without ever building a longer text."""
+    try:
+        return SHORT.repr(value)[:80]
+    except ValueError:
+        return "a number of thousands of digits"
+
+
+def is_writable(text: object) -> bool:
+    """Whether it is a text that a reply could hold: not too long, no half of a surrogate pair, which UTF-8 lacks."""
+    return isinstance(text, str) and len(text) <= MAX_ANSWER and not SURROGATE.search(text)
+
+
+def brackets_nest(text: str) -> bool:
+    """Whether each bracket is closed by its own kind, in order."""
+    expected = []
+    for character in re.findall(r"[()\[\]{}]", text):
+        if character in "([{":
+            expected.append({"(": ")", "[": "]", "{": "}"}[character])
+        elif not expected or expected.pop() != character:
+            return False
+    return not expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,12 +188,10 @@ def letter_accuracy(answer: str, record: dict) -> float:
 
 
 def check_letter(record: dict) -> None:
-    gold, options = record.get("answer"), record.get("options")
-    if options is not None and not (isinstance(options, list) and 1 <= len(options) <= 26):
-        raise ValueError(f"options must be a list of 1 to 26, not {options!r:.80}")
+    gold = record.get("answer")
     letters = letters_of(record)
     if not (isinstance(gold, str) and len(gold) == 1 and gold in letters):
-        raise ValueError(f"answer {gold!r:.80} is not one of the letters {letters[0]}-{letters[-1]}")
+        raise ValueError(f"answer {shown(gold)} is not one of the letters {letters[0]}-{letters[-1]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -526,13 +243,17 @@ def digit_accuracy(answer: int, record: dict) -> float:
 
 def check_digit(record: dict) -> None:
     gold = record.get("answer")
-    written = str(gold) if isinstance(gold, int | str) and not isinstance(gold, bool) else ""
+    fits = is_whole(gold) and 0 <= gold < 10**15  # before it is written: a number may have 10^5 digits
+    written = str(gold) if fits or isinstance(gold, str) else ""
     if not re.fullmatch(r"[0-9]{1,15}", written):
-        raise ValueError(f"answer {gold!r:.80} is not a whole number of at most 15 digits, 0 or above")
+        raise ValueError(f"answer {shown(gold)} is not a whole number of at most 15 digits, 0 or above")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Grids: an arrangement of 1 to rows * cols, row by row
+
+
+MAX_PIECES = 500  # their indices and the spaces between them are MAX_ANSWER characters
 
 
 def grid_size(record: dict) -> int:
@@ -556,7 +277,7 @@ def read_indices(text: str, size: int) -> list[int] | None:
 
 GRID_LAYOUT = re.compile(
     r"\\(?:begin|end)\{[a-z]*(?:matrix|array)\}(?:\{[lcr|]*\})?|\\\\|\\left|\\right|&"  # LaTeX
-    r"|\|[ :|-]*-[ :|-]*\|"  # the line below a table's head
+    r"|\|(?=[ :|]*-)[ :|-]*\|"  # the line below a table's head
     r"|\b(?:row [0-9]+|(?:first|second|third|fourth|fifth|sixth) row):"
     r"|(?<= )/(?= )",
     re.IGNORECASE,
@@ -583,16 +304,14 @@ def grid_accuracy(answer: list[int], record: dict) -> float:
 def check_grid(record: dict) -> None:
     gold = record.get("answer")
     sides = [record[side] for side in ("rows", "cols") if side in record]
-    if not all(is_whole(side) and side >= 1 for side in sides):
-        raise ValueError(f"rows and cols must be whole numbers from 1, not {sides!r:.80}")
-    if not isinstance(gold, list) or not gold or not all(is_whole(index) for index in gold):
-        raise ValueError(f"answer {gold!r:.80} is not a list of whole numbers")
+    if not all(is_whole(side) and 1 <= side <= MAX_PIECES for side in sides):
+        raise ValueError(f"rows and cols must be whole numbers from 1 to {MAX_PIECES}, not {shown(sides)}")
+    if not isinstance(gold, list) or not gold or not all(is_whole(index) for index in gold[: MAX_PIECES + 1]):
+        raise ValueError(f"answer {shown(gold)} is not a list of whole numbers")
+    if len(gold) > MAX_PIECES:
+        raise ValueError(f"answer {shown(gold)} has {len(gold)} indices; no reply could name more than {MAX_PIECES}")
     if not is_arrangement(gold, grid_size(record)):
-        raise ValueError(f"answer {gold!r:.80} is not an arrangement of 1 to {grid_size(record)}")
-
-
-def is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)  # to Python True is an int
+        raise ValueError(f"answer {shown(gold)} is not an arrangement of 1 to {grid_size(record)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -601,6 +320,7 @@ def is_whole(value: object) -> bool:
 NUMBER = re.compile(r"-?[0-9]{1,9}(?:\.[0-9]{1,9})?")
 
 
+MAX_COORDINATE = 10**9  # as many digits as are read
 COORDINATE = re.compile(r"-?(?:[0-9]{1,9}(?:\.[0-9]{1,9})?|\.[0-9]{1,9})")
 # What detectors write around their numbers, and the names of the numbers, which then must all be there
 BOX_TAGS = re.compile(
@@ -626,11 +346,11 @@ def read_coordinates(text: str, count: int) -> list[float] | None:
     """As `read_numbers`, and out of JSON ({"bbox_2d": [...]}), detection tags, or names: "x=1, y=2"."""
     text = coordinates_in_json(BOX_TAGS.sub(" ", text).strip(SPACE).removesuffix("."))
     text = NAMES_BEFORE.sub("", text, count=1)
-    names = re.findall(r"([a-z]+[0-9]?) ?[=:]", text)
+    names = re.findall(r"(?<![a-z])([a-z]{1,4}[0-9]?) ?[=:]", text)
     if names:
         if names not in COORDINATE_NAMES:
             return None
-        text = re.sub(r"[a-z]+[0-9]? ?[=:]", " ", text)
+        text = re.sub(r"(?<![a-z])[a-z]{1,4}[0-9]? ?[=:]", " ", text)
     return read_numbers(text, count)
 
 
@@ -692,9 +412,11 @@ def point_accuracy(answer: list[float], record: dict) -> float:
 def check_box(record: dict) -> None:
     gold = record.get("answer")
     if not (isinstance(gold, list) and len(gold) == 4 and all(is_finite(side) for side in gold)):
-        raise ValueError(f"answer {gold!r:.80} is not a box of four finite numbers [x1, y1, x2, y2]")
+        raise ValueError(f"answer {shown(gold)} is not a box of four finite numbers [x1, y1, x2, y2]")
+    if not all(abs(side) < MAX_COORDINATE for side in gold):
+        raise ValueError(f"answer {shown(gold)} has a side of 10^9 or more, which no reply can name")
     if gold[2] <= gold[0] or gold[3] <= gold[1]:
-        raise ValueError(f"answer {gold!r:.80} is a box without area: x2 must be above x1 and y2 above y1")
+        raise ValueError(f"answer {shown(gold)} is a box without area: x2 must be above x1 and y2 above y1")
 
 
 def is_finite(value: object) -> bool:
@@ -708,6 +430,9 @@ def is_finite(value: object) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts: one line, equal to an accepted one. The gold is a text or a list of them.
+
+
+MAX_TEXTS = 100  # a reply is compared with each
 
 
 def plain(text: object) -> str:
@@ -744,15 +469,16 @@ def text_accuracy(answer: str, record: dict) -> float:
 def check_text(record: dict) -> None:
     gold = record.get("answer")
     texts = accepted_texts(gold)
-    if not texts or any(not isinstance(text, str) or not plain(text) for text in texts):
-        raise ValueError(f"answer {gold!r:.80} is not a text, or a list of accepted texts, none empty")
+    if not 1 <= len(texts) <= MAX_TEXTS or not all(is_writable(text) and plain(text) for text in texts):
+        raise ValueError(
+            f"answer {shown(gold)} is not a text, or a list of 1 to {MAX_TEXTS} accepted texts, none empty and each "
+            f"of at most {MAX_ANSWER} characters"
+        )
     # The grammar must be able to read the gold itself, otherwise no reply could ever be right.
     for text in texts:
         stripped = text.strip(SPACE)
-        if len(stripped) > MAX_ANSWER or read_text(stripped, record) is None:
-            raise ValueError(
-                f"answer {gold!r:.80} is not one line of at most {MAX_ANSWER} characters without reply tags"
-            )
+        if read_text(stripped, record) is None:
+            raise ValueError(f"answer {shown(gold)} is not one line without reply tags")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -774,9 +500,9 @@ def math_accuracy(answer: str, record: dict) -> float:
 
 def check_math(record: dict) -> None:
     gold = record.get("answer")
-    readable = isinstance(gold, str | int | float) and not isinstance(gold, bool)
+    readable = is_writable(gold) or is_finite(gold)
     if not readable or math_answers.read(math_gold(record)) is None:
-        raise ValueError(f"answer {gold!r:.80} cannot be read as mathematics with a finite value")
+        raise ValueError(f"answer {shown(gold)} cannot be read as mathematics with a finite value")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -796,6 +522,7 @@ ANSWER_TYPES = {
         read_bare=read_ascii_digits,
         accuracy=digit_accuracy,
         check=check_digit,
+        computes=True,  # "7 + 5 = 12" must be true
     ),
     "grid": AnswerType(
         grammar='rows * cols indices from 1: "2 1 4 3", "2,1,4,3", "[[2, 1], [4, 3]]", "2 1; 4 3" -> [2, 1, 4, 3]',
@@ -821,6 +548,7 @@ ANSWER_TYPES = {
         read=read_math,
         accuracy=math_accuracy,
         check=check_math,
+        computes=True,
     ),
     "text": AnswerType(
         grammar='one line without reply tags, as it stands: "two dogs", "Two dogs."',
@@ -858,7 +586,10 @@ def read_answer(text: str, record: dict, wrapped: bool | None = None) -> Answer 
     if not wrapped:
         return (kind.read_bare or kind.read)(text, record)
 
-    text = unwrap(fold(text))
+    folded = fold(text)
+    if len(folded) > MAX_ANSWER:
+        return None  # one character may become eighteen
+    text = unwrap(folded)
     answer = kind.read(text, record)
     if answer is None:
         statement = stated(text)
@@ -898,12 +629,25 @@ def score(reply: str, record: dict, accuracy_weight: float = 1.0, format_weight:
     }
 
 
+def check_options(record: dict) -> None:
+    """Of a record of any type: judge.py and claims.py look for the options in all of them."""
+    options = record.get("options")
+    if options is None:
+        return
+    listed = isinstance(options, list) and 1 <= len(options) <= 26
+    if not listed or not all(is_writable(option) or is_finite(option) for option in options):
+        raise ValueError(
+            f"options must be a list of 1 to 26 texts of at most {MAX_ANSWER} characters, not {shown(options)}"
+        )
+
+
 def check_gold(record: dict) -> None:
     """Raises ValueError with a one-line cause if replies to this record cannot be scored. Call it before training."""
     # A record comes from a file, so its type may be anything, a list too, which no dict can be asked for.
     type_name, format_name = record.get("answer_type"), record.get("reply_format")
-    if type_name not in list(ANSWER_TYPES):
-        raise ValueError(f"answer_type {type_name!r} is unknown (known: {', '.join(ANSWER_TYPES)})")
-    if format_name is not None and format_name not in list(REPLY_FORMATS):
-        raise ValueError(f"reply_format {format_name!r} is unknown (known: {', '.join(REPLY_FORMATS)})")
+    if not isinstance(type_name, str) or type_name not in ANSWER_TYPES:
+        raise ValueError(f"answer_type {shown(type_name)} is unknown (known: {', '.join(ANSWER_TYPES)})")
+    if format_name is not None and not (isinstance(format_name, str) and format_name in REPLY_FORMATS):
+        raise ValueError(f"reply_format {shown(format_name)} is unknown (known: {', '.join(REPLY_FORMATS)})")
+    check_options(record)
     ANSWER_TYPES[type_name].check(record)

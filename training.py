@@ -12,9 +12,11 @@ A `policy` here is any nn.Module that offers `units()`, the modules FSDP2 shards
 
 import argparse
 import math
+import re
 import resource
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pictures import MAX_IMAGE_PIXELS
 from processes import World, child_environment, run, setup  # noqa: F401, stages say training.setup and training.run
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,9 +42,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 class Parser(argparse.ArgumentParser):
     """argparse as every stage uses it: --help shows the file's docstring and all defaults, there are no abbreviations,
-    and an error is one line."""
+    and an error is one line. jigsaw.py, which imports nothing of ours, has its own copy.
 
-    def __init__(self, doc: str, epilog: str | None = None):
+    commands: flags whose value is a whole command line, so no name of a file or a model.
+    """
+
+    def __init__(self, doc: str, epilog: str | None = None, commands: tuple[str, ...] = ()):
         super().__init__(
             usage="python %(prog)s [flags]",
             description=doc.strip(),
@@ -49,10 +55,49 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=HelpFormatter,
         )
+        self.commands = commands
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        flag = ""
+        for word in words:
+            if word.startswith("--"):
+                flag, equals, word = word.partition("=")
+                if not equals:
+                    continue
+            problem = problem_of_name(word)
+            if problem and flag not in self.commands:
+                self.error(f"argument {flag}: {problem}: {shown(word)}" if flag else f"{problem}: {shown(word)}")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message):
         one_line = " ".join(message.split())  # it may quote a flag's value
-        self.exit(2, f"error: {one_line}\n")
+        self.exit(2, f"error: {printable(one_line)}\n")
+
+
+def problem_of_name(text: str) -> str | None:
+    """Why a word of a command line can be no number, and no name of a file or a model."""
+    if not text:
+        return "is empty"
+    if text == "--":  # argparse would drop it
+        return "is no value"
+    if any(0xD800 <= ord(letter) < 0xE000 for letter in text):  # how Python reads bytes that are no UTF-8
+        return "is not UTF-8"
+    if any(unicodedata.category(letter) == "Cc" for letter in text):
+        return "holds a control character"
+    if any(len(part.encode()) > 255 for part in text.split("/")):  # more than file systems take
+        return "has a part of more than 255 bytes"
+    return None
+
+
+def printable(text: str) -> str:
+    """Text with escapes for what a terminal or a UTF-8 file cannot show."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def shown(text: str) -> str:
+    """A flag's value as an error message quotes it: its beginning, if it is long."""
+    return printable(text if len(text) <= 60 else f"{text[:60]}…")
 
 
 def integer(interval: str) -> Callable[[str], int]:
@@ -61,24 +106,38 @@ def integer(interval: str) -> Callable[[str], int]:
 
 
 def real(interval: str) -> Callable[[str], float]:
-    """A flag's type: a finite number in an interval such as "(0, 1]": round brackets exclude the end."""
+    """A flag's type: a finite number in an interval such as "(0, 1]": round brackets exclude the end. "0 or [1e-4, 1]"
+    takes 0 as well, where 0 means that something is off."""
     return number_in(interval, float)
 
 
+# Plain digits: Python's int and float also read spaces, underscores and the digits of all alphabets.
+WRITTEN = {
+    int: re.compile(r"[+-]?[0-9]+"),
+    float: re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|infinity|nan)", re.I),
+}
+
+
 def number_in(interval, kind):
-    low, high = (float(end) for end in interval[1:-1].split(","))
+    bounds = interval.removeprefix("0 or ")
+    low, high = (float(end) for end in bounds[1:-1].split(","))
+    what = "a whole number" if kind is int else "a number"
+    must = f"must be 0 or lie in {bounds}" if interval != bounds else f"must lie in {bounds}"
 
     def read(text):
+        if not WRITTEN[kind].fullmatch(text):
+            raise argparse.ArgumentTypeError(f"must be {what}, not {shown(text)}")
         try:
             value = kind(text)
-        except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what}, not {text}") from None
+        except ValueError:  # more digits than Python reads
+            raise argparse.ArgumentTypeError(f"{must}, not {shown(text)}") from None
         # NaN is neither above nor below anything, and inf not below "inf)".
-        above = value > low or (interval[0] == "[" and value == low)
-        below = value < high or (interval[-1] == "]" and value == high)
-        if not (above and below):
-            raise argparse.ArgumentTypeError(f"must lie in {interval}, not {text}")
+        above = value > low or (bounds[0] == "[" and value == low)
+        below = value < high or (bounds[-1] == "]" and value == high)
+        if not (above and below or interval != bounds and value == 0):
+            raise argparse.ArgumentTypeError(f"{must}, not {shown(text)}")
+        if value == 0 and re.search("[1-9]", re.split("[eE]", text)[0]):
+            raise argparse.ArgumentTypeError(f"is too close to 0 for a float: {shown(text)}")
         return value
 
     return read
@@ -88,7 +147,9 @@ def add_model_flags(parser: Parser):
     """The flags of every stage that runs a model, in a group of their own. Returns the group."""
     group = parser.add_argument_group("model and machine")
     add = group.add_argument
-    add("--max-pixels", type=integer("[1, inf)"), help="largest image area in pixels (default: the checkpoint's own)")
+    add("--max-pixels", type=integer("[1, 1e9]"), help="largest image area in pixels (default: the checkpoint's own)")
+    add("--max-image-pixels", type=integer("[1, 1e9]"), default=MAX_IMAGE_PIXELS,
+        help="an image file of more pixels is refused before it is decoded")  # fmt: skip
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
         help="compute type; auto: bf16 on a GPU, fp32 on a CPU. Weights that learn stay fp32")  # fmt: skip
     add("--attn", default="auto", choices=["auto", "sdpa", "flash"],
@@ -103,7 +164,7 @@ def add_training_flags(parser: Parser):
     """The flags of every stage that trains: model flags, sharding, memory, and the run directory."""
     add = add_model_flags(parser).add_argument
     add("--freeze-vision", action="store_true", help="keep the vision tower as it is")
-    add("--micro-tokens", type=integer("[0, inf)"), default=0,
+    add("--micro-tokens", type=integer("[0, 1e9]"), default=0,
         help="tokens and patches per forward, less if memory runs out; 0: 16384 on a GPU, 3072 on a CPU")  # fmt: skip
     add("--gradient-checkpointing", default="auto", choices=["auto", "on", "off"],
         help="keep no activations inside a block, compute them again in the backward pass: less memory, more time; "
@@ -111,7 +172,7 @@ def add_training_flags(parser: Parser):
     add("--shard", default="full", choices=["full", "grad", "none"],
         help="what FSDP2 shards over the processes: full: weights, gradients and optimizer state; grad: the last two "
         "(weights stay gathered during an update); none: nothing, each process holds the whole model")  # fmt: skip
-    add("--replicas", type=integer("[1, inf)"), default=1,
+    add("--replicas", type=integer("[1, 1e6]"), default=1,
         help="copies of the sharded model (HSDP): as many as nodes; 1: one over all processes")  # fmt: skip
     add("--offload", action="store_true",
         help="keep fp32 master weights, gradients and optimizer state in main memory")  # fmt: skip
@@ -122,10 +183,10 @@ def add_training_flags(parser: Parser):
         help="time a matrix product first, and log FLOP/s as a share of it (mfu_…)")  # fmt: skip
 
     add = parser.add_argument_group("run directory").add_argument
-    add("--save-every", type=integer("[0, inf)"), default=50,
+    add("--save-every", type=integer("[0, 1e6]"), default=50,
         help="steps between checkpoints; 0: only at the end or when stopped")  # fmt: skip
-    add("--keep", type=integer("[1, inf)"), default=2, help="checkpoints to keep")
-    add("--max-skipped", type=integer("[0, inf)"), default=5,
+    add("--keep", type=integer("[1, 1e6]"), default=2, help="checkpoints to keep")
+    add("--max-skipped", type=integer("[0, 1e6]"), default=5,
         help="a step whose gradient is no finite number changes nothing and is counted; this many in a row end the "
         "run; 0: never")  # fmt: skip
     add("--resume", action="store_true", help="go on from the last checkpoint in --out (same settings)")
@@ -134,7 +195,7 @@ def add_training_flags(parser: Parser):
 
 # Flags of this file that may differ between a run and its resumption, like the number of processes.
 MAY_CHANGE = ("resume", "overwrite", "steps", "save_every", "keep", "max_skipped", "timeout", "measure_peak")
-MAY_CHANGE += ("shard", "replicas", "offload", "accumulate")
+MAY_CHANGE += ("shard", "replicas", "offload", "accumulate", "max_image_pixels")
 
 
 def load_options(args) -> dict:
@@ -143,6 +204,7 @@ def load_options(args) -> dict:
         "dtype": args.dtype,
         "attn": args.attn,
         "max_pixels": args.max_pixels,
+        "max_image_pixels": args.max_image_pixels,
         "freeze_vision": args.freeze_vision,
         "gradient_checkpointing": args.gradient_checkpointing,
         "sharding": Sharding(args.shard, args.replicas, args.offload, args.accumulate),

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import training
-from model import Encoder, Policy, Prompt, pack, unpack
+from model import Encoder, Policy, Prompt, check_folder, pack, unpack
 from records import DataError
 from sampler import Reply
 from training import World
@@ -43,13 +43,13 @@ def add_sampler_flags(parser: training.Parser, train: bool = False) -> None:
     add = parser.add_argument_group("sampler").add_argument
     add("--sampler", default="builtin", choices=["builtin", "vllm"],
         help="who samples the replies: the model itself, or vLLM beside it (docs/vllm.md)")  # fmt: skip
-    add("--vllm-memory", type=training.real("(0, 1)"), default=0.4,
+    add("--vllm-memory", type=training.real("[0.001, 1)"), default=0.4,
         help="share of the GPU that vLLM's weights and KV cache may take")  # fmt: skip
     if not train:
         return
-    add("--vllm-tp", type=training.integer("[1, inf)"), default=1,
+    add("--vllm-tp", type=training.integer("[1, 1024]"), default=1,
         help="neighbouring processes that share one vLLM engine (tensor parallel)")  # fmt: skip
-    add("--parity-every", type=training.integer("[0, inf)"), default=0,
+    add("--parity-every", type=training.integer("[0, 1e6]"), default=0,
         help="steps between comparisons of vLLM with the trainer after the first two; 0: no more")  # fmt: skip
     add("--one-step-off-policy", action="store_true",
         help="vLLM samples a step's replies while the step before is learned: faster where the GPU has room for both; "
@@ -102,7 +102,7 @@ class VLLM:
             tame_cpu_build()
         encoder.family.prepare_vllm()
         self.engine = LLM(
-            str(path),
+            check_folder(path),
             dtype="bfloat16" if policy.half else "float32",
             seed=seed,
             tensor_parallel_size=tp,

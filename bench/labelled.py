@@ -69,6 +69,24 @@ def golds_table() -> list[str]:
     return lines
 
 
+UNIT_GOLDS = ["5", "5 cm", r"5 \text{ cm}^2", r"5\%", r"\$5", r"5^\circ", "5 apples"]
+UNIT_REPLIES = ["5", "5 cm", "5 m", "5 cm²", r"5\%", r"\$5", "5°", "5 apples"]
+
+
+def units_table() -> list[str]:
+    """Which reply is right for which gold, of the number 5 with and without units."""
+    lines = ["| gold | " + " | ".join(f"`{reply}`" for reply in UNIT_REPLIES) + " |"]
+    lines.append("|---" * (len(UNIT_REPLIES) + 1) + "|")
+    for gold in UNIT_GOLDS:
+        record = {"answer_type": "math", "answer": gold, "think": True}
+        cells = []
+        for reply in UNIT_REPLIES:
+            score = rewards.score(f"<think>R</think><answer>{reply}</answer>", record)
+            cells.append("right" if score["accuracy"] else "–")
+        lines.append(f"| `{gold}` | " + " | ".join(cells) + " |")
+    return lines
+
+
 def search_table() -> list[str]:
     path = ROOT / "bench" / "results" / "search_math.json"
     if not path.exists():
@@ -92,7 +110,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit 1 if docs/answers.md has other tables")
     args = parser.parse_args()
 
-    tables = "\n\n".join("\n".join(lines) for lines in (answers_table(), golds_table(), search_table()))
+    tables = "\n\n".join("\n".join(lines) for lines in (answers_table(), golds_table(), units_table(), search_table()))
     print(tables)
     page = PAGE.read_text(encoding="utf-8")
     before, after = page.split(OPENS)[0], page.split(CLOSES)[1]

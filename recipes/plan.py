@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attention
@@ -153,12 +153,13 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.most = 0
         self.known = {weight.untyped_storage()._cdata for weight in weights}  # views of them are made all the time
+        self.outputs = {}  # what an operator gave before, for arguments of these shapes: [(size, stride, dtype)]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = args, kwargs or {}
-        if any(map(self.is_meta, tree_leaves(given))):  # the tower mixes in indices that it computes on the CPU
-            given = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, given)
-        out = function(*given[0], **given[1])
+        leaves, structure = tree_flatten((args, kwargs or {}))
+        if any(map(self.is_meta, leaves)):  # the tower mixes in indices that it computes on the CPU
+            leaves = [leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        out = self.run(function, leaves, structure)
         for tensor in filter(self.is_meta, tree_leaves(out)):
             storage = tensor.untyped_storage()
             if storage._cdata not in self.known:
@@ -167,6 +168,26 @@ class LiveBytes(TorchDispatchMode):
                 weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
         self.most = max(self.most, self.now)
         return out
+
+    def run(self, function, leaves, structure):
+        """What `function` gives. A model is the same layer many times, and operators on the meta device are slow: one
+        that makes a new tensor is run once for arguments of the same shapes."""
+        described = [self.describe(leaf) for leaf in leaves]
+        key = function, structure, tuple(described)
+        if key in self.outputs:
+            return torch.empty_strided(*self.outputs[key][:2], dtype=self.outputs[key][2], device="meta")
+        args, kwargs = tree_unflatten(leaves, structure)
+        out = function(*args, **kwargs)
+        aliases = [value.alias_info for value in (*function._schema.arguments, *function._schema.returns)]
+        if self.is_meta(out) and not any(aliases):
+            self.outputs[key] = out.shape, out.stride(), out.dtype
+        return out
+
+    @staticmethod
+    def describe(leaf):
+        if not isinstance(leaf, torch.Tensor):
+            return type(leaf), leaf
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
 
     @staticmethod
     def is_meta(thing):
@@ -381,8 +402,8 @@ def parse_command(command: str) -> tuple[str, argparse.Namespace, int]:
         raise DataError(f"{script}: no stage that runs a model")
     args = importlib.import_module(stage).parse_args(flags)
     launcher = training.Parser("torchrun")
-    launcher.add_argument("--nproc_per_node", "--nproc-per-node", type=integer("[1, inf)"), default=1)
-    launcher.add_argument("--nnodes", type=integer("[1, inf)"), default=1)
+    launcher.add_argument("--nproc_per_node", "--nproc-per-node", type=integer("[1, 1e5]"), default=1)
+    launcher.add_argument("--nnodes", type=integer("[1, 1e5]"), default=1)
     launched, _ = launcher.parse_known_args(before)
     return stage, args, launched.nproc_per_node * launched.nnodes
 
@@ -504,17 +525,17 @@ def commands_of(recipe: str, arguments: list[str]) -> list[str]:
 
 
 def parse_args(argv=None):
-    parser = training.Parser(__doc__)
+    parser = training.Parser(__doc__, commands=("--command",))
     add = parser.add_argument
     add("model", nargs="?", help=f"a model directory, or a published size: {', '.join(SHAPES)}")
     add("--command", help="judge this command line of a stage, in quotes, instead of the flags below")
     add("--recipe", nargs="+", metavar="FILE", help="judge every stage that this recipe, given these words, would run")
     add("--as", nargs=2, action="append", default=[], dest="models", metavar=("NAME", "MODEL"),
         help="with --command: what stands for a model that is not there yet")  # fmt: skip
-    add("--gpus", type=integer("[1, inf)"), default=8, help="processes, one a GPU, over all nodes")
-    add("--gpu-gib", type=real("(0, inf)"), default=80.0, help="GiB of a GPU")
+    add("--gpus", type=integer("[1, 1e5]"), default=8, help="processes, one a GPU, over all nodes")
+    add("--gpu-gib", type=real("[1, 1e6]"), default=80.0, help="GiB of a GPU")
     add("--shard", default="full", choices=["full", "grad", "none"], help="as in grpo.py")
-    add("--replicas", type=integer("[1, inf)"), default=1, help="as in grpo.py")
+    add("--replicas", type=integer("[1, 1e5]"), default=1, help="as in grpo.py")
     add("--offload", action="store_true", help="as in grpo.py")
     add("--accumulate", default="whole", choices=["whole", "shards"], help="as in grpo.py")
     add("--kl", action="store_true", help="with a reference model (grpo.py --kl above 0)")
@@ -522,13 +543,13 @@ def parse_args(argv=None):
     add("--gradient-checkpointing", default="on", choices=["on", "off"], help="as in grpo.py")
     add("--dtype", default="bf16", choices=["fp32", "bf16"], help="as in grpo.py")
     add("--sampler", default="builtin", choices=["builtin", "vllm", "none"], help="as in grpo.py; none: dpo.py")
-    add("--vllm-tp", type=integer("[1, inf)"), default=1, help="as in grpo.py: GPUs that share one vLLM")
+    add("--vllm-tp", type=integer("[1, 1024]"), default=1, help="as in grpo.py: GPUs that share one vLLM")
     add("--vllm-memory", type=real("(0, 1)"), default=0.4, help="as in grpo.py")
-    add("--micro-tokens", type=integer("[1, inf)"), default=16384, help="tokens and patches per forward")
-    add("--prompt", type=integer("[1, inf)"), default=400, help="tokens of a prompt, image tokens included")
-    add("--image", type=integer("[0, inf)"), default=324, help="image tokens among them")
-    add("--group", type=integer("[1, inf)"), default=8, help="replies per prompt (2: a DPO pair)")
-    add("--reply", type=integer("[1, inf)"), default=512, help="tokens of a reply")
+    add("--micro-tokens", type=integer("[1, 1e9]"), default=16384, help="tokens and patches per forward")
+    add("--prompt", type=integer("[1, 1e7]"), default=400, help="tokens of a prompt, image tokens included")
+    add("--image", type=integer("[0, 1e7]"), default=324, help="image tokens among them")
+    add("--group", type=integer("[1, 1e5]"), default=8, help="replies per prompt (2: a DPO pair)")
+    add("--reply", type=integer("[1, 1e7]"), default=512, help="tokens of a reply")
     args = parser.parse_args(argv)
     if sum(thing is not None for thing in (args.model, args.command, args.recipe)) != 1:
         parser.error("one of a model, --command and --recipe must be given")

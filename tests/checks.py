@@ -10,6 +10,7 @@ import torch.distributed as dist
 import model
 import run_directory
 import training
+from records import DataError
 
 
 def export(args, world):
@@ -46,6 +47,18 @@ def memory(args, world):
         (Path(args.out) / "grown.json").write_text(json.dumps(grown))
 
 
+def refuse(args, world):
+    """Load args.model, which one rank alone must find fault with; every rank notes what it raised."""
+    problem = None
+    try:
+        model.load(args.model, world, train=True)
+    except DataError as error:
+        problem = str(error)
+    everybody = world.gather(problem)
+    if world.main:
+        Path(args.out).write_text(json.dumps(everybody))
+
+
 def fail(args, world):
     """The last rank fails while the others wait for it."""
     world.barrier()
@@ -54,7 +67,7 @@ def fail(args, world):
     world.barrier()
 
 
-CHECKS = {"export": export, "memory": memory, "fail": fail}
+CHECKS = {"export": export, "memory": memory, "refuse": refuse, "fail": fail}
 
 
 def main(argv):

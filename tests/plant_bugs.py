@@ -241,7 +241,7 @@ BUGS = [Bug(*entry) for entry in (
     ("the reference's log-probs are at temperature 1", "grpo.py",
      "model.log_probs(reference, groups, temperature)", "model.log_probs(reference, groups)", GRPO_SETTINGS),
     ("--format-weight is ignored", "grpo.py",
-     "rewards.score(text, record, format_weight=format_weight)", "rewards.score(text, record)", GRPO_SETTINGS),
+     "scoring.Scorer(format_weight=args.format_weight)", "scoring.Scorer()", GRPO_SETTINGS),
     ("after skipping groups the advantages of others are taken", "grpo.py",
      "torch.cat([advantages[p] for p in members])", "torch.cat([advantages[i] for i in micro])", GRPO_GRADIENT),
     ("skipped groups do not count in the normaliser", "grpo.py",
@@ -408,12 +408,12 @@ BUGS = [Bug(*entry) for entry in (
 
     # ---- training.py
     ("a flag's number may be nan", "training.py",
-     '        above = value > low or (interval[0] == "[" and value == low)\n'
-     '        below = value < high or (interval[-1] == "]" and value == high)\n'
-     "        if not (above and below):",
-     '        below = value < low or (interval[0] == "(" and value == low)\n'
-     '        above = value > high or (interval[-1] == ")" and value == high)\n'
-     "        if above or below:", FLAGS),
+     '        above = value > low or (bounds[0] == "[" and value == low)\n'
+     '        below = value < high or (bounds[-1] == "]" and value == high)\n'
+     "        if not (above and below or interval != bounds and value == 0):",
+     '        below = value < low or (bounds[0] == "(" and value == low)\n'
+     '        above = value > high or (bounds[-1] == ")" and value == high)\n'
+     "        if (above or below) and not (interval != bounds and value == 0):", FLAGS),
     ("a resumed run may be given another learning rate", "training.py",
      'MAY_CHANGE = ("resume",', 'MAY_CHANGE = ("lr", "resume",', SETTINGS),
     ("the learning rate warms up from zero", "training.py",
@@ -508,14 +508,14 @@ BUGS = [Bug(*entry) for entry in (
     # ---- rewards.py
     ("the format weight is ignored", "rewards.py", "format_weight * well_formed", "0.5 * well_formed", REWARDS),
     ("the accuracy weight is ignored", "rewards.py", "accuracy_weight * right", "right", REWARDS),
-    ("without tags the whole reply is the answer", "rewards.py",
+    ("without tags the whole reply is the answer", "replies.py",
      'read_blocks(reply, "think", "answer")', 'read_blocks(reply, "think", "answer") or ("-", reply)', REWARDS),
-    ("a tag may stand twice", "rewards.py", "reply.count(tag) != 1", "reply.count(tag) < 1", REWARDS),
-    ("words may stand between the blocks", "rewards.py",
+    ("a tag may stand twice", "replies.py", "reply.count(tag) != 1", "reply.count(tag) < 1", REWARDS),
+    ("words may stand between the blocks", "replies.py",
      "if between.strip(SPACE):", "if False:", REWARDS),
-    ("an empty block is well-formed", "rewards.py",
+    ("an empty block is well-formed", "replies.py",
      "if not reason and not wanted.reason_may_be_empty:", "if False:", REWARDS),
-    ("a bare answer may be wrapped in words", "rewards.py",
+    ("a bare answer may be wrapped in words", "replies.py",
      "answer_may_be_wrapped=False", "answer_may_be_wrapped=True", REWARDS),
     ("a grid counts only as a whole", "rewards.py",
      "return right / len(gold)", "return float(right == len(gold))", REWARDS),
@@ -526,14 +526,14 @@ BUGS = [Bug(*entry) for entry in (
     ("the union of two boxes counts their intersection twice", "rewards.py",
      "both / (area + gold_area - both)", "both / (area + gold_area)", REWARDS),
     ("a box must overlap wholly to be right", "rewards.py", "right_from=0.5", "right_from=1.0", REWARDS),
-    ("JSON may hold further keys", "rewards.py",
+    ("JSON may hold further keys", "replies.py",
      'set(value) != {"reason", "answer"}', 'not set(value) >= {"reason", "answer"}', REWARDS),
-    ("Answer: may stand twice", "rewards.py", 'reply.count("Answer:") != 1', 'reply.count("Answer:") < 1', REWARDS),
-    ("a box around the answer is not taken off", "rewards.py", "boxed|fbox|text", "fbox|text", ANSWERS),
+    ("Answer: may stand twice", "replies.py", 'reply.count("Answer:") != 1', 'reply.count("Answer:") < 1', REWARDS),
+    ("a box around the answer is not taken off", "replies.py", "boxed|fbox|text", "fbox|text", ANSWERS),
     ("full-width letters are not folded", "rewards.py",
-     "text = unwrap(fold(text))\n    answer", "text = unwrap(text)\n    answer", ANSWERS),
-    ("bold marks around a word stay", "rewards.py", 'BOLD.sub(r"\\1", ', "str(", ANSWERS),
-    ("a doubt in a sentence is not heard", "rewards.py",
+     "    folded = fold(text)\n", "    folded = text\n", ANSWERS),
+    ("bold marks around a word stay", "replies.py", 'BOLD.sub(r"\\1", ', "str(", ANSWERS),
+    ("a doubt in a sentence is not heard", "replies.py",
      'if statement and not DOUBT.search(statement["subject"]):', "if statement:", ANSWERS),
     ("an option's text is compared letter by letter", "rewards.py",
      "for comparable in (plain, without_article):", "for comparable in (str,):", ANSWERS),
@@ -628,11 +628,11 @@ BUGS = [Bug(*entry) for entry in (
     ("the words of the warm-up data are false", "toy/primer.py", "values[k] > values[j]", "values[k] < values[j]", TOY),
 
     # ---- eval.py
-    ("a 16-bit picture is clipped", "records.py", "limits = (255.0, 65535.0) if whole", "limits = (255.0,) if whole",
+    ("a 16-bit picture is clipped", "pictures.py", "limits = (255.0, 65535.0) if whole", "limits = (255.0,) if whole",
      some("test_pictures", "a_ramp_from_black_to_white_is_one_whatever_the_file_stores")),
-    ("transparency is black", "records.py", 'image.size, "white")', 'image.size, "black")',
+    ("transparency is black", "pictures.py", 'image.size, "white")', 'image.size, "black")',
      some("test_pictures", "transparency_lies_on_white")),
-    ("a picture's size is not turned with it", "records.py", "return (height, width) if turned else (width, height)",
+    ("a picture's size is not turned with it", "pictures.py", "return (height, width) if turned else (width, height)",
      "return width, height", some("test_pictures", "a_picture_is_turned_as_its_camera_says_and_its_size_too")),
     ("a wish passed on by another rank counts as the first of two", "run_directory.py",
      "if self.asked is not None and now - self.asked > PATIENCE:", "if self.stop:",

@@ -12,7 +12,8 @@ from groups import every_family
 from PIL import Image
 
 import model
-from records import DataError, open_picture
+from pictures import open_picture
+from records import DataError
 
 QWEN = [family for family in FAMILIES if family.startswith("qwen")]
 
@@ -86,7 +87,7 @@ def test_pixels_are_those_that_the_processor_makes_when_it_resizes_itself(limite
 
 
 def test_max_pixels_below_one_image_token_is_refused(tiny_dirs):
-    with pytest.raises(DataError, match="--max-pixels 783 is below one image token"):
+    with pytest.raises(DataError, match="--max-pixels 783 is below one image token: at least 784 pixels"):
         model.load(tiny_dirs["qwen2_5_vl"], CPU, max_pixels=783)
     _, encoder = model.load(tiny_dirs["qwen2_5_vl"], CPU, max_pixels=784)
     assert encoder.family.resize(Image.new("RGB", (90, 300))).size == (28, 28)

@@ -206,13 +206,13 @@ def test_flags_that_do_not_fit_together_are_refused(capsys):
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
     [
-        ("--samples", "0", "argument --samples: must lie in [1, inf), not 0"),
+        ("--samples", "0", "argument --samples: must lie in [1, 1e5], not 0"),
         ("--top-p", "0", "argument --top-p: must lie in (0, 1], not 0"),
         ("--top-p", "nan", "argument --top-p: must lie in (0, 1], not nan"),
-        ("--temperature", "inf", "argument --temperature: must lie in [0, inf), not inf"),
+        ("--temperature", "inf", "argument --temperature: must be 0 or lie in [1e-4, 1e4], not inf"),
         ("--limit", "2.5", "argument --limit: must be a whole number, not 2.5"),
-        ("--seed", "-1", "argument --seed: must lie in [0, inf), not -1"),
-        ("--ood-weights", "a=-1", "argument --ood-weights: must lie in (0, inf), not -1"),
+        ("--seed", "-1", "argument --seed: must lie in [0, 4294967295], not -1"),
+        ("--ood-weights", "a=-1", "argument --ood-weights: must lie in [1e-6, 1e6], not -1"),
         ("--ood-weights", "a", "argument --ood-weights: must be SOURCE=WEIGHT, not a"),
     ],
 )

@@ -10,14 +10,16 @@ import random
 import shutil
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from commands import call, rows, weights, write
 from conftest import CPU, FAMILIES, load_rough
 from groups import EXACT, assert_same_gradients, every_family, gradients, groups_of, ids_of, plain_log_probs
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForImageTextToText
+from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 import families
 import model
@@ -200,6 +202,70 @@ def test_every_supported_architecture_is_among_those_that_the_tests_go_through()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Image settings of Qwen
+
+LEAST, MOST = 5000, 60_000
+SPELLINGS = {
+    "size": {"size": {"shortest_edge": LEAST, "longest_edge": MOST}},
+    "min and max": {"min_pixels": LEAST, "max_pixels": MOST},
+    "size and nulls": {"size": {"shortest_edge": LEAST, "longest_edge": MOST}, "min_pixels": None, "max_pixels": None},
+    "min and max win over size": {
+        "size": {"shortest_edge": 1, "longest_edge": 10**6}, "min_pixels": LEAST, "max_pixels": MOST},
+    "half of each": {"size": {"shortest_edge": LEAST}, "max_pixels": MOST},
+    "inside of size": {"size": {"min_pixels": LEAST, "max_pixels": MOST}},
+    "both places": {"size": {"min_pixels": LEAST, "max_pixels": MOST}, "min_pixels": LEAST, "max_pixels": MOST},
+}  # fmt: skip
+
+
+def with_image_settings(source, folder, settings):
+    """A copy of a model directory whose image settings say their limits in another way."""
+    shutil.copytree(source, folder)
+    path = folder / "preprocessor_config.json"
+    others = json.loads(path.read_text())
+    others.pop("size")
+    path.write_text(json.dumps(others | settings))
+    return folder
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith("qwen")])
+def test_limits_in_every_spelling_give_the_sizes_of_transformers_own_processor(tiny_dirs, tmp_path, family, spelling):
+    folder = with_image_settings(tiny_dirs[family], tmp_path / "m", SPELLINGS[spelling])
+    policy, encoder = model.load(folder, CPU)
+    assert (encoder.family.min_pixels, encoder.family.max_pixels) == (LEAST, MOST)
+    # The one spelling that transformers itself cannot read means what the others mean.
+    other = with_image_settings(tiny_dirs[family], tmp_path / "n", SPELLINGS["size"])
+    own = AutoImageProcessor.from_pretrained(other if spelling == "inside of size" else folder, backend="pil")
+    for width, height in [*SIZES[:-1], (1, 1), (700, 500), (90, 1200), (333, 77)]:
+        found = encoder.family.grid(width, height)
+        image = Image.new("RGB", (width, height), (90, 120, 200))
+        expected = own(images=[image], return_tensors="np")
+        assert list(found) == expected["image_grid_thw"][0].tolist(), (width, height)
+        pixels = encoder.family.pixels(encoder.family.resize(image))
+        np.testing.assert_allclose(pixels, expected["pixel_values"], atol=1e-6)
+    encoder.save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/preprocessor_config.json").read_text())
+    assert saved["size"] == SPELLINGS["size"]["size"], "written in the one spelling that everybody reads"
+
+
+@pytest.mark.parametrize("settings", [{}, {"size": None}, {"max_pixels": MOST}, {"size": {"longest_edge": MOST}}])
+def test_a_limit_that_is_missing_is_refused_for_its_default_is_another_models(tiny_dirs, tmp_path, settings):
+    folder = with_image_settings(tiny_dirs["qwen2_5_vl"], tmp_path / "m", settings)
+    with pytest.raises(DataError, match="preprocessor_config.json: min_pixels"):
+        model.load(folder, CPU)
+
+
+def test_image_settings_inside_of_the_processors_win_as_in_transformers(tiny_dirs, tmp_path):
+    folder = with_image_settings(tiny_dirs["qwen2_5_vl"], tmp_path / "m", SPELLINGS["size"])
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    inner = settings | {"size": {"shortest_edge": 1000, "longest_edge": 40_000}}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
+    _, encoder = model.load(folder, CPU)
+    assert (encoder.family.min_pixels, encoder.family.max_pixels) == (1000, 40_000)
+    assert encoder.family.processor.size["longest_edge"] == 40_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # InternVL
 
 
@@ -234,7 +300,7 @@ def test_max_pixels_bounds_the_tiles_and_stays_out_of_the_exported_settings(tiny
     run_directory.save_model(policy, encoder, tmp_path)
     for name in ("preprocessor_config.json", "processor_config.json"):
         assert json.loads((tmp_path / name).read_text()) == json.loads((source / name).read_text())
-    with pytest.raises(DataError, match="--max-pixels 3000 is below one tile, 3136 pixels"):
+    with pytest.raises(DataError, match="--max-pixels 3000 is below one tile: at least 3136 pixels"):
         model.load(source, CPU, max_pixels=3000)
 
 

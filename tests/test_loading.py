@@ -169,7 +169,7 @@ def test_a_directory_that_is_no_sound_model_is_refused_in_one_line(tiny_dirs, tm
     with pytest.raises(DataError) as caught:
         model.load(tmp_path / "bad", CPU)
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'bad'}: ") and "\n" not in message
+    assert message.startswith(str(tmp_path / "bad")) and "\n" not in message
     if how == "another model type":
         assert f"gpt2 is not supported ({', '.join(families.FAMILIES)})" in message
     if how == "a weight is missing":
@@ -203,6 +203,52 @@ def test_a_missing_model_directory_is_refused_in_one_line(tmp_path):
     with pytest.raises(DataError, match="^--model .*nowhere: no such directory") as caught:
         model.load(tmp_path / "nowhere", CPU)
     assert "\n" not in str(caught.value)
+
+
+def test_what_one_process_cannot_load_is_refused_by_all_before_they_wait_for_each_other():
+    class Pair:
+        """The first of two processes; the second has found `other`."""
+
+        def __init__(self, other):
+            self.other, self.asked = other, []
+
+        def gather(self, thing):
+            self.asked.append(thing)
+            return [thing, self.other]
+
+    world = Pair(None)
+    with model.together(world):
+        pass
+    assert world.asked == [None]
+    with pytest.raises(DataError, match="^its own$"), model.together(Pair(None)):
+        raise DataError("its own")
+    world = Pair("the other's")
+    with pytest.raises(DataError, match="^the other's$"), model.together(world):
+        pass
+    with pytest.raises(ZeroDivisionError), model.together(Pair(None)):
+        1 / 0  # noqa: B018, a mistake of ours stays one
+
+
+def test_every_way_to_load_looks_for_nan(tiny_dirs, tmp_path):
+    shutil.copytree(tiny_dirs["qwen2_5_vl"], tmp_path / "bad")
+    weights = tmp_path / "bad/model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.embed_tokens.weight"][7, 3] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    for load in (model.load, model.load_reference):
+        for options in ({}, {"dtype": "bf16"}):
+            with pytest.raises(DataError, match=f"^{tmp_path / 'bad'}: .*embed_tokens.weight holds NaN or inf"):
+                load(tmp_path / "bad", CPU, **options)
+
+
+def test_a_model_directory_is_checked_without_loading_it(tiny_dirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "build", lambda *args, **options: pytest.fail("it was loaded"))
+    assert model.check_folder(tiny_dirs["qwen3_vl"]) == str(tiny_dirs["qwen3_vl"])
+    with pytest.raises(DataError, match="^--base .*nowhere: no such directory"):
+        model.check_folder(tmp_path / "nowhere", "--base")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="^--base .*file: a model is a directory, this is a file$"):
+        model.check_folder(tmp_path / "file", "--base")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ training.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,6 +39,7 @@ from commands import (
     weights,
     write,
 )
+from safetensors.torch import save_file
 
 import model
 import training
@@ -138,9 +140,19 @@ def both(material, tmp_path_factory):
     jobs[4].append(("checks", {"check": "memory", "model": folder / "large", "out": folder / "memory"}))
     exported = {"check": "export", "model": material.speaker, "out": folder / "files", "bytes": FILE}
     jobs[2].append(("checks", exported))
+    jobs[2].append(("checks", {"check": "refuse", "model": spoiled(material, folder), "out": folder / "refused.json"}))
     for count in jobs:
         torchrun(jobs[count], folder, count)
     return folder
+
+
+def spoiled(material, folder):
+    """A model with one NaN, in the last row of a matrix: it lies in the shard of the last rank alone."""
+    shutil.copytree(material.tiny, folder / "spoiled")
+    tensors = weights(material.tiny)
+    tensors["model.layers.1.mlp.up_proj.weight"][-1, 0] = float("nan")
+    save_file(tensors, folder / "spoiled/model.safetensors", {"format": "pt"})
+    return folder / "spoiled"
 
 
 def way(folder, number):
@@ -244,6 +256,11 @@ def test_no_process_ever_holds_the_whole_model_while_loading_it(both):
     assert len(grown) == 4 and whole > 60e6
     # its shard, and the pages of the file that it read for it
     assert all(0.2 * whole < size < 0.75 * whole for size in grown), [size / whole for size in grown]
+
+
+def test_a_nan_in_the_shard_of_one_rank_is_refused_by_all_in_the_same_words(both):
+    first, second = json.loads((both / "refused.json").read_text())
+    assert first == second and "layers.1.mlp.up_proj.weight holds NaN or inf" in first
 
 
 def test_replicas_must_divide_the_processes(material, tmp_path, capsys):

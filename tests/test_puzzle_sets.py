@@ -329,12 +329,12 @@ def processes_of(session):
 
 @pytest.fixture
 def endless(tmp_path):
-    """A function: start a run of 10**12 puzzles with two processes, wait until it writes -> the process."""
+    """A function: start a run of 10**9 puzzles with two processes, wait until it writes -> the process."""
     started = []
 
     def start(workers):
         scenes_as_files(tmp_path / "in", 5)
-        command = [sys.executable, str(ROOT / "jigsaw.py"), "--images", "in", "--count", str(10**12), "--out", "out"]
+        command = [sys.executable, str(ROOT / "jigsaw.py"), "--images", "in", "--count", str(10**9), "--out", "out"]
         process = subprocess.Popen(
             [*command, "--workers", str(workers), "--seed", "1"], cwd=tmp_path, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -376,7 +376,7 @@ def test_a_signal_ends_all_processes_and_leaves_nothing_unfinished(tmp_path, end
         Image.open(path).load()
 
 
-def test_a_million_million_puzzles_take_no_more_memory_than_a_few(endless):
+def test_a_thousand_million_puzzles_take_no_more_memory_than_a_few(endless):
     process = endless(2)
     time.sleep(2)
     for number in processes_of(process.pid):
@@ -446,8 +446,9 @@ def test_a_huge_picture_is_refused_by_its_header(tmp_path, capsys):
         ["--angles", "1e1"],
         ["--format", "gif"],
         ["--count", "9" * 5000],
+        ["--count", 10**12],
     ],
-    ids=lambda flags: flags[0] + str(flags[1])[:6],
+    ids=lambda flags: flags[0] + str(flags[1])[:14],
 )
 def test_numbers_beyond_all_bounds_end_with_one_line(tmp_path, capsys, flags):
     common = {"--scenes": 2, "--count": 2, "--out": tmp_path / "out"} | {flags[0]: flags[1]}

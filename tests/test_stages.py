@@ -624,8 +624,8 @@ def test_help_shows_each_group_and_each_flag_once_of(stage, parser_of):
 
 
 # What add_training_flags gives both trainers: of args.json these are the machine's and the run directory's part.
-MACHINE = {"max_pixels", "dtype", "attn", "freeze_vision", "micro_tokens", "gradient_checkpointing", "shard",
-           "replicas", "offload", "accumulate", "measure_peak", "save_every", "keep", "timeout",
+MACHINE = {"max_pixels", "max_image_pixels", "dtype", "attn", "freeze_vision", "micro_tokens", "gradient_checkpointing",
+           "shard", "replicas", "offload", "accumulate", "measure_peak", "save_every", "keep", "timeout",
            "max_skipped"}  # fmt: skip
 COMMON = {"model", "data", "skip_bad", "out", "seed", "steps", "lr", "schedule", "warmup", "grad_clip"}
 SETTINGS = {
@@ -659,7 +659,7 @@ def open_run(args, **changes):
 
 
 # Flags that a resumed run may be given anew: they change neither data nor weights, but how far, how safe and how fast.
-MAY_CHANGE = {"steps", "save_every", "keep", "timeout", "max_skipped", "measure_peak",
+MAY_CHANGE = {"steps", "save_every", "keep", "timeout", "max_skipped", "measure_peak", "max_image_pixels",
               "shard", "replicas", "offload", "accumulate", "vllm_tp",
               "vllm_memory", "parity_every"}  # fmt: skip
 

@@ -43,7 +43,7 @@ REFUSED = [
     *[(training.real("(0, 1]"), text) for text in ("0", "1.0001", "-0.5", "2")],
     *[(training.real("[0, 1)"), text) for text in ("1", "-1e-9")],
     *[(training.integer("[1, inf)"), text) for text in ("0", "-7")],
-    *[(training.integer("[-3, 4)"), text) for text in ("-4", "4", "9" * 400)],
+    *[(training.integer("[-3, 4)"), text) for text in ("-4", "4", "9" * 40)],
 ]
 
 
@@ -53,13 +53,13 @@ def test_a_number_out_of_its_interval_is_refused(read, text):
         read(text)
 
 
-@pytest.mark.parametrize("text", ["", "many", "1.5", "nan", "1e3", "0x10"])
+@pytest.mark.parametrize("text", ["", "many", "1.5", "nan", "1e3", "0x10", "1_000", " 5", "５"])
 def test_what_is_no_whole_number_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"^must be a whole number, not {text}$"):
         training.integer("[1, inf)")(text)
 
 
-@pytest.mark.parametrize("text", ["", "many", "1,5", "--"])
+@pytest.mark.parametrize("text", ["", "many", "1,5", "--", "1_0.0", " 1", "１", "0x1p3"])
 def test_what_is_no_number_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"^must be a number, not {text}$"):
         training.real("(0, 1]")(text)
@@ -80,7 +80,7 @@ def parser():
         (["--top-p", "nan"], "argument --top-p: must lie in (0, 1], not nan"),
         (["--steps", "0"], "argument --steps: must lie in [1, inf), not 0"),
         (["--steps", "ten"], "argument --steps: must be a whole number, not ten"),
-        (["--steps", "a\nb"], "argument --steps: must be a whole number, not a b"),
+        (["--steps", "a\nb"], "argument --steps: holds a control character: a\\nb"),
         (["--step", "3"], "unrecognized arguments: --step 3"),  # no abbreviations
         (["--steps"], "argument --steps: expected one argument"),
         (["more"], "unrecognized arguments: more"),
@@ -110,6 +110,7 @@ def test_the_training_flags_reach_model_load(parser):
         "dtype": "fp32",
         "attn": "sdpa",
         "max_pixels": 900,
+        "max_image_pixels": 2**26,
         "freeze_vision": True,
         "gradient_checkpointing": "on",
         "sharding": training.Sharding("grad", replicas=2, offload=True, accumulate="shards"),

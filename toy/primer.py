@@ -235,7 +235,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """The arguments of `write_primer`, under the same names."""
     parser = jigsaw.Parser(__doc__)
     add = parser.add_argument
-    add("--count", metavar="N", type=jigsaw.integer("[1, inf)"), required=True, help="how many questions to write")
+    add("--count", metavar="N", type=jigsaw.integer("[1, 1e8]"), required=True, help="how many questions to write")
     add("--out", metavar="DIR", required=True, help="gets primer.jsonl and images/")
     jigsaw.add_common_flags(parser)
     add("--reply-format", choices=list(WELL_FORMED), help="ask for this form only (default: any, think twice as often)")
@@ -248,7 +248,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add(
         "--per-picture",
         metavar="N",
-        type=jigsaw.integer("[1, inf)"),
+        type=jigsaw.integer("[1, 1e4]"),
         default=4,
         help="questions on each mixed picture (default %(default)s)",
     )

@@ -328,28 +328,42 @@ def make_tiny(
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The arguments of `make_tiny`, under the same names."""
     parser = jigsaw.Parser(__doc__)
-    positive, natural = jigsaw.integer("[1, inf)"), jigsaw.integer("[0, inf)")
     add = parser.add_argument
     add("folder", metavar="DIR", help="gets the model directory")
     add("--family", default="qwen2_5_vl", choices=list(FAMILIES), help="architecture (default %(default)s)")
     add(
         "--hidden",
-        type=positive,
+        type=jigsaw.integer("[16, 8192]"),
         default=64,
         help="hidden size of both towers, a multiple of 16 x --heads (default %(default)s)",
     )
-    add("--layers", type=positive, default=4, help="decoder blocks (default %(default)s)")
-    add("--vision-layers", type=natural, default=0, help="vision blocks (default 0: half as many as --layers)")
+    add("--layers", type=jigsaw.integer("[1, 200]"), default=4, help="decoder blocks (default %(default)s)")
+    add(
+        "--vision-layers",
+        type=jigsaw.integer("[0, 200]"),
+        default=0,
+        help="vision blocks (default 0: half as many as --layers)",
+    )
     add(
         "--heads",
-        type=positive,
+        type=jigsaw.integer("[1, 512]"),
         default=2,
         help="attention heads; vLLM wants hidden/heads of 32 or 64 (default %(default)s)",
     )
-    add("--vocab", type=natural, default=0, help="rows of the embedding (default 0: as many as the tokenizer has)")
+    add(
+        "--vocab",
+        type=jigsaw.integer("[0, 1e6]"),
+        default=0,
+        help="rows of the embedding (default 0: as many as the tokenizer has)",
+    )
     choices = sorted(set(sum(DECODERS.values(), ())))
     add("--decoder", default="", choices=["", *choices], help="decoder of --family internvl (default: qwen2)")
-    add("--seed", type=natural, default=0, help="seed of the random weights (default %(default)s)")
+    add(
+        "--seed",
+        type=jigsaw.integer("[0, 4294967295]"),
+        default=0,
+        help="seed of the random weights (default %(default)s)",
+    )
     args = parser.parse_args(argv)
     if args.decoder and args.decoder not in DECODERS.get(args.family, ()):
         parser.error(f"--decoder {args.decoder}: --family {args.family} has no choice of decoders")

@@ -55,6 +55,4 @@ BUGS = [
      some(SETS, "a_mixture_has_its_weights_and_every_record_is_of_its_kind")),
     ("a stage begins one late", "jigsaw.py", "sum(start <= index for", "sum(start < max(index, 1) for",
      some(SETS, "a_curriculum_is_written_in_order_and_each_record_names_its_stage")),
-    ("a huge picture is decoded", "picture_files.py", "if image.width * image.height > max_image_pixels:", "if False:",
-     some(SETS, "a_huge_picture_is_refused_by_its_header")),
 ]  # fmt: skip

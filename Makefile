@@ -6,7 +6,7 @@ VENV_VLLM ?= .venv-vllm
 TEST_JOBS ?= 2
 BIN := $(abspath $(VENV))/bin
 
-.PHONY: demo test test-vllm photos bugs exercise lint bench
+.PHONY: demo test test-vllm photos bugs chaos exercise lint bench
 demo: $(VENV)/ready
 	PATH="$(BIN):$$PATH" bash recipes/demo.sh runs/demo
 
@@ -24,6 +24,14 @@ photos: $(VENV)/ready
 
 bugs: $(VENV)/ready
 	PATH="$(BIN):$$PATH" python tests/plant_bugs.py
+
+# real runs are killed and damaged at random moments, resumed, and compared; an hour or so on two cores.
+# With vLLM's runs: make chaos VLLM=.venv-vllm/bin/python. Another order and other moments: SEED=1
+SEED ?= 0
+chaos: $(VENV)/ready
+	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 PYTHONPATH=. python tests/chaos.py --seed $(SEED) --kills 200 \
+		--log bench/results/chaos.jsonl $(if $(VLLM),--vllm-python $(abspath $(VLLM)))
+	PATH="$(BIN):$$PATH" python bench/reliability.py
 
 # make exercise: the list; N=12: find bug 12 in exercises/12; N=12 SHOW=1: tells it
 exercise: $(VENV)/ready

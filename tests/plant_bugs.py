@@ -14,6 +14,7 @@ the machine is merely busy, and the bug is tried again with more time; what stay
 """
 
 import argparse
+import json
 import os
 import runpy
 import shutil
@@ -183,9 +184,9 @@ BUGS = [Bug(*entry) for entry in (
     ("the weight is ignored", "grpo.py", "weight[:, None] * gain", "gain", LOSSES),
     ("importance weights are the wrong way up", "grpo.py",
      "log_ratio = (old_logp - sampler_logp)", "log_ratio = (sampler_logp - old_logp)", LOSSES),
-    ("importance weights are not capped", "grpo.py", "log_ratio.exp().clamp(max=cap)", "log_ratio.exp()", LOSSES),
+    ("importance weights are not capped", "grpo.py", "weights.clamp(floor, cap)", "weights", LOSSES),
     ("importance weights are clamped from below", "grpo.py",
-     "log_ratio.exp().clamp(max=cap)", "log_ratio.exp().clamp(1 / cap, cap)", LOSSES),
+     "weights.clamp(floor, cap)", "weights.clamp(1 / cap, cap)", LOSSES),
     ("importance weights of a reply are a mean, not a product", "grpo.py",
      "log_ratio = log_ratio.sum(1, keepdim=True)", "log_ratio = log_ratio.mean(1, keepdim=True)", LOSSES),
     ("importance weights carry a gradient", "grpo.py",
@@ -201,58 +202,59 @@ BUGS = [Bug(*entry) for entry in (
      "((chosen - ref_chosen) - (rejected - ref_rejected))",
      "((rejected - ref_rejected) - (chosen - ref_chosen))", LOSSES),
     ("beta is missing", "dpo.py", "margin = beta * (", "margin = (", LOSSES),
-    ("the reference of the rejected reply is missing", "dpo.py", "(rejected - ref_rejected)", "rejected", LOSSES),
+    ("the reference of the rejected reply is missing", "dpo.py", "- (rejected - ref_rejected))", "- rejected)", LOSSES),
     ("the DPO loss is averaged inside", "dpo.py",
-     "-F.logsigmoid(margin), margin", "-F.logsigmoid(margin).mean(), margin", LOSSES),
+     "return -F.logsigmoid(margin), margin", "return -F.logsigmoid(margin).mean(), margin", LOSSES),
     ("SFT makes the chosen reply less likely", "dpo.py",
      "return -(weight[:, None] * logp", "return (weight[:, None] * logp", LOSSES),
-    ("SFT counts padding", "dpo.py", "logp.masked_fill(~mask, 0.0)", "logp", LOSSES),
+    ("SFT counts padding", "dpo.py", "* logp.masked_fill(~mask, 0.0)", "* logp", LOSSES),
     ("chosen and rejected are swapped in the batch", "dpo.py",
      'else ["chosen", "rejected"]', 'else ["rejected", "chosen"]', DPO_NUMBERS),
     ("DPO averages the log-probs over the reply", "dpo.py",
-     "                summed = logp.sum(1).view(-1, 2)\n",
-     "                summed = (logp.sum(1) / mask.sum(1)).view(-1, 2)\n", DPO_NUMBERS),
+     "summed = logp.masked_fill(~mask, 0.0).sum(1).view(-1, 2)",
+     "summed = (logp.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)).view(-1, 2)", DPO_NUMBERS),
     ("the SFT part learns the rejected replies too", "dpo.py",
-     'chosen = slice(None, None, 1 if args.loss == "sft" else 2)', "chosen = slice(None, None, 1)", DPO_NUMBERS),
+     'chosen = slice(None, None, 1 if loss == "sft" else 2)', "chosen = slice(None, None, 1)", DPO_NUMBERS),
     ("the SFT part is the mean of the pairs' means", "dpo.py",
-     "real_pairs / chosen_tokens)", "real_pairs / len(batch) / mask[chosen].sum(1))", DPO_NUMBERS),
-    ("the SFT weight is ignored", "dpo.py", "args.sft_weight * loss_sft", "loss_sft",
+     "torch.ones_like(lengths) / tokens", "1.0 / (replies * lengths)", DPO_NUMBERS),
+    ("the SFT weight is ignored", "dpo.py", "total + sft_weight * loss_sft", "total + loss_sft",
      DPO_LOG),
     ("DPO divides each micro-batch by its own size", "dpo.py",
-     "loss_dpo = (losses * real_pairs).sum() / len(batch)", "loss_dpo = losses.mean()", MICRO_BATCHES),
+     "loss_dpo = (losses * real_pairs).sum() / pairs", "loss_dpo = losses.mean()", MICRO_BATCHES),
     ("a resumed run takes the trained model as its reference", "dpo.py",
-     "    known = {int(index): tuple(value) for index, value in run.extra.get(\"reference\", {}).items()}\n",
+     "    known = {int(index): tuple(value) for index, value in run.extra.get(name, {}).items()}\n",
      "    known = {} if run.restore(policy, training.adamw(policy, 1.0)) else {}\n", RESUME),
-    ("dpo.py forgets to restore", "dpo.py", "run.restore(policy, optimizer)", "pass", RESUME),
+    ("dpo.py forgets to restore", "dpo.py", "run.restore(policy, optimizer)", "{}", RESUME),
 
     # ---- grpo.py: the stage
     ("replies are scored against the next record", "grpo.py",
      "for record, group in zip(records, texts, strict=True)",
      "for record, group in zip(records[1:] + records[:1], texts, strict=True)", GRPO_NUMBERS),
     ("every step has the same prompts", "grpo.py",
-     "len(records), step * P, P)", "len(records), 0, P)", GRPO_NUMBERS),
+     "len(records), step * P + ", "len(records), ", GRPO_NUMBERS),
     ("seeds do not depend on the step", "grpo.py",
      "(args.seed * 10**6 + step) * 10**6", "args.seed * 10**12", GRPO_NUMBERS),
     ("log-probs are taken at temperature 1, whatever the sampler's", "grpo.py",
-     "model.log_probs(policy, rows, args.temperature)", "model.log_probs(policy, rows)", GRPO_SETTINGS),
+     "policy_log_probs(policy, rows, args.temperature,", "policy_log_probs(policy, rows, 1.0,", GRPO_SETTINGS),
     ("the reference is the policy itself", "grpo.py",
      "reference_log_probs(reference, rows, args.temperature)",
      "reference_log_probs(policy if reference else None, rows, args.temperature)", GRPO_SETTINGS),
     ("the reference's log-probs are at temperature 1", "grpo.py",
      "model.log_probs(reference, groups, temperature)", "model.log_probs(reference, groups)", GRPO_SETTINGS),
     ("--format-weight is ignored", "grpo.py",
-     "scoring.Scorer(format_weight=args.format_weight)", "scoring.Scorer()", GRPO_SETTINGS),
+     "scoring.Scorer(format_weight=args.format_weight, chosen", "scoring.Scorer(chosen", GRPO_SETTINGS),
     ("after skipping groups the advantages of others are taken", "grpo.py",
      "torch.cat([advantages[p] for p in members])", "torch.cat([advantages[i] for i in micro])", GRPO_GRADIENT),
     ("skipped groups do not count in the normaliser", "grpo.py",
-     "args.normalizer, P * G, tokens,", "args.normalizer, len(useful) * G, tokens,", GRPO_GRADIENT),
+     "args.normalizer, P * G, max(", "args.normalizer, len(useful) * G, max(", GRPO_GRADIENT),
     ("--advantage-scale is ignored", "grpo.py",
-     "group_advantages(gather_rewards(world, scores, P, G), args.advantage_scale)",
-     "group_advantages(gather_rewards(world, scores, P, G))", GRPO_GRADIENT),
+     "gather_rewards(world, scores, P, G), args.advantage_scale,",
+     "gather_rewards(world, scores, P, G),", GRPO_GRADIENT),
     ("--normalizer is ignored", "grpo.py", "token_weights(length, args.normalizer,",
      'token_weights(length, "sequence",', GRPO_GRADIENT),
     ("each micro-batch is normalised by itself", "grpo.py",
-     "P * G, tokens, args.max_new_tokens)", "len(length), length.sum().item(), args.max_new_tokens)", MICRO_BATCHES),
+     "P * G, max(1.0, loss_tokens), args.max_new_tokens)",
+     "len(length), length.sum().item(), args.max_new_tokens)", MICRO_BATCHES),
     ("the old log-probs are those of now, so that nothing is ever clipped", "grpo.py",
      "old = old_logps.setdefault(number, logp.detach())", "old = logp.detach()", GRPO_UPDATES),
     ("a token counts as clipped where the clip took nothing away", "grpo.py",
@@ -263,7 +265,7 @@ BUGS = [Bug(*entry) for entry in (
     ("the mean that FSDP takes over the ranks is not undone", "training.py",
      "(loss * world.size).backward()", "loss.backward()", PARALLEL),
     ("GRPO counts the tokens of its own rank only", "grpo.py",
-     "tokens = world.sum(lengths.sum())[0]", "tokens = lengths.sum().item()", PARALLEL),
+     "world.sum(lengths.sum(), (lengths * counted).sum())", "[lengths.sum().item()] * 2", PARALLEL),
     ("SFT counts the tokens of its own rank only", "dpo.py",
      "world.sum(sum(len(replies[0]) for _, replies in groups))[0]", "sum(len(replies[0]) for _, replies in groups)",
      PARALLEL),
@@ -334,7 +336,8 @@ BUGS = [Bug(*entry) for entry in (
     ("every reply's first token is predicted by the first prompt", "model.py",
      "batch.source = torch.cat([owner,", "batch.source = torch.cat([owner * 0,", GROUPS),
     ("the gradient of the logits is that of the last chunk", "model.py",
-     "d_weight.addmm_(d_logits.T, hidden[chunk])", "d_weight = d_logits.T @ hidden[chunk]", HEAD),
+     "d_weight.addmm_(d_logits.T, hidden[chunk])\n        return d_hidden, d_weight, None, None, None, None, None",
+     "d_weight = d_logits.T @ hidden[chunk]\n        return d_hidden, d_weight, None, None, None, None, None", HEAD),
     ("a state that predicts several tokens is pushed down once", "model.py",
      "torch.zeros_like(ctx.lse).index_add_(0, source, grad)",
      "torch.zeros_like(ctx.lse).index_copy_(0, source, grad)", HEAD),
@@ -507,7 +510,7 @@ BUGS = [Bug(*entry) for entry in (
 
     # ---- rewards.py
     ("the format weight is ignored", "rewards.py", "format_weight * well_formed", "0.5 * well_formed", REWARDS),
-    ("the accuracy weight is ignored", "rewards.py", "accuracy_weight * right", "right", REWARDS),
+    ("the accuracy weight is ignored", "rewards.py", "accuracy_weight * earned", "earned", REWARDS),
     ("without tags the whole reply is the answer", "replies.py",
      'read_blocks(reply, "think", "answer")', 'read_blocks(reply, "think", "answer") or ("-", reply)', REWARDS),
     ("a tag may stand twice", "replies.py", "reply.count(tag) != 1", "reply.count(tag) < 1", REWARDS),
@@ -520,8 +523,8 @@ BUGS = [Bug(*entry) for entry in (
     ("a grid counts only as a whole", "rewards.py",
      "return right / len(gold)", "return float(right == len(gold))", REWARDS),
     ("a grid with a repeated index earns its share", "rewards.py",
-     "if not is_arrangement(answer, len(gold)):",
-     "if len(answer) != len(gold):", REWARDS),
+     "if not is_arrangement(answer, len(gold)):\n        return 0.0  #",
+     "if len(answer) != len(gold):\n        return 0.0  #", REWARDS),
     ("A or B is an A", "rewards.py", "ONE_LETTER.fullmatch(text)", "ONE_LETTER.match(text)", REWARDS),
     ("the union of two boxes counts their intersection twice", "rewards.py",
      "both / (area + gold_area - both)", "both / (area + gold_area)", REWARDS),
@@ -651,12 +654,11 @@ BUGS = [Bug(*entry) for entry in (
 
     # ---- report.py
     ("text of the model reaches the page as markup", "report.py",
-     'html.escape("".join(visible) + more, quote=True)', '"".join(visible) + more', REPORT),
+     'html.escape(visible(value, most), quote=True)', 'visible(value, most)', REPORT),
     ("a step logged twice counts as logged first", "report.py",
-     "if is_number and math.isfinite(value):",
-     'if is_number and math.isfinite(value) and entry["step"] not in found:', REPORT),
+     "        if is_number(value):", '        if is_number(value) and entry["step"] not in found:', REPORT),
     ("the accuracy of readable answers is that of all", "report.py",
-     'keys = ("accuracy", "accuracy_read", "format")', 'keys = ("accuracy", "accuracy", "format")', REPORT),
+     'CELL = ("accuracy", "accuracy_read", "format")', 'CELL = ("accuracy", "accuracy", "format")', REPORT),
 )]
 # Those of a topic stand beside this file, in the same form: bugs_<topic>.py has a list BUGS of such tuples.
 for path in sorted(Path(__file__).resolve().parent.glob("bugs_*.py")):
@@ -733,10 +735,16 @@ def first_failure(output: str) -> str:
     return lines[0].split(" - ")[0].split(" ", 1)[1] if lines else output.strip()[-100:]
 
 
+def commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="plant only these (default: all)")
     parser.add_argument("--list", action="store_true", help="name them and check that each can be planted; run nothing")
+    parser.add_argument("--log", type=Path, help="JSON file to write: commit, and whether each was caught")
     args = parser.parse_args(argv)
     names = [bug.name for bug in BUGS]
     assert len(set(names)) == len(names), "two bugs share a name"
@@ -781,8 +789,9 @@ def main(argv=None):
                 patience *= 3
             return UNCLEAR, patience, "The tests did not end in time, with the bug or without: the machine is too busy."
 
-        survivors = []
+        survivors, log = [], []
         for bug, (status, seconds, output) in zip(bugs, pool.map(plant, bugs), strict=True):
+            log.append({"name": bug.name, "caught": status in (None, 1), "seconds": round(seconds)})
             if status in (None, 1):  # 1: tests ran and failed
                 print(f"caught {seconds:4.0f} s  {bug.name}", flush=True)
                 print(f"               by {'hanging' if status is None else first_failure(output)}", flush=True)
@@ -791,6 +800,8 @@ def main(argv=None):
                 print(f"NOT CAUGHT     {bug.name}", flush=True)
                 if status != 0:
                     print(f"{output}\npytest ended with status {status}", flush=True)
+    if args.log:
+        args.log.write_text(json.dumps({"commit": commit(), "bugs": log}, indent=1) + "\n")
     caught = len(bugs) - len(survivors)
     print(f"\n{caught} planted bugs caught, {len(survivors)} not, {len(problems)} could not be planted")
     for bug in survivors:

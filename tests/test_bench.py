@@ -1,6 +1,7 @@
 """bench/readme.py shows no number whose commit it does not know, and finds its blocks on whichever page holds them."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from commands import ROOT
 sys.path.insert(0, str(ROOT / "bench"))
 
 import readme
+import reliability
 import versus
 
 
@@ -113,3 +115,28 @@ def test_benchmarks_and_recipes_ask_git_for_the_commit_in_the_same_words():
         out = subprocess.run(["bash", "-c", line.split(">")[0]], env={"HERE": str(ROOT), "PATH": "/usr/bin:/bin"},
                              capture_output=True, text=True)  # fmt: skip
         assert out.stdout.strip() == versus.commit()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench/reliability.py
+
+
+def test_the_reliability_page_says_what_the_logs_say():
+    assert reliability.main(["--check"]) == 0, "python bench/reliability.py rebuilds it"
+
+
+def test_a_log_that_is_missing_is_not_run_and_a_fault_that_was_not_survived_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(reliability, "RESULTS", tmp_path)
+    text = reliability.tables()
+    assert text.count(reliability.NOT_RUN) >= 5 and not re.search(r"\| \d", text)
+
+    fault = {"commit": "abc", "seed": 3, "number": 17, "stage": "dpo", "world": 2, "fault": "SIGKILL rank", "kills": 1}
+    lines = [fault | {"survived": True, "outcome": "same"}, fault | {"survived": False, "outcome": "other\nweights"}]
+    (tmp_path / "chaos.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    bugs = [{"name": "one", "caught": True}, {"name": "two", "caught": False}]
+    (tmp_path / "bugs.json").write_text(json.dumps({"commit": "def", "bugs": bugs}))
+    text = reliability.tables()
+    assert "2 faults in real runs, 2 processes killed, 1 not survived; commit `abc`." in text
+    assert "| dpo, 2 processes | 2 | 2 | 1 |" in text
+    assert "Not survived: dpo, 2 processes, SIGKILL rank (`--seed 3 --only 17`): other weights" in text
+    assert "| planted in one whole run | 2 | 1 caught; missed: two | `def` |" in text

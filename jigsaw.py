@@ -322,7 +322,22 @@ def make_folder(out: str | Path) -> Path:
         raise ValueError(f"cannot make the folder {folder / 'images'}: {cause.strerror}") from cause
     if not os.access(folder / "images", os.W_OK):
         raise ValueError(f"cannot write into {folder / 'images'}")
+    # What a run that was killed (SIGKILL, power) had begun; one that still lives may go on.
+    for unfinished in [*folder.glob("*.jsonl.*.partial"), *(folder / "images").glob("*.partial")]:
+        writer = unfinished.suffixes[-2][1:]
+        if writer.isdigit() and not is_alive(int(writer)):
+            unfinished.unlink(missing_ok=True)
     return folder
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
 
 
 def json_line(record: dict) -> str:

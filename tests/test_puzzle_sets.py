@@ -385,6 +385,19 @@ def test_a_thousand_million_puzzles_take_no_more_memory_than_a_few(endless):
         assert not resident or resident[0] < 300_000  # kB
 
 
+def test_what_a_killed_run_had_begun_is_removed_by_the_next_and_what_a_living_one_writes_is_not(tmp_path):
+    (tmp_path / "images").mkdir()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = ["records.jsonl.{}.partial", "images/abc.png.{}.partial"]
+    for pid in (dead.pid, os.getppid()):
+        for name in names:
+            (tmp_path / name.format(pid)).touch()
+    run(*SMALL, "--count", 2, "--out", tmp_path)
+    left = {path for path in files_in(tmp_path) if path.endswith(".partial")}
+    assert left == {name.format(os.getppid()) for name in names}
+
+
 def test_a_process_that_is_killed_ends_the_run_with_one_line(tmp_path, endless):
     process = endless(2)
     children = [pid for pid, text in processes_of(process.pid).items() if pid != process.pid]

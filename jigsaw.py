@@ -1,277 +1,140 @@
-"""Puzzles from pictures: divide, mix, ask. Writes records.jsonl and the images.
+"""Puzzles from pictures: mix, ask, write. Writes records.jsonl and the images.
 
-The task is that of Jigsaw-R1 (arXiv 2505.23590); all prompts are our own words.
+    python jigsaw.py --images photos --max-side 448 --count 64000 --question pair --no-think --out data
 
-A picture is trimmed at the right and the bottom to a multiple of the grid, divided into rows x cols pieces, and the
-pieces are mixed. Positions are numbered row by row from 1. QUESTIONS says what can be asked about the mixed picture:
+The tasks are those of Jigsaw-R1 (arXiv 2505.23590) and, for patchfit, of PuzzleCraft (arXiv 2512.14944). What is done
+to a picture is in mixing.py, what is asked about it and in which words in questions.py. This file makes one puzzle of a
+picture (`make_puzzle`), and data sets of many, in parallel.
 
-    pair    where was the piece now at position k, relative to the piece now at j?     -> a letter (2 options, or 8)
-    full    for every position: where was its piece before?                            -> a grid of rows*cols numbers
+Pictures come from a folder, opened as the trainer opens them (picture_files.py). For the laptop demo they come from
+toy/scenes.py (`--scenes`), which is imported only then.
 
-A new question is one function `ask_…` and one entry of that table.
-
-Pictures come from a folder, opened as the trainer opens them (pictures.py). For the laptop demo they come from
-toy/scenes.py (`--scenes`). Both are imported where they are needed, nothing else of this project is.
-
-Legend: H, W height and width of a picture in pixels; n = rows*cols pieces, each h x w; k, j positions; `order[x]` is
-the original position of the piece that is now at position x+1. Positions count from 1. `split` is "train", "test" or
-"all", never what is done to a picture.
+Legend: a puzzle's `index` counts from 0, and everything about it follows from split, seed and index: the same command
+writes the same bytes, whatever the number of processes. Positions in a picture count from 1. `split` is "train", "test"
+or "all", never what is done to a picture.
 """
 
 import argparse
-import hashlib
+import itertools
 import json
+import math
+import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+from mixing import (
+    Ambiguous,
+    Mixed,
+    check_pieces,
+    hide_edges,
+    hide_patches,
+    mix,
+    pieces_of,
+    swap_rectangles,
+    turn,
+    with_patches_below,
+)
+from picture_files import (
+    JPEG_QUALITY,
+    MAX_IMAGE_PIXELS,
+    RESAMPLE,
+    SUFFIXES,
+    all_or_nothing,
+    list_pictures,
+    load_picture,
+    one_line,
+    save_image,
+)
+from questions import LETTERS, QUESTIONS, REPLY_FORMAT_SENTENCE, Choices, check_choices, read_words, write_prompt
 
 SPLITS = ("train", "test", "all")
 SCENE_SIZE = 112  # pixels; the tiny model reads 28 x 28 of them as one token
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A mixed picture
-
-
-class Mixed(NamedTuple):
-    """What a question is asked about."""
-
-    picture: Image.Image  # (rows*h) x (cols*w) pixels
-    rows: int
-    cols: int
-    order: list[int]  # n original positions, see the legend
-
-
-def pieces_of(picture: Image.Image, rows: int, cols: int) -> np.ndarray:
-    """The pieces of a picture as they lie, row by row: (n, h, w, 3) uint8. Its size is a multiple of the grid."""
-    h, w = picture.height // rows, picture.width // cols
-    grid = np.asarray(picture).reshape(rows, h, cols, w, 3).swapaxes(1, 2)  # (rows, cols, h, w, 3)
-    return grid.reshape(rows * cols, h, w, 3)
-
-
-def mix(
-    image: Image.Image,
-    rows: int,
-    cols: int,
-    rng: random.Random,
-    *,
-    swap: float = 0.0,
-    derange: bool = False,
-) -> Mixed:
-    """Trim, divide, mix. `swap` and `derange` as in `make_puzzle`; ValueError for an image too small for the grid."""
-    if rows != cols and rng.random() < swap:
-        rows, cols = cols, rows
-    width, height = image.size
-    if height < rows or width < cols:
-        raise ValueError(
-            f"an image {width} pixels wide and {height} high is too small for {rows} rows and {cols} columns"
-        )
-    # Whole pixels only: what does not fill a piece is lost at the right and the bottom, never resampled.
-    h, w = height // rows, width // cols
-    trimmed = image.convert("RGB").crop((0, 0, w * cols, h * rows))
-    pieces = pieces_of(trimmed, rows, cols)
-
-    order = list(range(1, rows * cols + 1))
-    rng.shuffle(order)
-    # Shuffling until nothing stays in place takes about e tries, and all such orders stay equally likely.
-    while derange and any(original == position for position, original in enumerate(order, 1)):
-        rng.shuffle(order)
-
-    # Position x+1 gets piece order[x]: the answer to "where was it before" is the order itself, not its inverse.
-    mixed = pieces[np.array(order) - 1].reshape(rows, cols, h, w, 3)
-    pixels = mixed.swapaxes(1, 2).reshape(rows * h, cols * w, 3)
-    return Mixed(Image.fromarray(pixels), rows, cols, order)
-
-
-def hide_edges(mixed: Mixed, mask_ratio: float) -> Mixed:
-    """Black out a frame: mask_ratio of a piece's side along the picture's edge and on every seam, half on each side.
-
-    So the seams between neighbours no longer tell what fits (Jigsaw-R1's code does the same).
-    """
-    pixels = np.array(mixed.picture)
-    for axis, parts in ((0, mixed.rows), (1, mixed.cols)):
-        lines = np.moveaxis(pixels, axis, 0)  # a view: writing to it writes to rows, then to columns, of `pixels`
-        side = len(lines) // parts
-        band = int(side * mask_ratio)
-        # The picture's own edges get the whole band; `[-band:]` would be everything when band is 0.
-        lines[:band] = 0
-        lines[len(lines) - band :] = 0
-        for seam in range(side, len(lines), side):
-            lines[seam - band // 2 : seam + band // 2] = 0
-    return mixed._replace(picture=Image.fromarray(pixels))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Questions
-
-
-LETTERS = "ABCDEFGH"  # as many as the longest list of options
-LINE_DIRECTIONS = {"column": ("above", "below"), "row": ("left", "right")}
-GRID_DIRECTIONS = (
-    "above",
-    "below",
-    "left",
-    "right",
-    "above and left",
-    "above and right",
-    "below and left",
-    "below and right",
-)
-
-
-class Question(NamedTuple):
-    """One kind of question. What `ask` returns goes into the record, after the fields that all puzzles have."""
-
-    summary: str  # for --help
-    text: str  # for the prompt: {n} is the number of pieces, every other {name} a field that `ask` returns
-    answer_type: str  # how rewards.py reads the reply
-    ask: Callable[[Mixed, random.Random], dict]  # -> "answer", "options" if there are some, whatever else is known
-
-
-def directions(rows: int, cols: int) -> tuple[str, ...]:
-    """The relations that two pieces of this grid can have: 2 in a single row or column, else 8."""
-    if cols == 1:
-        return LINE_DIRECTIONS["column"]
-    if rows == 1:
-        return LINE_DIRECTIONS["row"]
-    return GRID_DIRECTIONS
-
-
-def relation(first: int, second: int, cols: int) -> str:
-    """Where position `first` lies, seen from position `second`; both count from 1, row by row."""
-    # Only the sign counts: two rows higher is "above" as well, so 8 options are enough for every grid.
-    row, col = divmod(first - 1, cols)
-    other_row, other_col = divmod(second - 1, cols)
-    vertical = "above" if row < other_row else "below" if row > other_row else ""
-    horizontal = "left" if col < other_col else "right" if col > other_col else ""
-    return " and ".join(word for word in (vertical, horizontal) if word)
-
-
-def letter_fields(texts: tuple[str, ...], truth: str, k: int, j: int, rng: random.Random) -> dict:
-    """Fields of a question about positions k and j with options in random order: the first is A, the second B, …"""
-    options = rng.sample(texts, len(texts))  # all orders equally likely
-    return {
-        "answer": LETTERS[options.index(truth)],
-        "options": options,
-        # Not needed for the reward: for whoever reads the record, and for {pair[0]} in the question's text.
-        "direction": truth,
-        "pair": [k, j],
-    }
-
-
-def pair_fields(mixed: Mixed, k: int, j: int, rng: random.Random) -> dict:
-    """Fields of the pair question about positions k and j."""
-    direction = relation(mixed.order[k - 1], mixed.order[j - 1], mixed.cols)
-    return letter_fields(directions(mixed.rows, mixed.cols), direction, k, j, rng)
-
-
-def ask_pair(mixed: Mixed, rng: random.Random) -> dict:
-    # Ordered pairs, all equally likely: the answer for (k, j) is the opposite of that for (j, k).
-    n = mixed.rows * mixed.cols
-    k, j = rng.sample(range(1, n + 1), 2)
-    return pair_fields(mixed, k, j, rng)
-
-
-def ask_full(mixed: Mixed, rng: random.Random) -> dict:
-    return {"answer": list(mixed.order)}
-
-
-QUESTIONS = {
-    "pair": Question(
-        summary="two pieces' relation",
-        text="Before the mix, where was the piece now at position {pair[0]}, "
-        "relative to the piece now at position {pair[1]}?",
-        answer_type="letter",
-        ask=ask_pair,
-    ),
-    "full": Question(
-        summary="all positions",
-        text="For each position now, row by row: at which position was its piece before the mix? "
-        "The answer is {n} numbers, with spaces between them.",
-        answer_type="grid",
-        ask=ask_full,
-    ),
-}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The other words of a prompt
-
-# How the reply must be written; the names are those of rewards.py. {it} is filled from ANSWER_WORDS.
-REPLY_FORMAT_SENTENCE = {
-    "think": "Think inside <think> </think>, then give only {it} inside <answer> </answer>.",
-    "bare": "Give only {it}, nothing else.",
-    "tags": "Reason inside <reason> </reason>, then give only {it} inside <result> </result>.",
-    "boxed": "Reason first, then end with {it} inside \\boxed{{ }}.",
-    "json": 'Give one JSON object with the keys "reason" and "answer"; in "answer" give only {it}.',
-    "line": 'Reason first, then end with a last line "Answer: " and {it}.',
-}
-# answer type -> what the prompt calls the answer; of any other type: "the answer"
-ANSWER_WORDS = {"letter": "the letter", "grid": "the numbers"}
-
-
-def count_noun(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
-def task_sentences(rows: int, cols: int, framed: bool) -> str:
-    """What was done to the picture, and how positions are counted."""
-    text = (
-        f"The picture was cut into {rows * cols} pieces ({count_noun(rows, 'row')}, {count_noun(cols, 'column')}) "
-        "and the pieces were mixed. Positions are numbered row by row from 1."
-    )
-    if framed:
-        text += " A black frame hides the edges of the pieces."
-    return text
-
-
-def write_prompt(mixed: Mixed, text: str, answer_type: str, fields: dict, form: str, framed: bool = False) -> str:
-    """What was done and what is asked, then a line per option, then how to reply.
-
-    text, answer_type, fields: see `Question`. form: a name in REPLY_FORMAT_SENTENCE.
-    """
-    task = task_sentences(mixed.rows, mixed.cols, framed)
-    question = text.format(n=mixed.rows * mixed.cols, **fields)
-    lines = [f"{task} {question}"]
-    for letter, option in zip(LETTERS, fields.get("options", []), strict=False):
-        lines.append(f"{letter}. {option}")
-    lines.append(REPLY_FORMAT_SENTENCE[form].format(it=ANSWER_WORDS.get(answer_type, "the answer")))
-    return "\n".join(lines)
-
+Picture = Path | int  # a file, or the seed of a scene
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One puzzle
 
 
-# Also called by write_puzzles, before it looks at the first picture: a folder may hold 80,000.
-def check_choices(
-    rows: int,
-    cols: int,
-    question: str,
-    reply_format: str | None,
-    mask_ratio: float,
-    swap: float,
-) -> None:
-    """Raise ValueError, with one line that says which choice is wrong."""
-    if question not in QUESTIONS:
-        raise ValueError(f"question {question!r} is not one of {', '.join(QUESTIONS)}")
-    if reply_format is not None and reply_format not in REPLY_FORMAT_SENTENCE:
-        raise ValueError(f"reply format {reply_format!r} is not one of {', '.join(REPLY_FORMAT_SENTENCE)}")
-    if rows < 1 or cols < 1 or rows * cols < 2:
-        raise ValueError(f"a grid of {rows}x{cols} has fewer than 2 pieces")
-    if not 0 <= mask_ratio < 0.5:  # half a side from both ends would hide the whole piece
-        raise ValueError(f"mask ratio {mask_ratio} is not in [0, 0.5)")
-    if not 0 <= swap <= 1:
-        raise ValueError(f"swap {swap} is not a probability")
+def change(image: Image.Image, choices: Choices, rng: random.Random) -> Mixed:
+    """Do to the picture what the question is about. Raises as the functions of mixing.py do."""
+    about = QUESTIONS[choices.question].about
+    grid = (choices.rows, choices.cols, rng)
+    if about == "angles":
+        return turn(image, choices.angles, rng)
+    if about == "patches":
+        return hide_patches(image, *grid, swap=choices.swap)
+    if about == "rectangles":
+        return swap_rectangles(image, *grid, swap=choices.swap, derange=choices.derange)
+
+    mixed = mix(image, *grid, swap=choices.swap, derange=choices.derange)
+    check_pieces(mixed, choices.mask_ratio)
+    return hide_edges(mixed, choices.mask_ratio) if choices.mask_ratio else mixed
+
+
+def pictures_shown(mixed: Mixed, separate: bool) -> list[Image.Image]:
+    """The pictures of the record: one, or with `separate` the pieces one by one, or a picture and its patches."""
+    if mixed.patches:
+        return [mixed.picture, *mixed.patches] if separate else [with_patches_below(mixed)]
+    if separate:
+        return [Image.fromarray(piece) for piece in pieces_of(mixed.picture, mixed.rows, mixed.cols)]
+    return [mixed.picture]
+
+
+def make_pictures(image: Image.Image, choices: Choices, rng: random.Random) -> tuple[list[Image.Image], dict]:
+    """One puzzle: (its pictures, record without `id` and `images`). The same state of rng gives the same puzzle.
+
+    Raises ValueError for choices that cannot be and for an image too small for the grid; Ambiguous, a ValueError too,
+    for an image with which the question has two right answers, such as two identical pieces.
+    """
+    check_choices(choices)
+    # The question is about the picture as the policy will see it, frame included.
+    mixed = change(image, choices, rng)
+    question = QUESTIONS[choices.question]
+    fields = question.ask(mixed, rng)
+
+    # rewards.py reads `think` when there is no `reply_format`; a record says no more than it has to.
+    form = choices.reply_format or ("think" if choices.think else "bare")
+    words = choices.words or {}
+    text = words.get("question", {}).get(choices.question, question.text)
+    prompt = write_prompt(
+        mixed,
+        text,
+        question.answer_type,
+        fields,
+        form,
+        about=question.about,
+        framed=choices.mask_ratio > 0,
+        separate=choices.separate,
+        dialogue=choices.dialogue,
+        words=words,
+    )
+    record = {
+        "prompt": prompt,
+        "answer": fields["answer"],
+        "answer_type": question.answer_type,
+        **fields,
+        "think": form == "think",
+        "source": f"jigsaw-{choices.question}-{mixed.size}",
+        "rows": mixed.rows,
+        "cols": mixed.cols,
+        "question": choices.question,
+        "order": mixed.order,
+    }
+    if choices.reply_format is not None:
+        record["reply_format"] = choices.reply_format
+    return pictures_shown(mixed, choices.separate), record
 
 
 def make_puzzle(
@@ -281,102 +144,110 @@ def make_puzzle(
     question: str,
     rng: random.Random,
     think: bool = True,
-    *,
-    reply_format: str | None = None,
-    mask_ratio: float = 0.0,
-    swap: float = 0.0,
-    derange: bool = False,
+    **options,
 ) -> tuple[Image.Image, dict]:
-    """One puzzle: (mixed picture, record without `id` and `images`). The same state of rng gives the same puzzle.
-
-    question      a name in QUESTIONS.
-    think         True asks for <think> and <answer>, False for the bare answer. `reply_format`, if given, overrides it.
-    mask_ratio    width of a black frame around picture and pieces, as a part of a piece's side; 0: none.
-    swap          probability that rows and cols are exchanged if they differ (the paper: 0.5).
-    derange       every piece moves. Otherwise any order, the original one included, is equally likely (paper).
-    Raises ValueError for an unknown question or form, a grid of fewer than 2 pieces, an image too small for the grid.
-    """
-    check_choices(rows, cols, question, reply_format, mask_ratio, swap)
-    mixed = mix(image, rows, cols, rng, swap=swap, derange=derange)
-    mixed = hide_edges(mixed, mask_ratio)
-
-    # The question is about the picture as the policy will see it, frame included.
-    _, text, answer_type, ask = QUESTIONS[question]
-    fields = ask(mixed, rng)
-
-    # rewards.py reads `think` when there is no `reply_format`; a record says no more than it has to.
-    form = reply_format or ("think" if think else "bare")
-    record = {
-        "prompt": write_prompt(mixed, text, answer_type, fields, form, framed=mask_ratio > 0),
-        "answer": fields["answer"],
-        "answer_type": answer_type,
-        **fields,
-        "think": form == "think",
-        "source": f"jigsaw-{question}-{mixed.rows}x{mixed.cols}",
-        "rows": mixed.rows,
-        "cols": mixed.cols,
-        "question": question,
-        "order": mixed.order,
-    }
-    if reply_format is not None:
-        record["reply_format"] = reply_format
-    return mixed.picture, record
+    """As `make_pictures`, for puzzles that are one picture. `options`: the further fields of `questions.Choices`."""
+    choices = Choices(rows, cols, question, think, **options)
+    if choices.separate:
+        raise ValueError("separate pieces are several pictures: call make_pictures")
+    (picture,), record = make_pictures(image, choices, rng)
+    return picture, record
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Which puzzles: one kind, a mixture of kinds, or a curriculum
+
+SIZE = re.compile(r"([1-9][0-9]?)x([1-9][0-9]?)")
 
 
-def one_line(cause: Exception) -> str:
-    return " ".join(str(cause).split()) or type(cause).__name__
+def read_size(text: str, choices: Choices) -> Choices:
+    """`choices` with the size of a text: "2x1", or for questions about angles how many there are, "4"."""
+    if QUESTIONS[choices.question].about == "angles":
+        if not re.fullmatch("[0-9]", text):
+            raise ValueError(f"{text!r:.40} is not a number of angles such as 4")
+        return choices._replace(angles=int(text))
+    found = SIZE.fullmatch(text)
+    if not found:
+        raise ValueError(f"{text!r:.40} is not a size such as 2x1")
+    return choices._replace(rows=int(found[1]), cols=int(found[2]))
 
 
-def check_image(path: Path) -> None:
-    """Cheap look at a file: its header, for some kinds its checksums. Pixels are read when the picture is used."""
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except Exception as cause:  # Pillow raises many kinds for broken files; all mean the same here
-        raise ValueError(f"{path}: not a readable image ({one_line(cause)})") from cause
+def read_mixture(text: str, common: Choices) -> list[tuple[float, Choices]]:
+    """"pair:2x1=0.5,rotation:4=1" -> [(weight, choices), …]. ValueError names the part that is wrong."""
+    mixture = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\w+):(\w+)=([0-9.]+)", part)
+        if not found:
+            raise ValueError(f"{part!r:.60} is not question:size=weight, such as pair:2x1=0.5")
+        question, size, weight = found.groups()
+        if question not in QUESTIONS:
+            raise ValueError(f"{part!r:.60}: {question!r:.40} is not one of {', '.join(QUESTIONS)}")
+        try:
+            value = float(weight)
+        except ValueError:
+            raise ValueError(f"{part!r:.60}: the weight is not a number") from None
+        if not 0 < value < math.inf:
+            raise ValueError(f"{part!r:.60}: the weight must be above 0")
+        mixture.append((value, read_size(size, common._replace(question=question))))
+    return mixture
 
 
-def list_pictures(folder: Path, split: str, test_fraction: float) -> list[Path]:
-    """Image files of a folder and its subfolders that belong to the split, sorted by path.
-
-    A hash of the file's content decides: copies of one picture are on the same side, whatever their names and the seed.
-    Files without an image suffix are not looked at. Raises ValueError naming the file that is no image, or the folder.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not files:
-        raise ValueError(f"no image in {folder} (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
-    chosen = []
-    for path in tqdm(files, desc="pictures", unit="file", disable=None):
-        check_image(path)
-        # The digest's first 8 bytes are a number in [0, 2**64), equally likely everywhere.
-        digest = hashlib.sha256(path.read_bytes()).digest()
-        number = int.from_bytes(digest[:8], "big")
-        part = "test" if number < test_fraction * 2**64 else "train"
-        if split in ("all", part):
-            chosen.append(path)
-    if not chosen:
-        raise ValueError(f"no {split} image among the {len(files)} of {folder} (test fraction {test_fraction})")
-    return chosen
+def read_curriculum(text: str, count: int, common: Choices) -> list[tuple[int, Choices]]:
+    """"2x1:64000,3x1" -> [(index of the first puzzle, choices), …]. The last stage lasts until `count`."""
+    stages, start = [], 0
+    parts = text.split(",")
+    for number, part in enumerate(parts, 1):
+        size, colon, length = part.partition(":")
+        last = number == len(parts)
+        if start >= count:
+            raise ValueError(f"{part!r:.60} begins after {start} puzzles, and there are {count}")
+        if not last and not colon:
+            raise ValueError(f"{part!r:.60}: how many puzzles? Only the last stage takes the rest")
+        if colon and not re.fullmatch("[1-9][0-9]{0,14}", length):
+            raise ValueError(f"{part!r:.60}: {length!r:.40} is not a number of puzzles")
+        stages.append((start, read_size(size, common)))
+        start = start + int(length) if colon else count
+    if start != count:
+        raise ValueError(f"the stages have {start} puzzles, and --count is {count}")
+    return stages
 
 
-def load_picture(path: Path, max_side: int | None) -> Image.Image:
-    """RGB as the trainer will see it, shrunk so that neither side is longer than max_side pixels."""
-    # Imported here, not above: puzzles from pictures somebody else opened need nothing of this project.
-    from pictures import open_picture
+class Kinds(NamedTuple):
+    """The choices of every puzzle. Of mixture and curriculum at most one has entries."""
 
-    try:
-        picture = open_picture(path)
-    except Exception as cause:
-        raise ValueError(f"not a readable image ({one_line(cause)})") from cause
-    if max_side is not None and max(picture.size) > max_side:
-        picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-    return picture
+    common: Choices
+    mixture: list[tuple[float, Choices]]
+    curriculum: list[tuple[int, Choices]]
+
+    def check(self) -> None:
+        """Raise ValueError for the first choice that cannot be."""
+        listed = [choices for _, choices in self.mixture + self.curriculum]
+        for choices in listed or [self.common]:
+            check_choices(choices)
+
+    def of(self, index: int, rng: random.Random) -> tuple[Choices, dict]:
+        """(choices of a puzzle, what its record says about the place in the curriculum)."""
+        if self.mixture:
+            weights = [weight for weight, _ in self.mixture]
+            kinds = [choices for _, choices in self.mixture]
+            return rng.choices(kinds, weights)[0], {}
+        if self.curriculum:
+            stage = sum(start <= index for start, _ in self.curriculum)
+            return self.curriculum[stage - 1][1], {"stage": stage}
+        return self.common, {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where pictures come from
+
+MOST_SCENES = 10_000_000
+
+
+def load_scene(number: int, size: int) -> Image.Image:
+    # Imported here, not above: puzzles from a folder need nothing that the laptop demo invents.
+    from toy.scenes import scene
+
+    return scene(random.Random(number), size)
 
 
 def open_source(
@@ -386,54 +257,61 @@ def open_source(
     scenes: int | None = None,
     size: int | None = None,
     max_side: int | None = None,
+    resample: str = "lanczos",
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
     split: str = "all",
     test_fraction: float = 0.1,
     seed: int = 0,
-) -> tuple[list[Path] | list[int], Callable[[Path | int], Image.Image]]:
+) -> tuple[list[Picture], Callable[[Picture], Image.Image]]:
     """(list of pictures, function that opens one of them). Pictures are paths, or seeds of scenes.
 
     images        folder of pictures, or
     scenes        how many distinct scenes to make.
     size          side of a scene in pixels; None: SCENE_SIZE.
-    max_side      longest side of a picture from a folder in pixels; None: as it is.
+    max_side      longest side of a picture from a folder in pixels; None: as it is. `resample`: see `load_picture`.
     Raises ValueError for neither or both sources, and for an `out` whose puzzles the next run would take for pictures.
     """
     if (images is None) == (scenes is None):
         raise ValueError("give either a folder of images or a number of scenes")
     if images is not None:
-        if Path(out).resolve().is_relative_to(Path(images).resolve()):
+        folder, written = Path(images).resolve(), Path(out).resolve()
+        if written.is_relative_to(folder):
             raise ValueError(f"{out} lies inside {images}: the next run would take its puzzles for pictures")
-        return list_pictures(Path(images), split, test_fraction), lambda path: load_picture(path, max_side)
+        if folder.is_relative_to(written / "images"):
+            raise ValueError(f"{images} is where {out} keeps its puzzles: they would lie among the pictures")
+        pictures = list_pictures(Path(images), split, test_fraction, max_image_pixels)
+        settings = {"max_side": max_side, "resample": resample, "max_image_pixels": max_image_pixels}
+        return pictures, partial(load_picture, **settings)
 
-    if scenes < 1:
-        raise ValueError(f"{scenes} scenes are too few")
-    # Imported here, not above: puzzles from a folder need nothing that the laptop demo invents.
-    from toy.scenes import list_scenes, scene
+    if not 1 <= scenes <= MOST_SCENES:
+        raise ValueError(f"{scenes} scenes: from 1 to {MOST_SCENES} can be listed")
+    from toy.scenes import list_scenes
 
-    size = size or SCENE_SIZE
-    return list_scenes(scenes, seed, split, test_fraction), lambda number: scene(random.Random(number), size)
+    return list_scenes(scenes, seed, split, test_fraction), partial(load_scene, size=size or SCENE_SIZE)
+
+
+def endless_order(n: int, rng: random.Random) -> Iterator[int]:
+    """Picture numbers without end: all n in random order, then all again in a new one."""
+    while True:
+        yield from rng.sample(range(n), n)
 
 
 def epoch_order(n: int, count: int, rng: random.Random) -> list[int]:
-    """`count` picture numbers: all n in random order, then all again in a new one. A larger count only adds."""
-    numbers = []
-    while len(numbers) < count:
-        numbers += rng.sample(range(n), n)
-    return numbers[:count]
+    """The first `count` of `endless_order`. A larger count only adds."""
+    return list(itertools.islice(endless_order(n, rng), count))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
+# Many puzzles
 
 @contextmanager
-def errors_name(picture: Path | int) -> Iterator[None]:
+def errors_name(picture: Picture) -> Iterator[None]:
     """Put the picture in front of a ValueError raised inside: its path, or the seed of its scene."""
     try:
         yield
     except ValueError as cause:
         name = f"scene {picture}" if isinstance(picture, int) else str(picture)
-        raise ValueError(f"{name}: {cause}") from cause
+        raise type(cause)(f"{name}: {cause}") from cause
 
 
 def make_folder(out: str | Path) -> Path:
@@ -444,27 +322,185 @@ def make_folder(out: str | Path) -> Path:
         raise ValueError(f"cannot make the folder {folder / 'images'}: {cause.strerror}") from cause
     if not os.access(folder / "images", os.W_OK):
         raise ValueError(f"cannot write into {folder / 'images'}")
+    # What a run that was killed (SIGKILL, power) had begun; one that still lives may go on.
+    for unfinished in [*folder.glob("*.jsonl.*.partial"), *(folder / "images").glob("*.partial")]:
+        writer = unfinished.suffixes[-2][1:]
+        if writer.isdigit() and not is_alive(int(writer)):
+            unfinished.unlink(missing_ok=True)
     return folder
 
 
-def save_image(picture: Image.Image, folder: Path, saved: set[str]) -> str:
-    """Save once as PNG, named by its pixels: equal pictures share a file. Returns the path relative to the folder."""
-    pixels = f"{picture.size}".encode() + picture.tobytes()
-    # The size is part of the name's hash: the same bytes are other pictures at other sizes.
-    path = f"images/{hashlib.sha256(pixels).hexdigest()[:20]}.png"
-    if path not in saved:
-        picture.save(folder / path)
-        saved.add(path)
-    return path
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
+
+
+def json_line(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def write_lines(path: Path, records: list[dict]) -> Path:
-    """One JSON object a line; written under another name and then renamed, so that a file that exists is whole."""
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """One JSON object a line, all or nothing."""
+    with all_or_nothing(path, on_disk=True) as file:
+        for record in records:
+            file.write(json_line(record).encode("utf-8"))
     return path
+
+
+TRIES = 1000  # pictures for one puzzle, before a folder counts as one of ambiguous pictures only
+PER_PROCESS = 100  # fewer puzzles than this are made sooner than a process starts
+
+
+class WorkerEnded(Exception):
+    """A worker process ended before its work did: somebody killed it, or the machine ran out of memory."""
+
+
+class Job(NamedTuple):
+    """What every process needs to make its share."""
+
+    folder: Path
+    count: int
+    kinds: Kinds
+    pictures: list[Picture]
+    open_picture: Callable[[Picture], Image.Image]
+    split: str
+    seed: int
+    image_format: str
+
+
+def make_record(job: Job, index: int, number: int, saved: set[str]) -> tuple[dict, int]:
+    """(record of a puzzle, how many pictures were left out). number: of its picture, if the question suits that."""
+    choices, stage = job.kinds.of(index, random.Random(f"{job.split} {job.seed} mix {index}"))
+    # The order of pictures and each puzzle have generators of their own: a larger count leaves the first puzzles as
+    # they are. The texts are seeds: another letter in them is another data set.
+    rng = random.Random(f"{job.split} {job.seed} puzzle {index}")
+    for left_out in range(TRIES):
+        picture = job.pictures[number]
+        try:
+            with errors_name(picture):
+                images, record = make_pictures(job.open_picture(picture), choices, rng)
+            break
+        except Ambiguous as cause:
+            if left_out == TRIES - 1:
+                raise ValueError(f"{TRIES} pictures in a row make the question ambiguous: {cause}") from cause
+            number = rng.randrange(len(job.pictures))
+
+    name = f"{record['source']}-{job.split}-{job.seed}-{index:06d}"
+    paths = [save_image(image, job.folder, saved, job.image_format) for image in images]
+    return {"id": name, "images": paths, **record, **stage}, left_out
+
+
+def make_share(job: Job, share: int, shares: int) -> Iterator[tuple[str, int]]:
+    """Make every shares-th puzzle, from number `share` on: (its line of records.jsonl, pictures left out)."""
+    saved = set()
+    order = endless_order(len(job.pictures), random.Random(f"{job.split} {job.seed} deal"))
+    for index, number in zip(range(job.count), order, strict=False):
+        if index % shares == share:
+            record, left_out = make_record(job, index, number, saved)
+            yield json_line(record), left_out
+
+
+def serve_share(job: Job, share: int, shares: int, connection) -> None:
+    """In a process of its own: send what `make_share` makes, at last the message of a ValueError."""
+    try:
+        for made in make_share(job, share, shares):
+            connection.send(made)
+    except ValueError as cause:
+        connection.send(str(cause))
+    except BrokenPipeError:
+        pass  # whom it was for has ended
+
+
+# A process that opens one picture after the other asks for the same few megabytes again and again. Pillow and glibc
+# give them back to the system each time, and to get them anew, page by page, can take as long as decoding.
+KEEP_MEMORY = {
+    "PILLOW_BLOCKS_MAX": "16",
+    "MALLOC_MMAP_THRESHOLD_": str(2**26),
+    "MALLOC_TRIM_THRESHOLD_": str(2**28),
+}
+
+
+@contextmanager
+def environment(**further: str) -> Iterator[None]:
+    """Further variables in the environment that processes started inside inherit."""
+    before = {name: os.environ.get(name) for name in further}
+    os.environ.update(further)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def start_process(job: Job, share: int, shares: int) -> tuple:
+    """-> (process, connection to read its share from)"""
+    # A fresh interpreter: a fork of a process with threads, torch's for one, may hang.
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=serve_share, args=(job, share, shares, sender), daemon=True)
+    # Ctrl-C reaches every process of a terminal. The children inherit that it is blocked, and are ended by this one.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with environment(**KEEP_MEMORY):
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    sender.close()  # so that reading ends when the child does
+    return process, receiver
+
+
+def make_parallel(job: Job, workers: int) -> Iterator[tuple[str, int]]:
+    """As `make_share` with one share, in the same order, made by `workers` processes.
+
+    A pipe holds some 64 kB: a process that is ahead of the others waits, and memory stays bounded.
+    """
+    started = []
+    try:
+        for share in range(workers):
+            started.append(start_process(job, share, workers))
+        for index in range(job.count):
+            process, receiver = started[index % workers]
+            try:
+                made = receiver.recv()
+            except EOFError:
+                process.join()
+                raise WorkerEnded(f"a worker process ended with status {process.exitcode}") from None
+            if isinstance(made, str):
+                raise ValueError(made)
+            yield made
+    finally:
+        for process, _ in started:
+            process.terminate()
+        for process, _ in started:
+            process.join()
+        # What a child was writing when it was ended.
+        for process, _ in started:
+            for unfinished in (job.folder / "images").glob(f"*.{process.pid}.partial"):
+                unfinished.unlink(missing_ok=True)
+
+
+def check_files(folder: Path, preview: str | Path | None, images: str | Path | None) -> None:
+    """Raise ValueError if a file that will be written at the end cannot be."""
+    if (folder / "records.jsonl").is_dir():
+        raise ValueError(f"{folder / 'records.jsonl'} is a folder")
+    if preview is None:
+        return
+    path = Path(preview)
+    if path.suffix.lower() != ".png" or (path.exists() and not path.is_file()):
+        raise ValueError(f"--preview {preview}: the name of a PNG file is needed")
+    if not path.parent.is_dir():
+        raise ValueError(f"--preview {preview}: there is no folder {path.parent}")
+    inside = [folder / "images", *([images] if images else [])]
+    if any(path.resolve().is_relative_to(Path(place).resolve()) for place in inside):
+        raise ValueError(f"--preview {preview}: it would lie among the pictures")
 
 
 def write_puzzles(
@@ -474,46 +510,102 @@ def write_puzzles(
     rows: int = 2,
     cols: int = 1,
     question: str = "pair",
-    think: bool = True,
-    reply_format: str | None = None,
     swap: float = 0.5,
-    mask_ratio: float = 0.0,
-    derange: bool = False,
+    mixture: str | None = None,
+    curriculum: str | None = None,
+    prompts: str | Path | None = None,
+    image_format: str = "png",
+    preview: str | Path | None = None,
+    workers: int = 1,
     split: str = "all",
     seed: int = 0,
-    **source,
+    **further,
 ) -> Path:
     """Write `count` puzzles to out/records.jsonl and their images to out/images; returns the path of records.jsonl.
 
-    `source` says where pictures come from: the further keywords of `open_source`, `images` or `scenes` among them. The
-    other choices are those of `make_puzzle`. Raises ValueError for bad input, and then records.jsonl is not touched.
+    mixture, curriculum    texts as for --mix and --curriculum.
+    prompts                a JSON file with other words.
+    preview                a PNG file that gets the first puzzles with their answers.
+    `further`: fields of `questions.Choices`, and keywords of `open_source`, `images` or `scenes` among them.
+    Raises ValueError for bad input. records.jsonl is written last: without it nothing of the run counts.
     """
-    check_choices(rows, cols, question, reply_format, mask_ratio, swap)
-    pictures, open_picture = open_source(out, split=split, seed=seed, **source)
-    folder = make_folder(out)
-    records, saved = [], set()
-    # The order of pictures and each puzzle have generators of their own: a larger count leaves the first puzzles as
-    # they are. The texts are seeds: another letter in them is another data set.
-    numbers = epoch_order(len(pictures), count, random.Random(f"{split} {seed} deal"))
-    for index, number in enumerate(tqdm(numbers, desc="puzzles", disable=None)):  # None: a bar on terminals only
-        rng = random.Random(f"{split} {seed} puzzle {index}")
-        with errors_name(pictures[number]):
-            picture, record = make_puzzle(
-                open_picture(pictures[number]),
-                rows,
-                cols,
-                question,
-                rng,
-                think,
-                reply_format=reply_format,
-                mask_ratio=mask_ratio,
-                swap=swap,
-                derange=derange,
-            )
-        name = f"{record['source']}-{split}-{seed}-{index:06d}"
-        path = save_image(picture, folder, saved)
-        records.append({"id": name, "images": [path], **record})
-    return write_lines(folder / "records.jsonl", records)
+    chosen = {name: further.pop(name) for name in Choices._fields if name in further}
+    words = read_words(prompts) if prompts else None
+    common = Choices(rows, cols, question, swap=swap, words=words, **chosen)
+    if mixture and curriculum:
+        raise ValueError("give a mixture or a curriculum, not both")
+    kinds = Kinds(
+        common,
+        read_mixture(mixture, common) if mixture else [],
+        read_curriculum(curriculum, count, common) if curriculum else [],
+    )
+    kinds.check()
+    check_files(Path(out), preview, further.get("images"))
+    pictures, open_picture = open_source(out, split=split, seed=seed, **further)
+    job = Job(make_folder(out), count, kinds, pictures, open_picture, split, seed, image_format)
+
+    workers = max(1, min(workers, count // PER_PROCESS))
+    made = make_share(job, 0, 1) if workers == 1 else make_parallel(job, workers)
+    first, all_left_out = [], 0
+    path = job.folder / "records.jsonl"
+    with all_or_nothing(path, on_disk=True) as file:
+        for line, left_out in tqdm(made, total=count, desc="puzzles", disable=None):  # None: a bar on terminals only
+            file.write(line.encode("utf-8"))
+            all_left_out += left_out
+            if len(first) < ON_SHEET:
+                first.append(json.loads(line))
+        if preview:
+            with all_or_nothing(Path(preview)) as sheet:
+                contact_sheet(first, job.folder).save(sheet, "PNG")
+    if all_left_out:
+        print(f"left out {all_left_out} times a picture that would make its question ambiguous", file=sys.stderr)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A contact sheet: the first puzzles with their answers, for a look before a long run
+
+ON_SHEET = 24  # puzzles
+SHEET_COLS = 6
+THUMB = 160  # pixels a side
+CAPTION = 46  # pixels below a picture: three lines of text
+
+
+def tile(record: dict, folder: Path) -> Image.Image:
+    """One puzzle of the sheet, (THUMB + CAPTION) x THUMB pixels: its pictures side by side, and the answer."""
+    square = Image.new("RGB", (THUMB, THUMB + CAPTION), "white")
+    across = math.ceil(math.sqrt(len(record["images"])))
+    for number, name in enumerate(record["images"]):
+        with Image.open(folder / name) as image:
+            picture = image.convert("RGB")
+        pen = ImageDraw.Draw(picture)
+        if record["answer_type"] == "box":
+            line = max(1, picture.width // 80)
+            pen.rectangle(record["answer"], outline="lime", width=line)
+            pen.rectangle(record["box"], outline="red", width=line)
+        picture.thumbnail((THUMB // across, THUMB // across))
+        row, col = divmod(number, across)
+        square.paste(picture, (col * (THUMB // across), row * (THUMB // across)))
+
+    answer = record["answer"]
+    if isinstance(answer, list):
+        answer = " ".join(map(str, answer))
+    elif "options" in record:
+        answer = f"{answer}. {record['options'][LETTERS.index(answer)]}"
+    asked = next((f"{name} {record[name]}" for name in ("pair", "position", "box") if name in record), "")
+    pen = ImageDraw.Draw(square)
+    pen.multiline_text((2, THUMB + 2), f"{record['source']}\n{asked}\n{answer}", fill="black")
+    return square
+
+
+def contact_sheet(records: list[dict], folder: Path) -> Image.Image:
+    """The puzzles in rows of SHEET_COLS. In a box question red is the box asked about, green the answer."""
+    lines = math.ceil(len(records) / SHEET_COLS)
+    sheet = Image.new("RGB", (SHEET_COLS * (THUMB + 8), lines * (THUMB + CAPTION + 8)), "white")
+    for number, record in enumerate(records):
+        row, col = divmod(number, SHEET_COLS)
+        sheet.paste(tile(record, folder), (col * (THUMB + 8), row * (THUMB + CAPTION + 8)))
+    return sheet
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -545,8 +637,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> None:
-        one_line = " ".join(message.split())  # it may quote a flag's value
-        self.exit(2, f"error: {printable(one_line)}\n")
+        line = " ".join(message.split())  # it may quote a flag's value
+        self.exit(2, f"error: {printable(line)}\n")
 
 
 def problem_of_name(text: str) -> str | None:
@@ -616,11 +708,29 @@ def add_common_flags(parser: Parser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="DIR", help="folder of pictures, subfolders included")
     source.add_argument(
-        "--scenes", metavar="N", type=integer("[1, 1e7]"), help="no folder: make N distinct procedural scenes"
+        "--scenes",
+        metavar="N",
+        type=integer(f"[1, {MOST_SCENES}]"),
+        help="no folder: make N distinct procedural scenes",
     )
     add = parser.add_argument
     add("--size", type=integer("[16, 4096]"), help=f"scenes only: side in pixels (default {SCENE_SIZE})")
-    add("--max-side", type=integer("[1, 1e5]"), help="images only: shrink to this longest side in pixels (default: no)")
+    add(
+        "--max-side",
+        type=integer("[1, 1e5]"),
+        help="images only: shrink to this longest side in pixels (default: no)",
+    )
+    add(
+        "--resample",
+        choices=list(RESAMPLE),
+        help="images only: how --max-side shrinks. lanczos: sharpest (the default); box: means of pixels, three times "
+        "faster, and large JPEG files are not decoded in full",
+    )
+    add(
+        "--max-image-pixels",
+        type=integer("[1, 1e9]"),
+        help=f"images only: a picture with more ends the run (default {MAX_IMAGE_PIXELS})",
+    )
     add(
         "--split",
         choices=SPLITS,
@@ -633,8 +743,8 @@ def add_common_flags(parser: Parser) -> None:
         default=0.1,
         help="part of the pictures that is test (default %(default)s)",
     )
-    add("--rows", type=integer("[1, 100]"), default=2, help="rows of the grid (default %(default)s)")
-    add("--cols", type=integer("[1, 100]"), default=1, help="columns of the grid (default %(default)s)")
+    add("--rows", type=integer("[1, 99]"), help="rows of the grid (default 2)")
+    add("--cols", type=integer("[1, 99]"), help="columns of the grid (default 1)")
     add(
         "--swap",
         type=real("[0, 1]"),
@@ -652,41 +762,100 @@ def add_common_flags(parser: Parser) -> None:
 
 def check_common_flags(parser: Parser, args: argparse.Namespace) -> None:
     """What no single flag can tell. A flag that nothing would read is a misunderstanding, so it is an error."""
+    args.rows = 2 if args.rows is None else args.rows
+    args.cols = 1 if args.cols is None else args.cols
     if args.rows * args.cols < 2:
         parser.error("--rows 1 --cols 1 is one piece: nothing to ask")
     if args.images and args.size is not None:
         parser.error("--size is for --scenes; --max-side shrinks images")
     if args.scenes and args.max_side is not None:
         parser.error("--max-side is for --images; --size sets the size of scenes")
+    if args.scenes and (args.resample or args.max_image_pixels):
+        parser.error("--resample and --max-image-pixels are for --images")
+    args.resample = args.resample or "lanczos"
+    args.max_image_pixels = args.max_image_pixels or MAX_IMAGE_PIXELS
+
+
+def check_kind_flags(parser: Parser, args: argparse.Namespace) -> None:
+    """--mix and --curriculum say what other flags say, too, and of --rows and --angles a question reads one."""
+    given = {
+        "--question": args.question is not None,
+        "--rows": args.rows is not None,
+        "--cols": args.cols is not None,
+        "--angles": args.angles is not None,
+    }
+    kind = QUESTIONS[args.question or "pair"]
+    if args.mixture:
+        refused, why = list(given), "--mix names questions and sizes"
+    elif args.curriculum:
+        refused, why = ["--rows", "--cols", "--angles"], "--curriculum names sizes"
+    elif kind.about == "angles":
+        refused, why = ["--rows", "--cols"], f"{args.question} has --angles"
+    else:
+        refused, why = ["--angles"], f"{args.question or 'pair'} has --rows and --cols"
+    for flag in refused:
+        if given[flag]:
+            parser.error(f"{flag} would not be read: {why}")
+    args.question = args.question or "pair"
+    args.angles = args.angles or 4
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of `write_puzzles`, under the same names."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--count", metavar="N", type=integer("[1, 1e8]"), required=True, help="how many puzzles to write")
+    add("--count", metavar="N", type=integer("[1, 1e9]"), required=True, help="how many puzzles to write")
     add("--out", metavar="DIR", required=True, help="gets records.jsonl and images/")
     add_common_flags(parser)
     add(
         "--question",
         choices=list(QUESTIONS),
-        default="pair",
-        help="; ".join(f"{name}: {question.summary}" for name, question in QUESTIONS.items())
-        + " (default %(default)s)",
+        help="; ".join(f"{name}: {question.summary}" for name, question in QUESTIONS.items()) + " (default pair)",
     )
+    add("--angles", type=integer("[2, 8]"), help="rotation only: how many evenly spaced angles (default 4)")
+    add(
+        "--mix",
+        dest="mixture",
+        metavar="LIST",
+        help="questions, sizes and weights, such as pair:2x1=0.5,full:2x2=0.3,rotation:4=0.2 (default: one question)",
+    )
+    add(
+        "--curriculum",
+        metavar="LIST",
+        help="sizes one after the other, and how many puzzles of each, such as 2x1:64000,3x1 (default: one size)",
+    )
+    add("--separate", action="store_true", help="pieces and patches as pictures of their own (default: one picture)")
     add(
         "--think",
         action=argparse.BooleanOptionalAction,
         help="ask for <think> and <answer> (the default), or for the bare answer",
     )
     add("--reply-format", choices=list(REPLY_FORMAT_SENTENCE), help="ask for this form, in place of --think/--no-think")
+    add("--dialogue", action="store_true", help="prompts begin a dialogue, for base models (default: no)")
+    add("--prompts", metavar="FILE", help="a JSON file with other words for prompts (docs/formats.md; default: ours)")
     add(
         "--mask-ratio",
         type=real("[0, 0.5)"),
         default=0.0,
         help="width of a black frame around picture and pieces, as a part of a piece's side (default 0: none)",
     )
+    add(
+        "--format",
+        dest="image_format",
+        choices=list(SUFFIXES),
+        default="png",
+        help=f"of the images; jpeg has quality {JPEG_QUALITY} and is 20 times faster (default %(default)s)",
+    )
+    add("--preview", metavar="FILE.png", help=f"gets the first {ON_SHEET} puzzles with their answers (default: no)")
+    add(
+        "--workers",
+        metavar="N",
+        type=integer("[1, 256]"),
+        default=os.cpu_count() or 1,
+        help="processes; the bytes do not depend on it (default: as many as cores)",
+    )
     args = parser.parse_args(argv)
+    check_kind_flags(parser, args)
     check_common_flags(parser, args)
     if args.reply_format and args.think is not None:
         parser.error("give --reply-format or --think/--no-think, not both")
@@ -694,12 +863,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside, Ctrl-C ends the program with status 130 and SIGTERM with 143, after everything has been tidied up."""
+
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        path = write_puzzles(**vars(args))
+        with ended_by_signals():
+            path = write_puzzles(**vars(args))
     except ValueError as cause:
         Parser().error(one_line(cause))
+    except WorkerEnded as cause:
+        Parser().exit(1, f"error: {one_line(cause)}\n")
     print(f"{args.count} puzzles -> {path}")
 
 

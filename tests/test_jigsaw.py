@@ -19,7 +19,10 @@ from PIL import Image
 
 import files
 import jigsaw
-import records
+import mixing
+import picture_files
+import pictures
+import questions
 import rewards
 from toy.primer import render
 from toy.scenes import scene
@@ -118,7 +121,7 @@ def test_swap_exchanges_rows_and_columns_that_often_and_never_for_a_square():
 
 def test_a_mask_hides_a_frame_and_the_cuts_and_nothing_else():
     # pieces of 10x10, ratio 0.25: int(2.5) = 2 pixels at the picture's edge, 1 on each side of the cut at row 10
-    picture = Image.new("RGB", (10, 20), (200, 100, 50))
+    picture = coordinates(10, 20)  # no pixel of it is black
     puzzle, record = jigsaw.make_puzzle(picture, 2, 1, "pair", random.Random(3), mask_ratio=0.25)
     visible = np.asarray(puzzle).any(axis=2)
     expected = np.zeros((20, 10), dtype=bool)
@@ -137,12 +140,12 @@ def test_a_new_question_is_one_entry_of_the_table(monkeypatch, tmp_path):
     def ask_corner(mixed, rng):
         return {"answer": mixed.order.index(1) + 1, "corner": "top left", "options": ["it is there", "it is not"]}
 
-    corner = jigsaw.Question("a corner's piece", "One of {n}: where is {corner} now?", "digit", ask_corner)
+    corner = questions.Question("a corner's piece", "One of {n}: where is {corner} now?", "digit", ask_corner)
     monkeypatch.setitem(jigsaw.QUESTIONS, "corner", corner)
     run("--scenes", 3, "--count", 5, "--rows", 2, "--cols", 2, "--question", "corner", "--out", tmp_path)
     for record in read(tmp_path / "records.jsonl"):
         assert "One of 4: where is top left now?\nA. it is there\nB. it is not\n" in record["prompt"]
-        assert record["prompt"].endswith("then give only the answer inside <answer> </answer>.")
+        assert record["prompt"].endswith("then give only the number inside <answer> </answer>.")
         assert record["order"][record["answer"] - 1] == 1
         assert (record["answer_type"], record["source"]) == ("digit", "jigsaw-corner-2x2")
         rewards.check_gold(record)
@@ -192,7 +195,7 @@ def test_the_relation_of_two_places_is_named_from_the_first_ones_point_of_view()
         (6, 1): "below and right",
     }
     for (first, second), word in table.items():
-        assert jigsaw.relation(first, second, cols=3) == word
+        assert questions.relation(first, second, cols=3) == word
 
 
 @pytest.mark.parametrize("rows, cols, options", [(2, 1, {"above", "below"}), (1, 3, {"left", "right"}), (2, 2, None)])
@@ -278,15 +281,18 @@ def test_an_impossible_puzzle_is_a_value_error_of_one_line(rows, cols, question,
 # -------- files
 
 
-def photographs(folder, colours):
-    """One small flat picture per colour."""
+def photographs(folder, colours, flat=False):
+    """One small picture per colour: red and green are the colour's everywhere, no two pixels have the same blue."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, colour in enumerate(colours):
-        Image.new("RGB", (9, 8), colour).save(folder / f"photo{number:03d}.png")
+        pixels = np.full((8, 9, 3), colour, dtype=np.uint8)
+        if not flat:
+            pixels[:, :, 2] = np.arange(72).reshape(8, 9)
+        Image.fromarray(pixels).save(folder / f"photo{number:03d}.png")
 
 
 def colours_used(out):
-    return {Image.open(out / record["images"][0]).getpixel((0, 0)) for record in read(out / "records.jsonl")}
+    return {Image.open(out / record["images"][0]).getpixel((0, 0))[:2] for record in read(out / "records.jsonl")}
 
 
 @pytest.mark.parametrize("extra", [[], ["--question", "full", "--rows", 2, "--cols", 3, "--no-think"]])
@@ -347,15 +353,18 @@ def test_a_folder_is_split_by_content_so_copies_never_straddle_and_the_seed_does
 
 def test_the_test_fraction_is_the_part_of_the_pictures_that_is_test(tmp_path):
     photographs(tmp_path, [(n % 256, n // 256, 77) for n in range(1000)])
-    sizes = [len(jigsaw.list_pictures(tmp_path, split, 0.3)) for split in ("train", "test", "all")]
+    def listed(split, fraction):
+        return len(picture_files.list_pictures(tmp_path, split, fraction))
+
+    sizes = [listed(split, 0.3) for split in ("train", "test", "all")]
     assert sizes[0] + sizes[1] == sizes[2] == 1000
     assert abs(sizes[1] - 300) < 58  # 4 sigma: a few dozen pictures would be too few to tell
-    assert len(jigsaw.list_pictures(tmp_path, "train", 0.0)) == len(jigsaw.list_pictures(tmp_path, "test", 1.0)) == 1000
+    assert listed("train", 0.0) == listed("test", 1.0) == 1000
 
 
 def test_max_side_shrinks_pictures_and_keeps_their_shape(tmp_path):
     (tmp_path / "in").mkdir()
-    Image.new("RGB", (300, 200), (10, 20, 30)).save(tmp_path / "in" / "wide.jpg")
+    scene(random.Random(3), 300).crop((0, 0, 300, 200)).save(tmp_path / "in" / "wide.jpg")
     run("--images", tmp_path / "in", "--count", 1, "--max-side", 150, "--out", tmp_path / "out")
     assert Image.open(tmp_path / "out" / read(tmp_path / "out" / "records.jsonl")[0]["images"][0]).size == (150, 100)
 
@@ -412,8 +421,8 @@ def test_bad_input_ends_with_status_2_and_one_line_that_names_the_cause(tmp_path
 def test_puzzles_from_a_folder_need_nothing_of_the_project_but_how_it_opens_pictures(tmp_path):
     photographs(tmp_path / "in", [(1, 2, 3)])
     (tmp_path / "alone").mkdir()
-    for file in (jigsaw.__file__, records.__file__, files.__file__):
-        shutil.copy(file, tmp_path / "alone")
+    for file in (jigsaw, mixing, questions, picture_files, pictures, files):
+        shutil.copy(file.__file__, tmp_path / "alone")
     command = [sys.executable, "alone/jigsaw.py", "--images", "in", "--count", "2", "--out", "out"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)

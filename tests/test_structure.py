@@ -20,6 +20,9 @@ SHARED = {
     "pictures": {"files"},
     "records": {"files", "pictures"},
     "processes": {"files"},
+    "mixing": set(),
+    "questions": {"files", "mixing"},
+    "picture_files": {"files", "pictures"},
     "attention": set(),
     "expressions": set(),
     "math_answers": {"expressions"},
@@ -74,11 +77,14 @@ def test_a_shared_file_imports_only_what_stands_above_it_and_no_stage(name):
     assert imports_of(tree_of(name), everywhere=True) <= SHARED[name]
 
 
-@pytest.mark.parametrize("name, allowed", [("rewards", {"math_answers", "replies"}), ("jigsaw", set())])
-def test_rewards_and_jigsaw_import_nothing_of_ours_but_how_mathematics_is_compared(name, allowed):
+SPLIT_OFF = {"rewards": {"math_answers", "replies"}, "jigsaw": {"mixing", "questions", "picture_files"}}
+
+
+@pytest.mark.parametrize("name, allowed", SPLIT_OFF.items())
+def test_rewards_and_jigsaw_import_nothing_of_ours_but_what_was_split_off_them(name, allowed):
     assert imports_of(tree_of(name), everywhere=False) <= allowed
-    # Scenes are asked for by --scenes only, and folders of pictures are opened as the trainer opens them.
-    assert imports_of(tree_of(name), everywhere=True) <= allowed | {"toy", "pictures"}
+    # Scenes are asked for by --scenes only.
+    assert imports_of(tree_of(name), everywhere=True) <= allowed | {"toy"}
 
 
 @pytest.mark.parametrize("name", sorted(STAGES))
@@ -90,7 +96,7 @@ def test_a_stage_imports_no_other_stage_but_rewards_and_nothing_that_measures_or
 
 @pytest.mark.parametrize("path", sorted((ROOT / "toy").glob("*.py")), ids=lambda path: path.stem)
 def test_toy_imports_neither_the_model_nor_what_trains_it(path):
-    assert imports_of(ast.parse(path.read_text()), everywhere=True) <= {"toy", "jigsaw"}
+    assert imports_of(ast.parse(path.read_text()), everywhere=True) <= {"toy", "jigsaw", "questions"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -312,7 +312,7 @@ BAD = {
 @pytest.mark.parametrize("argv, cause", BAD.values(), ids=BAD)
 def test_bad_input_ends_with_status_2_and_one_line_that_names_the_cause(tmp_path, monkeypatch, capsys, argv, cause):
     monkeypatch.chdir(tmp_path)
-    photographs(tmp_path / "in", [(1, 2, 3)])
+    photographs(tmp_path / "in", [(1, 2, 3)], flat=True)
     with pytest.raises(SystemExit) as stopped:
         run(*argv, "--out", "out")
     assert stopped.value.code == 2

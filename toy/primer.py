@@ -30,6 +30,7 @@ if __name__ == "__main__":  # Python looks for modules beside a script: jigsaw.p
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jigsaw
+import questions
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What can be seen, in words
@@ -61,9 +62,9 @@ def sample_pair(values: list[float], cue: str, rng: random.Random) -> tuple[int,
 
 
 def look_fields(cue: str, more: bool, k: int, j: int, rng: random.Random) -> dict:
-    """Fields of the look question, as jigsaw.py's `pair_fields` returns them."""
+    """Fields of the look question, as questions.py's `pair_fields` returns them."""
     words = CUES[cue][1]
-    return jigsaw.letter_fields(words, words[0] if more else words[1], k, j, rng)
+    return questions.letter_fields(words, words[0] if more else words[1], k, j, rng)
 
 
 def reason_about(cue: str, more: bool, k: int, j: int, verdict: str, letter: str) -> str:
@@ -153,7 +154,7 @@ def primer_item(
     question = rng.choice(("pair", "look"))
     if question == "pair":
         text, verb = jigsaw.QUESTIONS["pair"].text, "was"
-        fields = jigsaw.pair_fields(mixed, k, j, rng)
+        fields = questions.pair_fields(mixed, k, j, rng)
         verdict = rng.choice(fields["options"])
     else:
         text, verb = LOOK_TEXT, "is"
@@ -206,7 +207,8 @@ def write_primer(
 
     `source` and the other choices are those of jigsaw.py's `write_puzzles`, and so are the errors.
     """
-    jigsaw.check_choices(rows, cols, "pair", reply_format, 0.0, swap)
+    choices = questions.Choices(rows, cols, "pair", reply_format=reply_format, swap=swap, derange=derange)
+    questions.check_choices(choices)
     pictures, open_picture = jigsaw.open_source(out, split=split, seed=seed, **source)
     folder = jigsaw.make_folder(out)
     records, saved = [], set()

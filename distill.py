@@ -14,13 +14,18 @@ what to answer. Questions that give no pair are counted by reason.
 Choices where the paper is silent or cannot be followed here: the five corruptions are equally likely; the judge model
 is a rule that looks for a contradiction (judge.contradicts); a base reply that is malformed already, and that no
 corruption changes, is rejected as it is. A reply truncated at --max-new-tokens is not used.
+
+Replies are kept in FILE.jsonl.partial batch by batch, and a killed job goes on from there with --resume (journal.py).
 """
 
 import gc
+import hashlib
+import json
 import os
 import random
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -32,8 +37,10 @@ import sampler
 import scoring
 import training
 import vllm_sampler
+from files import DataError, check_output, digest, read_json, write_text
+from journal import Journal, add_journal_flags
 from judge import contradicts, find_answer
-from records import DataError, read_records, write_jsonl
+from records import jsonl_text, read_records
 from training import World, integer, real
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,14 +114,16 @@ def make_pair(
     judge: str = "rule",
     coupled: bool = False,
     reject_from: str = "base",
+    pick: str = "first",
 ) -> tuple[dict | None, str | None]:
     """One question's replies -> (record + chosen, rejected, corruption; None), or (None, why there is no pair).
 
     judge: "rule" refuses a chosen reply whose reasoning contradicts its answer, "none" does not look. coupled: the
     rejected reply may be wrong, so that pairs also differ in correctness. reject_from "chosen": the rejected reply is
-    the chosen one, corrupted, instead of a base reply. The first replies that pass are taken.
+    the chosen one, corrupted, instead of a base reply. pick: which of the policy's replies that pass, a name of PICKS;
+    of the base's the first.
     """
-    chosen, why = choose(record, policy_replies, judge)
+    chosen, why = choose(record, policy_replies, judge, pick, rng)
     if chosen is None:
         return None, why
     if reject_from == "base" and not base_replies:
@@ -132,18 +141,61 @@ def make_pair(
     return None, why
 
 
-def choose(record: dict, replies: list[str], judge: str) -> tuple[Scored | None, str | None]:
-    """The first well-formed and right reply whose reasoning does not contradict it, or (None, what was missing)."""
+def choose(
+    record: dict, replies: list[str], judge: str, pick: str = "first", rng: random.Random | None = None
+) -> tuple[Scored | None, str | None]:
+    """A well-formed and right reply whose reasoning does not contradict it, or (None, what was missing)."""
+    passing = []
     why = "policy never finished" if not replies else "policy never well-formed"
     for text in replies:
         reply = read(text, record)
         if reply.right:
             if judge == "none" or not contradicts(reply.reason, reply.answer, record):
-                return reply, None
+                passing.append(reply)
+                if pick == "first":
+                    break
             why = "reasoning contradicts"
         elif reply.well_formed and why == "policy never well-formed":
             why = "policy never right"
+    if passing:
+        return PICKS[pick](passing, rng), None
     return None, why
+
+
+def shortest(replies: list[Scored]) -> Scored:
+    """The reply of the fewest characters; of equals the first."""
+    return min(replies, key=lambda reply: len(reply.text))
+
+
+def typical(replies: list[Scored]) -> Scored:
+    """The reply that has most in common with the others; of equals the first."""
+    phrases = [phrases_of(reply.text) for reply in replies]
+
+    def likeness(place):
+        others = [other for number, other in enumerate(phrases) if number != place]
+        return sum(overlap(phrases[place], other) for other in others)
+
+    return replies[max(range(len(replies)), key=likeness)]
+
+
+def phrases_of(text: str) -> set[tuple[str, ...]]:
+    """Every three words that stand beside each other."""
+    words = ["", *text.split(), ""]
+    return set(zip(words, words[1:], words[2:], strict=False))
+
+
+def overlap(one: set, other: set) -> float:
+    """Jaccard index: what two sets share of all they hold, 0 … 1."""
+    return len(one & other) / len(one | other) if one | other else 1.0
+
+
+# Which of the policy's replies that pass becomes the chosen one.
+PICKS = {
+    "first": lambda replies, rng: replies[0],
+    "random": lambda replies, rng: rng.choice(replies),
+    "shortest": lambda replies, rng: shortest(replies),
+    "typical": lambda replies, rng: typical(replies),
+}
 
 
 def found_right(reply: Scored, record: dict) -> bool:
@@ -189,6 +241,26 @@ def summary(outcomes: list[tuple[dict | None, str | None]]) -> str:
     return "\n".join(lines)
 
 
+def account(records: list[dict], outcomes: list[tuple[dict | None, str | None]]) -> dict:
+    """What became of every question: how many gave a pair, how their rejected replies were broken, who dropped why."""
+    corruptions, dropped = Counter(), {}
+    for record, (pair, reason) in zip(records, outcomes, strict=True):
+        if pair is None:
+            dropped.setdefault(reason, []).append(record["id"])
+        else:
+            corruptions[pair["corruption"] or "malformed already"] += 1
+    pairs = [pair for pair, _ in outcomes if pair is not None]
+    told = {"questions": len(records), "pairs": len(pairs), "corruptions": dict(corruptions)}
+    for side in ("chosen", "rejected"):
+        lengths = sorted(len(pair[side]) for pair in pairs)
+        if lengths:
+            told[f"{side}_characters"] = {"least": lengths[0], "mean": fmean(lengths), "most": lengths[-1]}
+    if pairs:
+        alike = [overlap(phrases_of(pair["chosen"]), phrases_of(pair["rejected"])) for pair in pairs]
+        told["overlap"] = fmean(alike)
+    return told | {"dropped": dropped}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The stage
 
@@ -202,6 +274,7 @@ def parse_args(argv=None):
     add("--skip-bad", action="store_true",
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
     add("--out", required=True, help="pairs.jsonl to write: records with chosen and rejected")
+    add_journal_flags(add)
     add("--limit", type=integer("[0, 1e9]"), default=0, help="use the first N records only; 0: all")
     add("--seed", type=integer("[0, 4294967295]"), default=0,
         help="fixes every sample, whatever --batch and the number of processes")  # fmt: skip
@@ -210,6 +283,9 @@ def parse_args(argv=None):
     add("--reject-from", default="base", choices=["base", "chosen"],
         help="what is corrupted: a reply of the base, or the chosen reply itself")  # fmt: skip
     add("--coupled", action="store_true", help="the rejected reply may be wrong: pairs also differ in correctness")
+    add("--pick", default="first", choices=list(PICKS),
+        help="which policy reply is chosen, of those that pass: the first, a random one, the shortest, or the one that "
+        "shares most phrases of three words with the others")  # fmt: skip
     add("--judge", default="rule", choices=["rule", "none"],
         help="refuse chosen replies whose reasoning contradicts their answer, by rule; none: take them")  # fmt: skip
 
@@ -235,42 +311,47 @@ def parse_args(argv=None):
     return args
 
 
-def check_paths(out: Path, models: dict[str, str | None]) -> None:
-    """DataError if `out` cannot be written, or one of {flag: model path} names neither a sound model nor a hub id."""
-    if out.is_dir():
-        raise DataError(f"--out {out}: is a directory; name the file to write, such as {out / 'pairs.jsonl'}")
-    for flag, path in models.items():
+def check_models(models: dict[str, str | None]) -> None:
+    """DataError if one of {flag's name: model path} names neither a sound model nor a hub id."""
+    for name, path in models.items():
         hub_id = path is not None and path.count("/") == 1 and not Path(path).exists()
         if path is not None and not hub_id:  # the base is loaded hours after the policy: what is wrong is said now
-            model.check_folder(path, flag)
+            model.check_folder(path, f"--{name}")
 
 
-def sample_texts(
-    name: str, path: str, world: World, records: list[dict], seeds: list[int], *, samples: int, temperature: float,
-    max_new_tokens: int, batch: int, engine: str, vllm_memory: float, **loading,
-) -> list[list[str]]:  # fmt: skip
-    """Finished replies of the model at `path` to each record, as text. The model is gone from memory afterwards.
+def sample_missing(
+    name: str, path: str, world: World, records: list[dict], journal: Journal, *, first_seed: int, samples: int,
+    temperature: float, max_new_tokens: int, batch: int, engine: str, vllm_memory: float, **loading,
+) -> None:  # fmt: skip
+    """Add to the journal, under `name`, the finished replies of the model at `path` to each record it lacks, as text.
 
-    engine: "builtin" or "vllm". loading: keyword arguments of model.load.
+    engine: "builtin" or "vllm". loading: keyword arguments of model.load. No model is loaded when nothing is missing,
+    and none is left in memory.
     """
+    if not journal.missing(name, len(records)):
+        return
+    mine = journal.mine(name, len(records))
     policy, encoder = model.load(path, world, **loading)
     sample = sampler.sample
     if engine == "vllm":
         sample = vllm_sampler.VLLM(
-            path, policy.requires_grad_(False), encoder, world, records, max_new_tokens=max_new_tokens,
-            memory=vllm_memory,
+            path, policy.requires_grad_(False), encoder, world, [records[place] for place in mine],
+            max_new_tokens=max_new_tokens, memory=vllm_memory,
         )  # fmt: skip
-    texts = []
-    bar = tqdm(total=len(records), desc=name, disable=not world.main)
-    for start in range(0, len(records), batch):
-        part = slice(start, start + batch)
-        prompts = encoder.prompts(records[part])
+    bar = tqdm(total=len(mine), desc=name, disable=not world.main)
+    for start in range(0, len(mine), batch):
+        places = mine[start : start + batch]
         replies = sample(
-            policy, prompts, samples, seeds=seeds[part], temperature=temperature, max_new_tokens=max_new_tokens
-        )
-        for group in replies:
-            texts.append([encoder.decode(reply.ids) for reply in group if reply.finished])
-        bar.update(len(prompts))
+            policy, encoder.prompts([records[place] for place in places]), samples,
+            # A function of the record's place alone: batches, processes and restarts change no reply.
+            seeds=[first_seed + 2 * place for place in places],
+            temperature=temperature, max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+        items = {}
+        for place, group in zip(places, replies, strict=True):
+            items[place] = {"texts": [encoder.decode(reply.ids) for reply in group if reply.finished]}
+        journal.add(name, items)
+        bar.update(len(places))
     bar.close()
     if engine == "vllm":
         sample.close()
@@ -279,7 +360,24 @@ def sample_texts(
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-    return texts
+
+
+# What is made of the replies, not how they are sampled: a resumed job may change it.
+LATER = ("judge", "coupled", "pick")
+
+
+def account_path(out: Path) -> Path:
+    """pairs.jsonl -> pairs.account.json"""
+    return out.parent / f"{out.stem}.account.json"
+
+
+def is_finished(out: Path, fingerprint: str) -> bool:
+    """Whether the pairs are there, whole, and those that this job would write again."""
+    try:
+        told = read_json(account_path(out))
+        return isinstance(told, dict) and (told.get("fingerprint"), told.get("sha256")) == (fingerprint, digest(out))
+    except DataError:
+        return False
 
 
 def main(argv=None):
@@ -288,49 +386,73 @@ def main(argv=None):
 
     # 1. Read: everything that can be wrong is found before a model is loaded
     out = Path(args.out)
-    check_paths(out, {"--policy": args.policy, "--base": args.base})
+    models = {"policy": args.policy, "base": args.base if args.reject_from == "base" else None}
+    check_models(models)
+    check_output(account_path(out), "--out", {"--data": args.data})
     records = read_records(
         args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels
     )
     records = records[: args.limit or None]
-    places = range(world.rank, len(records), world.size)
-    mine = [records[place] for place in places]
+    journal = Journal.open(
+        vars(args),
+        world,
+        inputs={"data": args.data},
+        models=models,
+        pictures=[image for record in records for image in record["images"]],
+        later=LATER,
+    )
+    if args.resume and is_finished(out, journal.fingerprint):
+        if world.main:
+            journal.drop()
+            print(f"{out}: is finished already")
+        return
+    with journal:
+        # 2. Sample the policy, then the base, unless nothing of it is needed
+        options = {name: getattr(args, name) for name in ("samples", "temperature", "max_new_tokens", "batch")}
+        options |= {"engine": args.sampler, "vllm_memory": args.vllm_memory}
+        options |= {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
+        options |= {"max_image_pixels": args.max_image_pixels}
+        # Even and odd seeds: the two models must not use the same random numbers.
+        first_seed = 2 * args.seed * 10**9
+        sample_missing("policy", args.policy, world, records, journal, first_seed=first_seed, **options)
+        if args.reject_from == "base":
+            sample_missing("base", args.base, world, records, journal, first_seed=first_seed + 1, **options)
 
-    # 2. Sample the policy, then the base, unless nothing of it is needed
-    options = {name: getattr(args, name) for name in ("samples", "temperature", "max_new_tokens", "batch")}
-    options |= {"engine": args.sampler, "vllm_memory": args.vllm_memory}
-    options |= {"dtype": args.dtype, "attn": args.attn, "max_pixels": args.max_pixels}
-    options |= {"max_image_pixels": args.max_image_pixels}
-    # Even and odd seeds: the two models must not use the same random numbers.
-    seeds = [2 * (args.seed * 10**9 + place) for place in places]
-    policy_texts = sample_texts("policy", args.policy, world, mine, seeds, **options)
-    base_texts = [[] for _ in mine]
-    if args.reject_from == "base":
-        base_texts = sample_texts("base", args.base, world, mine, [seed + 1 for seed in seeds], **options)
+        # 3. Pair: each process its share of the questions
+        world.barrier()  # until every process has added its last batch
+        policy_items, base_items = journal.items("policy"), journal.items("base")
+        choices = {name: getattr(args, name) for name in ("judge", "coupled", "reject_from", "pick")}
+        scorer = scoring.Scorer()
+        found = []
+        for place in range(world.rank, len(records), world.size):
+            base_texts = base_items[place]["texts"] if args.reject_from == "base" else []
+            groups = policy_items[place]["texts"], base_texts
+            texts = [scorer.readable(group, records[place]) for group in groups]
+            found.append(make_pair(records[place], *texts, random.Random(f"{args.seed}/{place}"), **choices))
+        outcomes = [None] * len(records)
+        for rank, part in enumerate(world.gather(found)):
+            outcomes[rank :: world.size] = part
 
-    # 3. Pair
-    choices = {"judge": args.judge, "coupled": args.coupled, "reject_from": args.reject_from}
-    found = []
-    scorer = scoring.Scorer()
-    for place, record, *texts in zip(places, mine, policy_texts, base_texts, strict=True):
-        texts = [scorer.readable(group, record) for group in texts]
-        found.append(make_pair(record, *texts, random.Random(f"{args.seed}/{place}"), **choices))
-    outcomes = [None] * len(records)
-    for rank, part in enumerate(world.gather(found)):
-        outcomes[rank :: world.size] = part
-
-    # 4. Record
-    origin = {"chosen_from": args.policy, "rejected_from": args.base if args.reject_from == "base" else args.policy}
-    pairs = [pair | origin for pair, _ in outcomes if pair is not None]
-    for pair in pairs:
-        pair["images"] = [os.path.relpath(image, out.resolve().parent) for image in pair["images"]]
-    if world.main:
-        print(summary(outcomes), flush=True)
-    if not pairs:
-        raise DataError(f"no pairs: none of the {len(records)} questions gave one, {out} is not written")
-    if world.main:
-        write_jsonl(out, pairs)
-        print(f"{out}: {len(pairs)} pairs written")
+        # 4. Record
+        origin = {"chosen_from": args.policy, "rejected_from": args.base if args.reject_from == "base" else args.policy}
+        pairs = [pair | origin for pair, _ in outcomes if pair is not None]
+        for pair in pairs:
+            pair["images"] = [os.path.relpath(image, out.resolve().parent) for image in pair["images"]]
+        if world.main:
+            print(summary(outcomes), flush=True)
+        if not pairs:
+            raise DataError(
+                f"no pairs: none of the {len(records)} questions gave one, {out} is not written; "
+                f"the replies are in {journal.folder}, for --resume with another --judge or --coupled"
+            )
+        if world.main:
+            # First the account: a finished file is known by it.
+            text = jsonl_text(pairs)
+            sha256 = hashlib.sha256(text.encode()).hexdigest()
+            told = account(records, outcomes) | {"sha256": sha256, "fingerprint": journal.fingerprint}
+            write_text(account_path(out), json.dumps(told, indent=1) + "\n")
+            journal.finish(text)
+            print(f"{out}: {len(pairs)} pairs written")
 
 
 if __name__ == "__main__":

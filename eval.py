@@ -7,8 +7,11 @@
     python eval.py --report report.html --runs runs/grpo --results base=base.json grpo=tuned.json   page of report.py
     torchrun --nproc_per_node=2 eval.py ...                                             the same numbers, sooner
 
+Replies are kept in FILE.json.partial batch by batch, and a killed job goes on from there with --resume (journal.py).
+
 A result file is one JSON object: "model", "files", "args", "overall" and "sources" (see `summarise`), "gf" (see
-`format_gains`; null without --baseline) and "rows", one a record in the order of the files:
+`format_gains`; null without --baseline), "fingerprint" (of flags, files and weights: where it is the same, all the rest
+is) and "rows", one a record in the order of the files:
     {"id", "source", "role", "file", and a list over the n replies for each of "accuracy", "format", "reward", "length",
      "parsed" (an answer could be read), "finished" (false: truncated at the length limit)}
 The first --keep-replies rows of each source also hold "prompt", "images", "gold", "replies" and "answers" (as read).
@@ -39,8 +42,10 @@ import sampler
 import scoring
 import training
 import vllm_sampler
+from files import DataError, read_json
+from journal import Journal, add_journal_flags
 from pictures import MAX_IMAGE_PIXELS
-from records import DataError, read_records, write_text
+from records import read_records
 from training import integer, real
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,12 +281,29 @@ def files_by_role(rows: list[dict]) -> dict[str, list[str]]:
     return {role: list(names) for role, names in files.items()}
 
 
-def write_result(path: Path, result: dict) -> None:
-    """Write the result as JSON, a row a line, all or nothing."""
+def result_text(result: dict) -> str:
+    """The result as JSON, a row a line."""
     head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1)
     rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
     # The head's own closing brace goes to the end of the file.
-    write_text(path, f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n')
+    return f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'
+
+
+def finished_result(path: Path, fingerprint: str) -> dict | None:
+    """The result in a file, if it is one that this job would write again word for word."""
+    if not path.exists():
+        return None
+    try:
+        result = read_json(path)
+    except DataError:
+        return None  # whatever it is, it is written anew
+    return result if isinstance(result, dict) and result.get("fingerprint") == fingerprint else None
+
+
+def print_result(result: dict) -> None:
+    print(result_table(result))
+    if result["gf"]:
+        print(gains_line(result["gf"]))
 
 
 def result_table(result: dict) -> str:
@@ -293,6 +315,7 @@ def result_table(result: dict) -> str:
     if len(passes) == 1:  # one reply a question: pass@1 says what accuracy says
         passes = []
 
+    groups = {report.visible_name(name): values for name, values in groups.items()}
     width = max(len(name) for name in [*groups, "source"])
     titles = ("n", "accuracy", "format", "reward", "unparsed", "truncated", "length", *passes)
     lines = [f"{'source':{width}}" + "".join(f"{title:>10}" for title in titles)]
@@ -318,6 +341,8 @@ def gains_line(gains: dict) -> str:
 # What the numbers depend on besides the model and the files: stored with them.
 SETTINGS = ("samples", "temperature", "top_k", "top_p", "max_new_tokens", "limit")
 SETTINGS += ("max_pixels", "seed", "dtype", "attn", "sampler")
+# What is made of the replies, not how they are sampled: a resumed job may change it.
+LATER = ("baseline", "ood_weights", "keep_replies")
 
 
 def named_weight(text: str) -> tuple[str, float]:
@@ -342,6 +367,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="records a call and process: a matter of memory and speed, not of results")
     add("--keep-replies", type=integer("[0, 1e9]"), default=20, metavar="N",
         help="records of each source whose replies are stored word for word")
+    add_journal_flags(add)
 
     add = parser.add_argument_group("generalization factor (GF)").add_argument
     add("--id", nargs="+", default=[], metavar="FILE", help="records in the trained reply format")
@@ -410,18 +436,52 @@ def main(argv: list[str] | None = None) -> None:
     weights = dict(args.ood_weights) if args.ood_weights else None
     if weights:
         check_weights(weights, records)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--out {args.out}: its folder cannot be made ({error})") from error
+    journal = Journal.open(
+        vars(args),
+        world,
+        inputs={"data": args.data, "id": args.id, "ood": args.ood, "baseline": [args.baseline] if before else []},
+        models={"model": args.model},
+        pictures=[image for record in records for image in record["images"]],
+        later=LATER,
+    )
+    result = finished_result(args.out, journal.fingerprint) if args.resume else None
+    with journal:
+        if result is None:
+            # 2 sample: each process its share of what no earlier start has sampled
+            sample_missing(args, world, records, journal)
+            # 3 score: as in training, then every process gets every row
+            rows = score_all(args, world, records, journal)
+            # 4 record: one process prints and writes
+            result = {
+                "model": args.model,
+                "files": files_by_role(rows),
+                "args": {name: getattr(args, name) for name in SETTINGS},
+                **summarise(rows),
+                "gf": format_gains(rows, before, weights) if before else None,
+                "fingerprint": journal.fingerprint,
+                "rows": rows,
+            }
+            if result["gf"]:
+                result["gf"]["baseline"] = os.path.relpath(args.baseline, folder)
+            if world.main:
+                journal.finish(result_text(result))
+        elif world.main:
+            print(f"{args.out}: is finished already")
+            journal.drop()
+    if world.main:
+        print_result(result)
 
+
+def sample_missing(args: argparse.Namespace, world: training.World, records: list[dict], journal: Journal) -> None:
+    """Phase 2 of main: the replies that the journal lacks. No model is loaded when it lacks none."""
+    if not journal.missing("replies", len(records)):
+        return
     # A whole copy of the model in every process: nothing is trained, so nothing is sharded.
     policy, encoder = model.load(
         args.model, world, dtype=args.dtype, attn=args.attn, max_pixels=args.max_pixels,
         max_image_pixels=args.max_image_pixels,
     )  # fmt: skip
-    # Records are dealt like cards, so that a file of long questions is shared by all processes.
-    mine = range(world.rank, len(records), world.size)
+    mine = journal.mine("replies", len(records))
     sample = sampler.sample
     if args.sampler == "vllm":
         sample = vllm_sampler.VLLM(
@@ -434,52 +494,43 @@ def main(argv: list[str] | None = None) -> None:
             memory=args.vllm_memory,
             seed=args.seed,
         )
-
-    # 2 sample: each process its own records, a batch at a time
-    replies = {}  # index of a record -> its n replies
     for start in tqdm(range(0, len(mine), args.batch), desc="eval", disable=None if world.main else True):
         batch = mine[start : start + args.batch]
         groups = sample(
             policy,
             encoder.prompts([records[index] for index in batch]),
             args.samples,
-            # A function of the record's index alone: batches and processes change no reply.
+            # A function of the record's index alone: batches, processes and restarts change no reply.
             seeds=[args.seed * 1_000_003 + index for index in batch],
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
             max_new_tokens=args.max_new_tokens,
         )
-        replies.update(zip(batch, groups, strict=True))
+        items = {}
+        for index, group in zip(batch, groups, strict=True):
+            items[index] = {
+                "texts": [encoder.decode(reply.ids) for reply in group],
+                "lengths": [len(reply.ids) for reply in group],
+                "finished": [bool(reply.finished) for reply in group],
+            }
+        journal.add("replies", items)
 
-    # 3 score: as in training, then every process gets every row
+
+def score_all(args: argparse.Namespace, world: training.World, records: list[dict], journal: Journal) -> list[dict]:
+    """Phase 3 of main: the rows of all records, in their order, on every process."""
+    world.barrier()  # until every process has added its last batch
+    items = journal.items("replies")
     stored = first_of_each_source(records, args.keep_replies)
+    folder = args.out.absolute().parent
     scorer = scoring.Scorer()
     scored = {}  # index of a record -> its row
-    for index, group in replies.items():
-        texts = [encoder.decode(reply.ids) for reply in group]
-        lengths = [len(reply.ids) for reply in group]
-        finished = [bool(reply.finished) for reply in group]
-        scored[index] = score_row(records[index], texts, lengths, finished, index in stored, folder, scorer.score)
+    for index in range(world.rank, len(records), world.size):
+        item = items[index]
+        replies = item["texts"], item["lengths"], item["finished"]
+        scored[index] = score_row(records[index], *replies, index in stored, folder, scorer.score)
     everyone = {index: row for part in world.gather(scored) for index, row in part.items()}
-    rows = [everyone[index] for index in range(len(records))]
-
-    # 4 record: one process prints and writes
-    if not world.main:
-        return
-    result = {
-        "model": args.model,
-        "files": files_by_role(rows),
-        "args": {name: getattr(args, name) for name in SETTINGS},
-        **summarise(rows),
-        "gf": format_gains(rows, before, weights) if before else None,
-        "rows": rows,
-    }
-    print(result_table(result))
-    if result["gf"]:
-        result["gf"]["baseline"] = os.path.relpath(args.baseline, folder)
-        print(gains_line(result["gf"]))
-    write_result(args.out, result)
+    return [everyone[index] for index in range(len(records))]
 
 
 if __name__ == "__main__":

@@ -442,6 +442,8 @@ class InternVL(Family):
         # The config names no video token, but transformers' processor and vLLM look for "<video>" in the text.
         video = tokenizer.convert_tokens_to_ids("<video>")
         known = video is not None and video != tokenizer.unk_token_id
+        # Some files name tokens that their model has no embedding for.
+        known = known and video < self.config.get_text_config().vocab_size
         return super().forbidden(tokenizer) + ([video] if known else [])
 
     def vision(self, hf):

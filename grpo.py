@@ -5,9 +5,10 @@
     torchrun --nproc_per_node=8 grpo.py …
 
 Each step samples a group of replies to every prompt, scores them by rule, turns the scores into advantages inside each
-group, and takes clipped policy-gradient updates. Both papers' recipes are settings of this one file:
+group, and takes clipped policy-gradient updates. The papers' recipes are settings of this one file:
 
     SPECS (arXiv 2510.25801)      --prompts 128 --clip-high 0.28 --normalizer token --kl 0       (DAPO-like clipping)
+    DAPO (arXiv 2503.14476)       the same, and --max-refill 3 --overlong-buffer 4096
     Jigsaw-R1 (arXiv 2505.23590)  --prompts 64 --kl 0.04 --normalizer sequence --top-k 50 --schedule linear
 
 A prompt and its pictures are fed once for all replies of its group (attention.py).
@@ -39,28 +40,54 @@ from training import integer, real
 # Losses: pure functions of rewards and log-probs
 
 
-def group_advantages(rewards: torch.Tensor, scale: str = "group", eps: float = 1e-4) -> torch.Tensor:
+def group_advantages(
+    rewards: torch.Tensor, scale: str = "group", eps: float = 1e-4, baseline: str = "mean"
+) -> torch.Tensor:
     """How much better each reply is than its group: (P, G) rewards -> (P, G) advantages.
 
-    scale "group": A = (r − mean) / (std + eps), mean and unbiased std inside the group (GRPO, arXiv 2402.03300);
-    "none": A = r − mean (Dr. GRPO, arXiv 2503.20783: the division favours prompts with small spread);
-    "batch": the group's mean is taken off, the spread is the unbiased std of all P·G rewards.
+    baseline "mean": r − mean of the group; "loo": r − mean of the group's other replies (RLOO, arXiv 2402.14740).
+    scale "group": A = (r − baseline) / (std + eps), unbiased std inside the group (GRPO, arXiv 2402.03300);
+    "none": A = r − baseline (Dr. GRPO, arXiv 2503.20783: the division favours prompts with small spread);
+    "batch": the spread is the unbiased std of all P·G rewards.
     A group of one has nothing to compare with: its advantage is 0.
     """
+    group_size = rewards.shape[1]
     # The group's mean is the baseline: it needs no value network, and takes off what all replies have in common.
     centred = rewards - rewards.mean(1, keepdim=True)
+    if baseline == "loo":
+        # r − (sum − r) / (G − 1) = (r − mean) · G / (G − 1): a reply no longer counts in what it is compared with.
+        centred = centred * (group_size / max(1, group_size - 1))
+    elif baseline != "mean":
+        raise ValueError(f'baseline must be "mean" or "loo", not {baseline!r}')
     # Exactly 0 for a group of equal rewards: the mean of equal numbers may be off by a rounding.
     same = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     centred = centred.masked_fill(same, 0.0)
     if scale == "none":
         return centred
     if scale == "group":
-        std = rewards.std(1, keepdim=True) if rewards.shape[1] > 1 else torch.zeros_like(rewards)
+        std = rewards.std(1, keepdim=True) if group_size > 1 else torch.zeros_like(rewards)
     elif scale == "batch":
         std = rewards.std() if rewards.numel() > 1 else torch.zeros_like(rewards)
     else:
         raise ValueError(f'scale must be "group", "none" or "batch", not {scale!r}')
     return centred / (std + eps)
+
+
+def accuracy_filter(accuracy: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Groups that are neither too hard nor too easy: (P, G) accuracies -> (P,) bool, low ≤ mean ≤ high.
+
+    The online filter of PRIME (arXiv 2502.01456), there 0.2 to 0.8.
+    """
+    mean = accuracy.mean(1)
+    return (mean >= low) & (mean <= high)
+
+
+def overlong_penalty(length: int, longest: int, buffer: int) -> float:
+    """What a long reply loses of its reward: the soft punishment of DAPO (arXiv 2503.14476, equation 13).
+
+    0 up to longest − buffer tokens, from there falling evenly to −1 at `longest`, where replies are truncated.
+    """
+    return -max(0, length - (longest - buffer)) / buffer
 
 
 def policy_ratio(logp, old_logp, mask, ratio: str = "token") -> torch.Tensor:
@@ -87,6 +114,43 @@ def clipped_surrogate(r, advantage, clip_low: float, clip_high: float) -> tuple[
     return torch.minimum(plain, bounded), bounded < plain
 
 
+def cispo_surrogate(logp, r, advantage, clip_high: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """sg(min(r, 1+high)) A log π per token (B, T), and where the bound made the weight smaller (B, T) bool.
+
+    CISPO (MiniMax-M1, arXiv 2506.13585; without a lower bound, as there): the bound holds back how much a token
+    counts, and no token loses its gradient. sg: no gradient flows through it.
+    """
+    bound = 1 + clip_high
+    bounded_ratio = r.detach().clamp(max=bound)
+    gain = bounded_ratio * advantage[:, None] * logp
+    return gain, (r > bound) & (advantage[:, None] != 0)
+
+
+def sapo_surrogate(r, advantage, rising: float = 1.0, falling: float = 1.05) -> tuple[torch.Tensor, torch.Tensor]:
+    """(4/τ) σ(τ (r − 1)) A per token (B, T), and where a clip took the gradient away: nowhere (B, T) bool.
+
+    SAPO (arXiv 2511.20347): a smooth gate in place of the clip. Its slope is 1 at r = 1 and falls off on both sides,
+    faster with a larger τ: `rising` where the advantage is positive, `falling` elsewhere (values of the paper).
+    """
+    rising, falling = (advantage.new_tensor(value) for value in (rising, falling))
+    tau = torch.where(advantage > 0, rising, falling)[:, None]
+    gate = torch.sigmoid(tau * (r - 1)) * 4 / tau
+    return gate * advantage[:, None], torch.zeros_like(r, dtype=torch.bool)
+
+
+def token_gain(
+    logp, r, advantage, surrogate: str, clip_low: float, clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each token gains by the surrogate of that name (B, T), and where it was clipped (B, T) bool."""
+    if surrogate == "clip":
+        return clipped_surrogate(r, advantage, clip_low, clip_high)
+    if surrogate == "cispo":
+        return cispo_surrogate(logp, r, advantage, clip_high)
+    if surrogate == "sapo":
+        return sapo_surrogate(r, advantage)
+    raise ValueError(f'surrogate must be "clip", "cispo" or "sapo", not {surrogate!r}')
+
+
 def k3(logp, ref_logp, mask) -> torch.Tensor:
     """Schulman's low-variance estimate of KL(π ‖ π_ref) per token (B, T), never negative; 0 off the mask."""
     # Masked before exp, as in policy_ratio.
@@ -96,37 +160,45 @@ def k3(logp, ref_logp, mask) -> torch.Tensor:
 
 def grpo_loss(
     logp, old_logp, ref_logp, advantage, mask, weight, *,
-    clip_low=0.2, clip_high=0.2, kl=0.0, ratio="token", correction=None,
+    clip_low=0.2, clip_high=0.2, kl=0.0, ratio="token", surrogate="clip", correction=None, entropy=None,
+    entropy_bonus=0.0,
 ) -> torch.Tensor:  # fmt: skip
-    """The clipped surrogate of GRPO (arXiv 2402.03300, equation 3).
+    """The clipped surrogate of GRPO (arXiv 2402.03300, equation 3), or another one in its place.
 
-        loss = −Σ_b weight_b Σ_t mask_bt [ c min(r A, clip(r, 1−low, 1+high) A) − kl · k3 ], r = π(token) / π_old(token)
-        k3   = π_ref/π − log(π_ref/π) − 1
+        loss = −Σ_b weight_b Σ_t mask_bt [ c min(r A, clip(r, 1−low, 1+high) A) − kl · k3 + bonus · H ]
+        r    = π(token) / π_old(token),  k3 = π_ref/π − log(π_ref/π) − 1
 
     logp, old_logp, ref_logp (B, T) log-probs of the sampled tokens; ref_logp may be None when kl == 0.
     advantage (B,). mask (B, T): True on sampled tokens, end token included; padding may hold NaN.
     weight (B,): the per-token loss weight of each reply, counted by the caller over all micro-batches and ranks:
     1/(B·length) is the mean over replies of per-token means, 1/(all tokens) the token mean, 1/(B·constant) Dr. GRPO's.
-    correction (B, T): c, as importance_weights gives it; None: 1. Returns a scalar.
+    surrogate: token_gain has what stands in place of the minimum. correction (B, T): c, as importance_weights gives
+    it; None: 1. entropy (B, T): H of the policy's distribution at each token in nats, may be None when
+    entropy_bonus == 0. Returns a scalar.
     """
     r = policy_ratio(logp, old_logp, mask, ratio)
-    gain, _ = clipped_surrogate(r, advantage, clip_low, clip_high)
+    gain, _ = token_gain(logp, r, advantage, surrogate, clip_low, clip_high)
     if correction is not None:
         gain = gain * correction
     if kl:
         gain = gain - kl * k3(logp, ref_logp, mask)
+    if entropy_bonus:
+        gain = gain + entropy_bonus * entropy
     return -(weight[:, None] * gain.masked_fill(~mask, 0.0)).sum()
 
 
-def importance_weights(old_logp, sampler_logp, mask, kind: str = "token", cap: float = 2.0) -> torch.Tensor:
-    """Weights of tokens that another distribution sampled: (B, T) min(π_old / π_sampler, cap), without a gradient.
+def importance_weights(
+    old_logp, sampler_logp, mask, kind: str = "token", cap: float = 2.0, floor: float = 0.0, outside: str = "truncate"
+) -> torch.Tensor:
+    """Weights of tokens that another distribution sampled: (B, T) π_old / π_sampler in bounds, without a gradient.
 
     The sampler computes in another order or type than the trainer, or filters with top-k and top-p, so its replies are
-    not quite the policy's. The ratio makes their mean right again, the cap keeps a rare token from outweighing a batch:
-    truncated importance sampling (Ionides, J. Comput. Graph. Stat. 17, 2008). old_logp: the trainer's log-probs with
-    the weights that sampled, sampler_logp: the sampler's. kind "token": each token's own ratio; "sequence": its
-    reply's, the product over its tokens; "none": 1 everywhere. Padding may hold NaN; what is returned there means
-    nothing.
+    not quite the policy's. The ratio makes their mean right again, the cap keeps a rare token from outweighing a batch.
+    old_logp: the trainer's log-probs with the weights that sampled, sampler_logp: the sampler's. kind "token": each
+    token's own ratio; "sequence": its reply's, the product over its tokens; "none": 1 everywhere. A ratio outside
+    [floor, cap] becomes the bound it passed ("truncate", truncated importance sampling, Ionides, J. Comput. Graph.
+    Stat. 17, 2008) or 0 ("mask": the token, or the whole reply, teaches nothing; per token this is IcePop's, Ring-1T,
+    arXiv 2510.18855). Padding may hold NaN; what is returned there means nothing.
     """
     log_ratio = (old_logp - sampler_logp).detach().masked_fill(~mask, 0.0)
     if kind == "none":
@@ -135,7 +207,12 @@ def importance_weights(old_logp, sampler_logp, mask, kind: str = "token", cap: f
         log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)
     elif kind != "token":
         raise ValueError(f'kind must be "token", "sequence" or "none", not {kind!r}')
-    return log_ratio.exp().clamp(max=cap)
+    weights = log_ratio.exp()
+    if outside == "mask":
+        return weights.masked_fill((weights < floor) | (weights > cap), 0.0)
+    if outside != "truncate":
+        raise ValueError(f'outside must be "truncate" or "mask", not {outside!r}')
+    return weights.clamp(floor, cap)
 
 
 def token_weights(lengths, normalizer: str, replies: int, tokens: float, constant: int) -> torch.Tensor:
@@ -149,21 +226,24 @@ def token_weights(lengths, normalizer: str, replies: int, tokens: float, constan
 
 
 def token_metrics(
-    logp, old_logp, ref_logp, sampler_logp, advantage, mask, correction, cap, *, clip_low, clip_high, ratio
-) -> dict[str, float]:
+    logp, old_logp, ref_logp, sampler_logp, advantage, mask, correction, cap, floor=0.0, *,
+    clip_low, clip_high, ratio, surrogate="clip",
+) -> dict[str, float]:  # fmt: skip
     """Sums over the tokens of a micro-batch of what a run watches (sampler_gap: the largest).
 
     Inputs as in grpo_loss and importance_weights, without gradients; padding must be finite here.
     """
     r = policy_ratio(logp, old_logp, mask, ratio)
-    _, clipped = clipped_surrogate(r, advantage, clip_low, clip_high)
+    _, clipped = token_gain(logp, r, advantage, surrogate, clip_low, clip_high)
+    # A masked weight is 0, so it lies at or below any floor.
+    bounded = (correction >= cap) | (correction <= floor)
     gap = (old_logp - sampler_logp).abs() * mask
     return {
         "tokens": mask.sum().item(),
         "clip_fraction": (clipped & mask).sum().item(),
         "kl": 0.0 if ref_logp is None else k3(logp, ref_logp, mask).sum().item(),
         "sampler_gap_mean": gap.sum().item(),
-        "importance_capped": ((correction >= cap) & mask).sum().item(),
+        "importance_capped": (bounded & mask).sum().item(),
         "sampler_gap": gap.max().item(),
     }
 
@@ -211,6 +291,9 @@ def parse_args(argv=None):
     add("--steps", type=integer("[1, 1e6]"), default=100, help="steps of sampling and learning")
     add("--prompts", type=integer("[1, 1e6]"), default=64, help="P: prompts per step, over all processes")
     add("--group", type=integer("[2, 1e5]"), default=8, help="G: replies per prompt; one has nothing to compare with")
+    add("--max-refill", type=integer("[0, 1000]"), default=0,
+        help="times a step may sample other prompts in place of those whose replies teach nothing (DAPO's dynamic "
+        "sampling); 0: never")  # fmt: skip
     add("--temperature", type=real("[1e-4, 1e4]"), default=1.0,
         help="sampling temperature; log-probs are taken at the same")  # fmt: skip
     add("--top-k", type=integer("[0, 1e6]"), default=0, help="sample among the k likeliest tokens; 0: all")
@@ -218,25 +301,45 @@ def parse_args(argv=None):
     add("--max-new-tokens", type=integer("[1, 1e6]"), default=512, help="longest reply in tokens, end token included")
 
     add = parser.add_argument_group("reward and advantage").add_argument
+    add("--reward", nargs="+", default=[], metavar="TYPE=NAME",
+        help="what the reward takes in place of the accuracy (default: the first of each): "
+        + "; ".join(f"{kind}={'|'.join(names)}" for kind, names in rewards.REWARDS.items()))  # fmt: skip
     add("--format-weight", type=real("[0, 1e6]"), default=0.5,
         help="reward = accuracy + this x format; 0: format is not rewarded")  # fmt: skip
+    add("--overlong-buffer", type=integer("[0, 1e6]"), default=0,
+        help="last tokens before --max-new-tokens, over which the reward falls by up to 1 (DAPO); 0: none")  # fmt: skip
+    add("--accuracy-low", type=real("[0, 1]"), default=0.0, help="groups of a smaller mean accuracy teach nothing")
+    add("--accuracy-high", type=real("[0, 1]"), default=1.0, help="groups of a larger mean accuracy teach nothing")
     add("--advantage-scale", default="group", choices=["group", "none", "batch"],
         help="advantages divided by the std of the group, nothing (Dr. GRPO), or the std of the batch")  # fmt: skip
+    add("--advantage-baseline", default="mean", choices=["mean", "loo"],
+        help="what a reward is compared with: the mean of its group, or of the other replies (RLOO)")  # fmt: skip
 
     add = parser.add_argument_group("loss").add_argument
+    add("--surrogate", default="clip", choices=["clip", "cispo", "sapo"],
+        help="what a token gains by its ratio: clip: up to the bounds below (PPO, GRPO); cispo: its log-prob, weighed "
+        "by the ratio up to 1 + --clip-high; sapo: a smooth gate without bounds")  # fmt: skip
     add("--clip-low", type=real("(0, 1]"), default=0.2, help="ratio clipped below 1 - this")
     add("--clip-high", type=real("[0, 1e6]"), default=0.2, help="ratio clipped above 1 + this (DAPO: 0.28)")
     add("--ratio", default="token", choices=["token", "sequence"], help="ratio per token, or per reply (GSPO)")
     add("--kl", type=real("[0, 1e6]"), default=0.0,
         help="weight of the KL to the starting model; 0: no reference model at all")  # fmt: skip
+    add("--entropy-bonus", type=real("[0, 1e6]"), default=0.0,
+        help="weight of the policy's exact entropy, which the loss rewards; 0: none")  # fmt: skip
     add("--normalizer", default="sequence", choices=["sequence", "token", "constant"],
         help="per-token loss weight: sequence: 1/its reply's length (GRPO); token: the same for all (DAPO); "
         "constant: 1/--max-new-tokens (Dr. GRPO)")  # fmt: skip
+    add("--mask-truncated", action="store_true",
+        help="replies that did not end within --max-new-tokens carry no loss; their group's mean has them")  # fmt: skip
     add("--importance", default="token", choices=["token", "sequence", "none"],
         help="weigh what was sampled by the trainer's probability over the sampler's: of each token, of its whole "
         "reply, or not. vLLM gives probabilities after --top-k and --top-p, so the weight undoes these filters too; "
         "the builtin sampler gives those before")  # fmt: skip
     add("--importance-cap", type=real("[1, 1e6]"), default=2.0, help="largest such weight")
+    add("--importance-floor", type=real("[0, 1]"), default=0.0, help="smallest such weight; 0: none")
+    add("--importance-outside", default="truncate", choices=["truncate", "mask"],
+        help="a weight beyond floor or cap becomes that bound, or 0, so that the token or reply teaches nothing "
+        "(per token with 0.5 and 5: IcePop)")  # fmt: skip
 
     add = parser.add_argument_group("optimiser").add_argument
     add("--lr", type=real("[1e-12, 1]"), default=1e-6, help="peak learning rate of AdamW")
@@ -251,20 +354,58 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     embedded = not {"--model", "--data", "-h", "--help"} & {flag.split("=")[0] for flag in argv}
     args = parser.parse_args(EMBEDDED_FLAGS + argv if embedded else argv)
+    try:
+        rewards.chosen_rewards(args.reward)
+    except ValueError as error:
+        parser.error(f"argument --reward: {error}")
     if args.one_step_off_policy and (args.sampler != "vllm" or args.vllm_tp > 1):
         parser.error("--one-step-off-policy needs --sampler vllm and --vllm-tp 1: no model can sample while it learns")
     if args.one_step_off_policy and args.importance == "none":
         parser.error("--one-step-off-policy: --importance token or sequence must correct for the older weights")
+    if args.one_step_off_policy and args.max_refill:
+        parser.error("--max-refill needs the scores of a step before it samples on: not with --one-step-off-policy")
+    if args.overlong_buffer > args.max_new_tokens:
+        parser.error(f"--overlong-buffer {args.overlong_buffer} is more than --max-new-tokens {args.max_new_tokens}")
+    if args.accuracy_low > args.accuracy_high:
+        parser.error(f"--accuracy-low {args.accuracy_low:g} is above --accuracy-high {args.accuracy_high:g}")
     return args
 
 
-def score_replies(encoder, records, replies, scorer) -> tuple[list, list]:
-    """(texts, scores) of the replies to some records, both [record][reply]; a score is what rewards.score returns."""
+def score_replies(encoder, records, replies, scorer, progress, longest=0, overlong_buffer=0) -> tuple[list, list]:
+    """(texts, scores) of the replies to some records, both [record][reply]; a score is what rewards.score returns.
+
+    progress: share of the run that is over, for rewards that rise. With an overlong_buffer a score has "overlong" too,
+    and "reward" is less by it. longest: tokens of a reply at most.
+    """
     texts = [[encoder.decode(reply.ids) for reply in group] for group in replies]
     scores = []
     for record, group in zip(records, texts, strict=True):
-        scores.append([scorer.score(text, record) for text in group])
+        scores.append([scorer.score(text, record, progress) for text in group])
+    if overlong_buffer:
+        for group, group_scores in zip(replies, scores, strict=True):
+            for reply, score in zip(group, group_scores, strict=True):
+                score["overlong"] = overlong_penalty(len(reply.ids), longest, overlong_buffer)
+                score["reward"] += score["overlong"]
     return texts, scores
+
+
+def mixed_groups(scores, low: float, high: float) -> torch.Tensor:
+    """Which groups of scores [record][reply] have rewards that differ, and a mean accuracy from low to high: bool."""
+    # fp32, as advantages are computed from; fp64: a mean of 0.8 must not lie above a bound of 0.8.
+    values = torch.tensor([[score["reward"] for score in group] for group in scores])
+    accuracy = torch.tensor([[score["accuracy"] for score in group] for group in scores], dtype=torch.float64)
+    return (values.amax(1) != values.amin(1)) & accuracy_filter(accuracy, low, high)
+
+
+def empty_slots(world, batch: dict, low: float, high: float) -> list[int]:
+    """The slots of the whole batch whose replies teach nothing, ascending, on every rank.
+
+    Dynamic sampling (DAPO, arXiv 2503.14476) asks other prompts in their place. batch: {slot: (…, scores)} of this
+    rank; slot p belongs to rank p % world.size.
+    """
+    mixed = mixed_groups([rollout[-1] for rollout in batch.values()], low, high)
+    own = [slot for slot, teaches in zip(batch, mixed.tolist(), strict=True) if not teaches]
+    return sorted(sum(world.gather(own), []))
 
 
 def gather_rewards(world, scores, P, G) -> torch.Tensor:
@@ -273,6 +414,14 @@ def gather_rewards(world, scores, P, G) -> torch.Tensor:
     for rank, part in enumerate(world.gather([[score["reward"] for score in group] for group in scores])):
         everyone[rank :: world.size] = torch.tensor(part)
     return everyone
+
+
+def policy_log_probs(policy, groups, temperature, entropy_bonus):
+    """(logp, mask, entropy) of the policy, all (B, T); entropy is None where no bonus asks for it."""
+    # All logits once more, forward and backward: only where somebody wants it.
+    if entropy_bonus:
+        return model.log_probs_and_entropies(policy, groups, temperature)
+    return *model.log_probs(policy, groups, temperature), None
 
 
 def reference_log_probs(reference, groups, temperature):
@@ -288,7 +437,8 @@ def batch_metrics(world, scores, replies, tokens, signal, P, G) -> dict:
     # Sums first, then one division: ranks may hold different numbers of tokens.
     flat_scores = [score for group in scores for score in group]
     flat_replies = [reply for group in replies for reply in group]
-    sums = {name: sum(score[name] for score in flat_scores) for name in ("reward", "accuracy", "format")}
+    names = [name for name in ("reward", "accuracy", "format", "overlong") if name in flat_scores[0]]
+    sums = {name: sum(score[name] for score in flat_scores) for name in names}
     sums["length"] = sum(len(reply.ids) for reply in flat_replies)
     sums["finished"] = sum(reply.finished for reply in flat_replies)
     metrics = {name: total / (P * G) for name, total in zip(sums, world.sum(*sums.values()), strict=True)}
@@ -371,15 +521,24 @@ def main(argv=None):
     optimizer = training.adamw(policy, args.lr)
     pending = run.restore(policy, optimizer)
 
-    def questions(step):
-        """This rank's records of a step, and a seed for each: pure functions of (seed, step, index)."""
-        batch = epoch_order(args.seed, len(records), step * P, P)
-        places = range(world.rank, P, world.size)
-        first_seed = (args.seed * 10**6 + step) * 10**6
-        return [records[batch[place]] for place in places], [first_seed + place for place in places]
+    # Prompts that earlier steps took from the stream beyond P each, to replace others: --max-refill.
+    refilled = pending.get("refilled", 0)
 
-    scorer = scoring.Scorer(format_weight=args.format_weight)
-    sample, sampler_state = sampler.sample, dict
+    def questions(step, asked=0, slots=range(P)):
+        """This rank's records for some slots of a step's batch, and a seed for each; of the first slot if none is its.
+
+        asked: prompts this step has taken before. Pure functions of (seed, step, asked, refilled, slots).
+        """
+        stream = epoch_order(args.seed, len(records), step * P + refilled + asked, len(slots))
+        first_seed = (args.seed * 10**6 + step) * 10**6 + asked
+        places = [place for place, slot in enumerate(slots) if slot % world.size == world.rank] or [0]
+        return [records[stream[place]] for place in places], [first_seed + place for place in places]
+
+    def sampler_state():
+        return {"refilled": refilled} if args.max_refill else {}
+
+    scorer = scoring.Scorer(format_weight=args.format_weight, chosen=rewards.chosen_rewards(args.reward))
+    sample = sampler.sample
     if args.sampler == "vllm":
         sample = vllm_sampler.VLLM(
             args.model, policy, encoder, world, records[world.rank :: world.size], tp=args.vllm_tp, seed=args.seed,
@@ -390,35 +549,58 @@ def main(argv=None):
         sampler_state = sample.to_json
     # What the loop hands on unchanged.
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
-    clipping = {"clip_low": args.clip_low, "clip_high": args.clip_high, "ratio": args.ratio}
+    clipping = {name: getattr(args, name) for name in ("surrogate", "clip_low", "clip_high", "ratio")}
+    bounds = {"cap": args.importance_cap, "floor": args.importance_floor}
     timer = training.PhaseTimer(world, policy.compute_dtype if args.measure_peak else None)
     cost = model.Cost(policy)
     bar = tqdm(total=args.steps, initial=run.step, desc="grpo", disable=not world.main)
     for step in range(run.step, args.steps):
-        # 1. Sample: G replies to each of this rank's prompts
-        mine, seeds = questions(step)
-        prompts = encoder.prompts(mine)
-        encoder.prefetch(questions(step + 1)[0])
-        timer.end("rest")
-        replies = sample(policy, prompts, G, seeds=seeds, **sampling)
-        groups = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
-        timer.end("sample", sum(cost.forward(groups)))
+        # batch: {slot of this rank: (record, group, replies, texts, scores)}; empty: slots of all ranks still to be
+        # filled; asked: prompts so far. Without --max-refill the first round is the only one.
+        batch, empty, asked = {}, range(P), 0
+        for _ in range(1 + args.max_refill):
+            # 1. Sample: G replies to each of this rank's prompts
+            mine, seeds = questions(step, asked, empty)
+            prompts = encoder.prompts(mine)
+            encoder.prefetch(questions(step + 1)[0])
+            timer.end("rest")
+            replies = sample(policy, prompts, G, seeds=seeds, **sampling)
+            groups = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
+            timer.end("sample", sum(cost.forward(groups)))
 
-        # 2. Score: rules give each reply a reward, the group gives it an advantage
-        texts, scores = score_replies(encoder, mine, replies, scorer)
+            # 2. Score: rules give each reply a reward, the group gives it an advantage
+            texts, scores = score_replies(
+                encoder, mine, replies, scorer, step / args.steps, args.max_new_tokens, args.overlong_buffer
+            )
+            own = [slot for slot in empty if slot % world.size == world.rank]
+            # Not strict: a rank without an empty slot has sampled along with the others, for nothing.
+            batch |= dict(zip(own, zip(mine, groups, replies, texts, scores, strict=True), strict=False))
+            asked += len(empty)
+            empty = empty_slots(world, batch, args.accuracy_low, args.accuracy_high) if args.max_refill else []
+            timer.end("score")
+            if not empty:
+                break
+        refilled += asked - P
+        mine, groups, replies, texts, scores = zip(*(batch[slot] for slot in sorted(batch)), strict=True)
         # Every rank sees all rewards: --advantage-scale batch needs the spread of the whole batch.
-        advantages = group_advantages(gather_rewards(world, scores, P, G), args.advantage_scale)
+        advantages = group_advantages(
+            gather_rewards(world, scores, P, G), args.advantage_scale, baseline=args.advantage_baseline
+        )
         advantages = advantages[world.rank :: world.size]
+        teaches = mixed_groups(scores, args.accuracy_low, args.accuracy_high)
+        counted = torch.tensor([[reply.finished or not args.mask_truncated for reply in group] for group in replies])
+        advantages = advantages.masked_fill(~(teaches[:, None] & counted), 0.0)
         lengths = torch.tensor([[len(reply.ids) for reply in group] for group in replies]).float()
         # Counted before the first backward, over all ranks: the loss must not depend on how the batch is divided.
-        tokens = world.sum(lengths.sum())[0]
+        tokens, loss_tokens = world.sum(lengths.sum(), (lengths * counted).sum())
         timer.end("score")
 
         # 3. Learn: clipped updates on the groups that carry a signal
-        signal = [p for p in range(len(prompts)) if advantages[p].any()]
-        useful = list(range(len(prompts))) if args.kl else signal  # the KL pulls at every group
+        signal = [p for p in range(len(groups)) if advantages[p].any()]
+        # KL and entropy pull at every group.
+        useful = list(range(len(groups))) if args.kl or args.entropy_bonus else signal
         learned_groups = [groups[p] for p in useful]
-        filler = (prompts[0], [replies[0][0].ids[:1]])  # keeps ranks in step, at weight 0
+        filler = (groups[0][0], [replies[0][0].ids[:1]])  # keeps ranks in step, at weight 0
         micros = training.micro_batches(world, model.group_sizes(learned_groups), args.micro_tokens)
         # A function of the step alone, so that a resumed run has the same.
         lr = training.learning_rate(step, args.steps, args.lr, args.schedule, args.warmup)
@@ -427,7 +609,7 @@ def main(argv=None):
             for number, micro in enumerate(micros):
                 last = number == len(micros) - 1
                 rows = [learned_groups[i] for i in micro] or [filler]
-                logp, mask = model.log_probs(policy, rows, args.temperature)
+                logp, mask, entropy = policy_log_probs(policy, rows, args.temperature, args.entropy_bonus)
                 # For a filler too: the ranks gather the weights of a sharded reference together.
                 ref = reference_log_probs(reference, rows, args.temperature)
                 if not micro:
@@ -436,17 +618,22 @@ def main(argv=None):
                 members, device = [useful[i] for i in micro], logp.device
                 advantage = torch.cat([advantages[p] for p in members]).to(device)
                 length = torch.cat([lengths[p] for p in members]).to(device)
-                weight = token_weights(length, args.normalizer, P * G, tokens, args.max_new_tokens)
+                weight = token_weights(length, args.normalizer, P * G, max(1.0, loss_tokens), args.max_new_tokens)
+                # Their advantage is 0 already; the KL must let go of them too.
+                weight = weight * torch.cat([counted[p] for p in members]).to(device)
                 # The old log-probs are those of the weights that sampled: of the first update.
                 old = old_logps.setdefault(number, logp.detach())
                 sampled = pad_sequence([reply.logps for p in members for reply in replies[p]], True).to(device)
-                correction = importance_weights(old, sampled, mask, args.importance, args.importance_cap)
+                correction = importance_weights(
+                    old, sampled, mask, args.importance, outside=args.importance_outside, **bounds
+                )
                 loss = grpo_loss(
-                    logp, old, ref, advantage, mask, weight, kl=args.kl, correction=correction, **clipping
+                    logp, old, ref, advantage, mask, weight, kl=args.kl, correction=correction, entropy=entropy,
+                    entropy_bonus=args.entropy_bonus, **clipping,
                 )  # fmt: skip
                 training.backward(policy, world, loss, last)
                 add_metrics(sums, {"loss": loss.item()} | token_metrics(
-                    logp.detach(), old, ref, sampled, advantage, mask, correction, args.importance_cap, **clipping
+                    logp.detach(), old, ref, sampled, advantage, mask, correction, **bounds, **clipping
                 ))  # fmt: skip
             norm = training.update(policy, optimizer, lr, args.grad_clip)
             skipped += not math.isfinite(norm)
@@ -457,7 +644,9 @@ def main(argv=None):
         row |= learning_metrics(world, sums, tokens, args.updates) | {"grad_norm": norm, "skipped": skipped, "lr": lr}
         if args.one_step_off_policy:
             row["staleness"] = args.updates * sample.off_policy  # updates since the replies were sampled
-        row |= timer.metrics(rollouts=P * G, tokens=tokens)
+        if args.max_refill:
+            row["prompts_sampled"] = asked
+        row |= timer.metrics(rollouts=asked * G, tokens=tokens)
         run.log(row, shown_replies(mine[0], texts[0], scores[0]))
         bar.set_postfix({label: f"{row[name]:.3g}" for label, name in BAR.items()})
         bar.update()

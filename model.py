@@ -94,6 +94,7 @@ class Encoder:
             self.forbidden = family.forbidden(self.tokenizer)
             self.image_id = self.forbidden[0]
             self.end_id = self.tokenizer.eos_token_id
+            self.rows = family.config.get_text_config().vocab_size
             check_tokenizer(self, folder)
             self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
         self.max_length = family.config.get_text_config().max_position_embeddings
@@ -193,6 +194,8 @@ class Encoder:
         others = set(self.forbidden) - {self.image_id}
         if plain.count(self.image_id) != len(record["images"]) or others & set(plain):
             raise DataError(f"{where}: the prompt's text holds image or video tokens of its own")
+        if max(plain, default=0) >= self.rows:
+            raise DataError(f"{where}: the prompt holds a token that the model has no embedding for")
         counts = []
         for path in record["images"]:
             try:
@@ -259,7 +262,7 @@ class Encoder:
     def encode_reply(self, text: str, where: str = "a reply") -> torch.Tensor:
         """Token ids (T,) of a reply's text with the end token appended: what a model would have sampled."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.end_id]
-        if set(ids) & set(self.forbidden):
+        if set(ids) & set(self.forbidden) or max(ids) >= self.rows:
             raise DataError(f"{where}: it holds image or video tokens: {json.dumps(text)[:60]}")
         return torch.tensor(ids)
 
@@ -295,7 +298,8 @@ def check_tokenizer(encoder: Encoder, folder: str) -> None:
     if tokenizer.decode(ids) != PROBE:
         raise DataError(f"{path} files are missing or incomplete: it loses text when it encodes {json.dumps(PROBE)}")
 
-    rows, last = encoder.family.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+    # Tokens that were added to it may lie beyond: a question that holds one is refused when it is asked.
+    rows, last = encoder.rows, tokenizer.vocab_size - 1
     if last >= rows:
         raise DataError(f"{path} has tokens up to id {last}, the model has {rows} (vocab_size of config.json)")
     if encoder.end_id is None:
@@ -498,6 +502,48 @@ class TokenLogProbs(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None, None, None
 
 
+class StateEntropies(torch.autograd.Function):
+    """Entropy of softmax(W h / temperature) of every hidden state in nats, exact, in chunks like TokenLogProbs.
+
+    hidden (M, H), weight (V, H), forbidden (F,) -> (M,) fp32. Backward computes the logits anew: the gradient of H with
+    respect to them is −p (log p + H).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, temperature, forbidden, rows):
+        ctx.save_for_backward(hidden, weight, forbidden)
+        ctx.temperature, ctx.rows = temperature, rows
+        chunks = []
+        for start in range(0, len(hidden), rows):
+            logits = token_logits(hidden[start : start + rows], weight, temperature, forbidden)
+            logp = finite_log_softmax(logits)
+            chunks.append(-(logp.exp() * logp).sum(-1))
+        return torch.cat(chunks)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, forbidden = ctx.saved_tensors
+        slope = -grad / (ctx.temperature or 1.0)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), ctx.rows):
+            chunk = slice(start, start + ctx.rows)
+            logp = finite_log_softmax(token_logits(hidden[chunk], weight, ctx.temperature, forbidden))
+            probability = logp.exp()
+            entropy = -(probability * logp).sum(-1, keepdim=True)
+            d_logits = (probability * (logp + entropy) * slope[chunk, None]).to(weight.dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[chunk])
+            if d_weight is not None:
+                d_weight.addmm_(d_logits.T, hidden[chunk])
+        return d_hidden, d_weight, None, None, None
+
+
+def finite_log_softmax(logits):
+    """log_softmax (n, V), at least −1e4 nats: so what is impossible adds 0 to a sum of p log p, and not NaN."""
+    return logits.log_softmax(-1).clamp_min_(-1e4)
+
+
 def targets_in_chunk(source, targets, start, rows):
     """Which targets (N,) the hidden states start … start + rows predict, and their cells in that chunk of logits."""
     inside = (source >= start) & (source < start + rows)
@@ -542,8 +588,11 @@ class Policy(nn.Module):
         """What FSDP shards one by one: the decoder's blocks and the vision tower. The root holds the rest."""
         return [*self.family.decoder(self.hf).layers, self.family.vision(self.hf)[0]]
 
-    def forward(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-        """Log-probs (N,) of batch.targets at `temperature`; without targets, logits (M, V) of the states read."""
+    def forward(self, batch: Batch, temperature: float = 1.0, entropy: bool = False):
+        """Log-probs (N,) of batch.targets at `temperature`; without targets, logits (M, V) of the states read.
+
+        entropy: -> (log-probs, entropies (N,) of the distributions that the targets come from).
+        """
         # In training the vision tower runs in every forward, on a blank picture where a batch has none: sharded ranks
         # must gather it together, and AdamW must move its weights alike however a batch is divided.
         blind = self.trains and batch.pixels is None and batch.targets is not None
@@ -566,7 +615,11 @@ class Policy(nn.Module):
             return token_logits(hidden, weight, temperature, self.forbidden)
         # As many rows of fp32 logits as the budget allows: with 151,936 tokens a row is 0.6 MB.
         rows = max(1, self.chunk_bytes // (4 * len(weight)))
-        return TokenLogProbs.apply(hidden, weight, batch.source, batch.targets, temperature, self.forbidden, rows)
+        values = TokenLogProbs.apply(hidden, weight, batch.source, batch.targets, temperature, self.forbidden, rows)
+        if not entropy:
+            return values
+        entropies = StateEntropies.apply(hidden, weight, temperature, self.forbidden, rows)
+        return values, entropies[batch.source]
 
     def blank_features(self) -> torch.Tensor:
         """The sum of all features of the smallest black picture."""
@@ -583,6 +636,14 @@ def log_probs(policy: Policy, groups: list, temperature: float = 1.0) -> tuple[t
     values = policy(batch, temperature=temperature)
     mask = unpack(torch.ones_like(values, dtype=torch.bool), batch.cell, False)
     return unpack(values, batch.cell), mask
+
+
+def log_probs_and_entropies(policy: Policy, groups: list, temperature: float = 1.0):
+    """As log_probs: -> (logp, mask, entropy), all (B, T); entropy in nats, of the whole distribution at each token."""
+    batch = pack(groups).to(policy.forbidden.device)
+    values, entropies = policy(batch, temperature=temperature, entropy=True)
+    mask = unpack(torch.ones_like(entropies, dtype=torch.bool), batch.cell, False)
+    return unpack(values, batch.cell), mask, unpack(entropies, batch.cell)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

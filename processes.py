@@ -286,7 +286,7 @@ def last_words(error: BaseException, first_rank: bool) -> tuple[int, str | None]
     if isinstance(error, KeyboardInterrupt):
         return 130, (str(error) or "stopped") if first_rank else None
     if isinstance(error, Terminated):
-        return 128 + signal.SIGTERM, "terminated" if first_rank else None
+        return 128 + signal.SIGTERM, (str(error) or "terminated") if first_rank else None
     # In one piece: print_exception writes line by line, and the processes of a run write to one screen.
     return 1, "".join(traceback.format_exception(error)).rstrip()
 

@@ -51,11 +51,16 @@ def write_jsonl(path: str | Path, rows: list[dict]) -> None:
     """Write one JSON object a line, all or nothing. Keys that start with "_" are ours and are dropped."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, jsonl_text(rows))
+
+
+def jsonl_text(rows: list[dict]) -> str:
+    """What write_jsonl writes."""
     lines = []
     for row in rows:
         public = {key: value for key, value in row.items() if not key.startswith("_")}
         lines.append(json.dumps(public, ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
+    return "".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

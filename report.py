@@ -13,22 +13,26 @@ the right answer. Accuracy and format are fractions of 1, lengths are tokens.
 
 import argparse
 import base64
+import hashlib
 import html
 import io
 import json
-import math
 import os
 import re
 import unicodedata
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+import files
 import training
-from records import DataError, read_jsonl, write_text
+from files import DataError
+from records import open_picture
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -36,40 +40,72 @@ from records import DataError, read_jsonl, write_text
 # What a row of a result holds for each of its replies.
 SCORES = ("accuracy", "format", "reward", "length", "parsed", "finished")
 
+# The metrics of a source in a cell of the table.
+CELL = ("accuracy", "accuracy_read", "format")
+
+# Beyond it the axes of a figure overflow, and nothing here is measured in such numbers.
+LARGEST = 1e30
+LAST_STEP = 2**53
+
 
 class RunLog(NamedTuple):
-    """A run directory: the entries of its log.jsonl, and its args.json (None if there is none)."""
+    """A run directory: the entries of its log.jsonl, its args.json (None if there is none), and what is not shown."""
 
     log: list[dict]
     settings: dict | None
+    left_out: str = ""  # a sentence about damaged lines, "" if there are none
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value can be drawn and averaged: no text, no NaN, no 10^400."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -LARGEST <= value <= LARGEST  # false for NaN
+
+
+def is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LAST_STEP
 
 
 def read_run(folder: Path) -> RunLog:
-    """Read a run directory. DataError if it is none, or if a step has no number."""
+    """Read a run directory. DataError if it is none, or if not one step of its log can be read."""
     log_file, args_file = folder / "log.jsonl", folder / "args.json"
-    if not log_file.is_file():
+    if not os.path.isfile(log_file):
         raise DataError(f"{folder}: has no log.jsonl, so it is not a run directory")
-    log = [entry for _, entry in read_jsonl(log_file)]
-    if not log or not all("step" in entry for entry in log):
-        raise DataError(f'{log_file}: must hold at least one step, and every line its "step"')
-    if not args_file.is_file():
-        return RunLog(log, None)
-    try:
-        return RunLog(log, json.loads(args_file.read_text()))
-    except ValueError as error:
-        raise DataError(f"{args_file}: is not JSON: {error}") from error
+    log, left_out = read_log(log_file)
+    if not log:
+        raise DataError(f"{log_file}: must hold at least one step. {left_out}")
+    if not os.path.lexists(args_file):
+        return RunLog(log, None, left_out)
+    return RunLog(log, files.read_json_object(args_file), left_out)
+
+
+def read_log(path: Path) -> tuple[list[dict], str]:
+    """(the entries of a log.jsonl, a sentence about the lines that are none). A killed run ends in half a line."""
+    log, problems = [], []
+    for number, line in enumerate(files.read_bytes(path, files.LARGEST_TEXT).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            problems.append(f"line {number} is not JSON")
+            continue
+        if isinstance(entry, dict) and is_step(entry.get("step")):
+            log.append(entry)
+        else:
+            problems.append(f'line {number} has no "step" that is a whole number')
+    if not problems:
+        return log, ""
+    return log, f"{len(problems)} lines of log.jsonl are left out: first, {problems[0]}."
 
 
 def read_result(path: str | Path) -> dict:
     """A result of eval.py, with its rows' paths made absolute. DataError if it is missing or something else."""
-    try:
-        result = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as a result of eval.py: {error}") from error
-    if not isinstance(result, dict) or not {"model", "overall", "sources", "gf", "rows"} <= result.keys():
-        raise DataError(f"{path}: is not a result of eval.py (model, overall, sources, gf and rows are expected)")
-    if not all({"id", "source", "file", *SCORES} <= row.keys() for row in result["rows"]):
-        raise DataError(f"{path}: is not a result of eval.py (some of its rows lack id, source, file or scores)")
+    result = files.read_json(path)
+    problem = problem_with_result(result)
+    if problem:
+        raise DataError(f"{path}: is not a result of eval.py ({problem})")
 
     # The result may have been moved together with its pictures: its paths count from where it lies now.
     folder = Path(path).absolute().parent
@@ -78,6 +114,78 @@ def read_result(path: str | Path) -> dict:
         if "images" in row:
             row["images"] = [os.path.abspath(folder / image) for image in row["images"]]
     return result
+
+
+def problem_with_result(result: object) -> str | None:
+    """What keeps a JSON value from being a result of eval.py, or None."""
+    if not isinstance(result, dict) or not {"model", "overall", "sources", "gf", "rows"} <= result.keys():
+        return "model, overall, sources, gf and rows are expected"
+    for name, kind in (("model", str), ("overall", dict), ("sources", dict), ("rows", list)):
+        if not isinstance(result[name], kind):
+            return f'"{name}" must be {kind.__name__}'
+    for source, metrics in result["sources"].items():
+        if not has_numbers(metrics, CELL):
+            return f"source {visible(source, 60)!r} must have the numbers {', '.join(CELL)}"
+    gains = result["gf"]
+    if gains is not None:
+        # The factor itself is null where it is not defined.
+        defined = isinstance(gains, dict) and (gains.get("gf", "") is None or has_numbers(gains, ("gf",)))
+        if not (defined and has_numbers(gains, ("gain_id", "gain_ood"))):
+            return '"gf" must be null or have the numbers gain_id, gain_ood and gf'
+
+    seen = set()
+    for number, row in enumerate(result["rows"], 1):
+        problem = problem_with_row(row)
+        if problem is None and (row["file"], row["id"]) in seen:
+            problem = "has the file and the id of a row before it"
+        if problem:
+            return f"row {number} {problem}"
+        seen.add((row["file"], row["id"]))
+    return None
+
+
+def has_numbers(metrics: object, keys: tuple[str, ...]) -> bool:
+    return isinstance(metrics, dict) and all(is_number(metrics.get(key)) for key in keys)
+
+
+def problem_with_row(row: object) -> str | None:
+    """What keeps a JSON value from being a row of a result, or None."""
+    if not isinstance(row, dict) or not {"id", "source", "file", *SCORES} <= row.keys():
+        return "lacks id, source, file or scores"
+    for name in ("id", "source", "file"):
+        if not isinstance(row[name], str):
+            return f'must have text as its "{name}"'
+    n = len(row["accuracy"]) if isinstance(row["accuracy"], list) else 0
+    for name in SCORES:
+        good = is_flag if name in ("parsed", "finished") else is_number
+        if not is_list(row[name], good, n):
+            return f'must have one value for each reply in "{name}"'
+    if "replies" not in row:
+        return None
+
+    # What the page shows of a reply was stored for the first rows of a source only, all of it or nothing.
+    if not {"prompt", "images", "gold", "answers"} <= row.keys():
+        return "has replies, but lacks prompt, images, gold or answers"
+    if not isinstance(row["prompt"], str) or not is_list(row["images"], is_text):
+        return "must have text as its prompt and paths as its images"
+    if not is_list(row["replies"], is_text, n) or not is_list(row["answers"], lambda answer: True, n):
+        return "must have a text in replies and an answer in answers for each reply"
+    return None
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def is_list(value: object, good: Callable[[object], bool], length: int | None = None) -> bool:
+    """Whether a JSON value is a list of good items, and of that length; a list over replies is never empty."""
+    if not isinstance(value, list) or not all(map(good, value)):
+        return False
+    return length is None or len(value) == length > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,11 +205,11 @@ class Panel(NamedTuple):
 PANELS = [Panel(*fields) for fields in (
     ("reward", "Reward, accuracy, format", ("reward", "accuracy", "format"),
      "What RL maximises, and its two parts. Format usually rises first; accuracy follows once a rule is found."),
-    ("loss", "Loss", ("loss", "loss_dpo", "loss_sft"),
-     "What is minimised. In RL the loss hovers near zero by design and says little: look at the reward."),
-    ("implicit", "Implicit rewards", ("chosen_reward", "rejected_reward", "margin"),
+    ("loss", "Loss", ("loss", "loss_dpo", "loss_sft", "loss_quality", "eval_loss"),
+     "What is minimised (eval_: on held-out pairs). In RL the loss hovers near zero by design: look at the reward."),
+    ("implicit", "Implicit rewards", ("chosen_reward", "rejected_reward", "margin", "eval_margin"),
      "β × how many nats likelier than under the reference each reply became; margin: chosen minus rejected."),
-    ("preference", "Preference accuracy", ("preference_accuracy",),
+    ("preference", "Preference accuracy", ("preference_accuracy", "eval_preference_accuracy"),
      "Share of pairs in which the chosen reply has the larger implicit reward; 0.5 is a coin."),
     ("length", "Reply length (tokens)", ("length",), "A jump to the limit means replies without an end."),
     ("groups", "Useful groups, finished replies", ("useful_groups", "finished"),
@@ -175,32 +283,50 @@ pre.right { border-color: #009e73; } pre.wrong { border-color: #d55e00; }
 .wrong-word { color: #a34700; font-weight: 600; }
 summary { cursor: pointer; color: #005a9c; font-size: .9rem; }
 """
-# These keep the page small whatever comes in: cards, pictures of a card, pixels of a picture's side, characters.
+# These keep the page small whatever comes in, and the time it takes short. What they leave out is named on the page.
+MOST_RUNS = 40
+MOST_RESULTS = 40
+MOST_FIGURES = 40  # of a run
+MOST_POINTS = 2000  # of a curve: a figure is about 500 pixels wide
 MOST_PUZZLES = 12
-MOST_IMAGES = 4
-IMAGE_SIDE = 224
+MOST_IMAGES = 4  # of a question
+MOST_PIXELS = 2**26  # of a picture that is decoded
+IMAGE_SIDE = 224  # pixels of a picture on the page
 REPLY_CHARACTERS = 1500
 SETTINGS_CHARACTERS = 6000
+NAME_CHARACTERS = 120  # of a cell, a heading, a file's name
+TITLE_CHARACTERS = 40  # of a figure's title, of a curve's name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text and pictures as HTML
 
 
-def escape(value: object, most: int = REPLY_CHARACTERS) -> str:
-    """Text for the page: markup made harmless, invisible characters spelled out, truncated at `most` characters.
+def visible(value: object, most: int = REPLY_CHARACTERS) -> str:
+    """Text that shows what it holds: invisible characters spelled out, truncated at `most` characters.
 
-    Replies are whatever a model produced: tags, scripts, half a surrogate pair, marks that turn the line's direction.
+    Replies are whatever a model produced, names whatever a file holds: half a surrogate pair, which no file can be
+    written with; marks that turn the line's direction; sequences that clear a terminal.
     """
     text = value if isinstance(value, str) else json.dumps(value)
     more = f" … ({len(text) - most} more characters)" if len(text) > most else ""
-    visible = []
+    shown = []
     for character in text[:most]:
         # Category C: control, format, surrogate and unassigned characters.
         if unicodedata.category(character)[0] == "C" and character not in "\n\t":
             character = f"⟨U+{ord(character):04X}⟩"
-        visible.append(character)
-    return html.escape("".join(visible) + more, quote=True)
+        shown.append(character)
+    return "".join(shown) + more
+
+
+def visible_name(text: str, most: int = NAME_CHARACTERS) -> str:
+    """A name on one line."""
+    return " ".join(visible(text, most).split())
+
+
+def escape(value: object, most: int = REPLY_CHARACTERS) -> str:
+    """`visible` text for the page: its markup is made harmless."""
+    return html.escape(visible(value, most), quote=True)
 
 
 def png_bytes(image: Image.Image, colours: int = 0) -> bytes:
@@ -255,16 +381,17 @@ def stage_table(results: dict[str, dict]) -> list[list[str]]:
 
 def percentages(metrics: dict) -> str:
     """A cell of the table from a source's metrics."""
-    keys = ("accuracy", "accuracy_read", "format")
-    return " / ".join(f"{100 * metrics[key]:.1f}" for key in keys)
+    return " / ".join(f"{100 * metrics[key]:.1f}" for key in CELL)
 
 
 def markdown_table(table: list[list[str]]) -> str:
     """The same cells as a Markdown table with its columns aligned."""
+    # Markdown passes tags on to the page it becomes.
+    table = [[visible_name(cell).replace("|", "/").replace("<", "&lt;") for cell in cells] for cells in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for cells in table:
-        padded = [cell.replace("|", "/").ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
         lines.append(f"| {' | '.join(padded)} |")
     rule = "|".join("-" * (width + 2) for width in widths)
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
@@ -272,11 +399,11 @@ def markdown_table(table: list[list[str]]) -> str:
 
 def table_html(table: list[list[str]]) -> str:
     """The same cells as an HTML table."""
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table[0])
+    head = "".join(f'<th scope="col">{escape(visible_name(cell))}</th>' for cell in table[0])
     body = ""
     for title, *cells in table[1:]:
         values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        body += f'<tr><th scope="row">{escape(title)}</th>{values}</tr>'
+        body += f'<tr><th scope="row">{escape(visible_name(title))}</th>{values}</tr>'
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -297,11 +424,34 @@ def curve(log: list[dict], key: str, label: str | None = None) -> Curve:
     found = {}
     for entry in log:
         value = entry.get(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and math.isfinite(value):
+        if is_number(value):
             found[entry["step"]] = float(value)
     steps = sorted(found)
     return Curve(label or key, steps, [found[step] for step in steps])
+
+
+def thin(points: Curve) -> Curve:
+    """A long curve as means over stretches of equally many steps, each at its last step; a short one as it is."""
+    stretch = -(-len(points.steps) // MOST_POINTS)
+    if stretch <= 1:
+        return points
+    starts = range(0, len(points.steps), stretch)
+    steps = [points.steps[min(start + stretch, len(points.steps)) - 1] for start in starts]
+    means = [fmean(points.values[start : start + stretch]) for start in starts]
+    return Curve(points.label, steps, means)
+
+
+def not_drawn(log: list[dict]) -> str:
+    """A sentence about values of a log that no figure can show; "" if there are none. null means: not measured."""
+    counts = Counter()
+    for entry in log:
+        bad = [key for key, value in entry.items() if not is_number(value) and not isinstance(value, bool | None)]
+        counts.update(bad)
+    if not counts:
+        return ""
+    named = [f"{count} of {visible_name(key)}" for key, count in counts.most_common(8)]
+    more = f" and of {len(counts) - 8} more" if len(counts) > 8 else ""
+    return f"Values that are no finite number are not drawn: {', '.join(named)}{more}."
 
 
 def smooth(values: list[float], window: int) -> list[float]:
@@ -312,8 +462,9 @@ def smooth(values: list[float], window: int) -> list[float]:
 
 def panels(log: list[dict]) -> list[Panel]:
     """The figures for the keys a log has: those of PANELS, then every other key by itself."""
-    keys = dict.fromkeys(key for entry in log for key in entry if key != "step")
-    logged = [key for key in keys if curve(log, key).steps]
+    # The order in which the log names them.
+    numbers = (key for entry in log for key, value in entry.items() if key != "step" and is_number(value))
+    logged = dict.fromkeys(numbers)
     found = []
     for panel in PANELS:
         present = tuple(key for key in panel.keys if key in logged)
@@ -326,13 +477,28 @@ def panels(log: list[dict]) -> list[Panel]:
 
 def draw(curves: list[Curve], title: str, fractions: bool) -> tuple[bytes, str]:
     """Draw one figure: -> (PNG bytes, alt text with first and last values). fractions: the axis goes up to 1."""
-    # Imported here, because only a report needs it. A Figure by itself draws with Agg: no window, no display.
+    # Imported here, because only a report needs it.
+    import matplotlib
+
+    # A name may hold what matplotlib takes for mathematics ($), and characters that its font lacks.
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph |constrained_layout")
+        return draw_plain([thin(each) for each in curves], visible_name(title, TITLE_CHARACTERS), fractions)
+
+
+def draw_plain(curves: list[Curve], title: str, fractions: bool) -> tuple[bytes, str]:
+    """`draw`, with names taken as they are."""
+    # A Figure by itself draws with Agg: no window, no display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6, 2.9), dpi=110, layout="constrained")
     axes = figure.subplots()
     told = []
-    for i, (label, steps, values) in enumerate(curves):
+    for i, (name, steps, values) in enumerate(curves):
+        # matplotlib leaves labels that begin with _ out of a legend.
+        label = visible_name(name, TITLE_CHARACTERS)
+        if label.startswith("_"):
+            label = f" {label}"
         colour = COLOURS[i % len(COLOURS)]
         # About 30 independent means: long noisy logs become readable, short ones stay as they are.
         window = 2 * (len(values) // 60) + 1
@@ -388,20 +554,30 @@ def curves_html(runs: dict[str, RunLog], save: Save) -> str:
     return "".join(parts)
 
 
+def notes_html(notes: list[str]) -> str:
+    """A paragraph of what is not shown, if there is something."""
+    told = " ".join(note for note in notes if note)
+    return f'<p class="score">{escape(told)}</p>' if told else ""
+
+
 def run_html(name: str, run: RunLog, save: Save) -> str:
     """One run's curves and settings."""
     figures = ""
-    for panel in panels(run.log):
+    found = panels(run.log)
+    for panel in found[:MOST_FIGURES]:
         curves = [curve(run.log, key) for key in panel.keys]
         png, alt = draw(curves, panel.title, fractions=not FRACTIONS.isdisjoint(panel.keys))
         save(f"{name}-{panel.slug}", png)
-        figures += figure_html(png, f"{name}: {alt}", panel.words)
+        figures += figure_html(png, f"{visible_name(name)}: {alt}", panel.words)
     settings = ""
     if run.settings:
         lines = "\n".join(f"{key} = {value}" for key, value in run.settings.items())
         lines = escape(lines, SETTINGS_CHARACTERS)
         settings = f"<details><summary>Settings of this run</summary><pre>{lines}</pre></details>"
-    return f'<h3>{escape(name)}</h3><div class="curves">{figures}</div>{settings}'
+    notes = [run.left_out, not_drawn(run.log)]
+    if len(found) > MOST_FIGURES:
+        notes.append(f"{len(found) - MOST_FIGURES} more figures are left out.")
+    return f'<h3>{escape(visible_name(name))}</h3>{notes_html(notes)}<div class="curves">{figures}</div>{settings}'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -443,15 +619,24 @@ def puzzle_html(pairs: list[tuple[str, dict]]) -> str:
 
 
 def picture_html(path: str, question_id: str) -> str:
-    """A question's picture made small, or a note that it is gone. DataError if the file is no picture."""
-    if not Path(path).is_file():
-        return f"<p>The picture {escape(Path(path).name)} is no longer there.</p>"
+    """A question's picture made small, or a note that it is gone or cannot be shown."""
+    name = escape(visible_name(os.path.basename(path)))
+    # Not a pipe either, which would be waited for.
+    if not os.path.isfile(path):
+        return f"<p>The picture {name} is no longer there.</p>"
     try:
-        image = Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path}: cannot be read as an image: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                width, height = image.size
+        if width * height > MOST_PIXELS:
+            return f"<p>The picture {name} is too large to be shown: {width} by {height} pixels.</p>"
+        image = open_picture(path)
+    except Exception:
+        # Pillow's readers raise whatever their parsing meets, on a file that anybody may have made.
+        return f"<p>The picture {name} cannot be read.</p>"
     image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-    alt = f"Picture of question {question_id}, {image.width} by {image.height} pixels as shown"
+    alt = f"Picture of question {visible_name(question_id)}, {image.width} by {image.height} pixels as shown"
     return img_tag(png_bytes(image), alt)
 
 
@@ -467,7 +652,7 @@ def reply_html(stage: str, row: dict) -> str:
     if len(row["replies"]) > 1:
         scores += f"; the first of {len(row['replies'])}, whose mean accuracy is {fmean(row['accuracy']):.2f}"
     return (
-        f'<div class="stage"><strong>{escape(stage)}</strong>: answer read: {answer}, '
+        f'<div class="stage"><strong>{escape(visible_name(stage))}</strong>: answer read: {answer}, '
         f'<span class="{colour}-word">{verdict}</span> <span class="score">({scores})</span></div>'
         f'<pre class="{colour}">{escape(row["replies"][0])}</pre>'
     )
@@ -477,8 +662,8 @@ def reply_html(stage: str, row: dict) -> str:
 # The page
 
 
-def page_html(runs: dict[str, RunLog], results: dict[str, dict], save: Save) -> str:
-    """The whole page. results: as read_result gives them."""
+def page_html(runs: dict[str, RunLog], results: dict[str, dict], save: Save, notes: list[str] = ()) -> str:
+    """The whole page. results: as read_result gives them. notes: sentences about what is not on it."""
     sections = []  # (anchor, title, HTML)
     if results:
         table = stage_table(results)
@@ -501,7 +686,7 @@ def page_html(runs: dict[str, RunLog], results: dict[str, dict], save: Save) -> 
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Training report</title>'
         f"<style>{STYLE}</style></head><body><h1>Training report</h1>"
-        f"<p>{WORDS['top']}</p><nav>{links}</nav>{body}</body></html>\n"
+        f"<p>{WORDS['top']}</p>{notes_html(notes)}<nav>{links}</nav>{body}</body></html>\n"
     )
 
 
@@ -510,25 +695,71 @@ def write_report(path: Path, runs: dict[str, Path], results: dict[str, Path], ta
 
     runs and results: {name: path}. Raises DataError, before anything is written, for what cannot be read.
     """
-    logs = {name: read_run(folder) for name, folder in runs.items()}
-    read = {name: read_result(file) for name, file in results.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    inputs = {
+        "--runs": [folder / name for folder in runs.values() for name in RUN_FILES],
+        "--results": list(results.values()),
+    }
+    for flag, output in (("the page", path), ("--table", table_file)):
+        if output:
+            files.check_output(output, flag, inputs)
+    if table_file and os.path.abspath(table_file) == os.path.abspath(path):
+        raise DataError(f"--table {table_file}: is the page itself; name another file")
+    shown_runs, run_note = first_of(runs, MOST_RUNS, "runs")
+    shown_results, result_note = first_of(results, MOST_RESULTS, "result files")
+    logs = {name: read_run(folder) for name, folder in shown_runs.items()}
+    read = {name: read_result(file) for name, file in shown_results.items()}
+
+    taken = Counter()
 
     def save(part: str, png: bytes) -> None:
-        path.with_name(f"{path.stem}-{file_part(part)}.png").write_bytes(png)
+        name = f"{path.stem}-{file_part(part)}"
+        taken[name] += 1
+        # Two keys may differ only in characters that a file name cannot hold.
+        if taken[name] > 1:
+            name += f"-{taken[name]}"
+        write(path.with_name(f"{name}.png"), png)
 
-    page = page_html(logs, read, save)
-    write_text(path, page)
-    print(f"{path}: {len(page.encode()) / 1e6:.2f} MB, {len(runs)} runs, {len(results)} result files")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path}: its folder cannot be made ({error})") from error
+    page = page_html(logs, read, save, [run_note, result_note])
+    write(path, page.encode())
+    print(f"{visible(str(path))}: {len(page.encode()) / 1e6:.2f} MB, {len(logs)} runs, {len(read)} result files")
     table = markdown_table(stage_table(read)) if read else ""
     print(table)
     if table_file:
-        write_text(table_file, table + "\n")
+        write(table_file, f"{table}\n".encode())
+
+
+# What a report reads of a run directory.
+RUN_FILES = ("log.jsonl", "args.json")
+
+
+def first_of(paths: dict[str, Path], most: int, what: str) -> tuple[dict[str, Path], str]:
+    """(the first `most` of {name: path}, a sentence about the others)."""
+    if len(paths) <= most:
+        return paths, ""
+    return dict(list(paths.items())[:most]), f"Only the first {most} of {len(paths)} {what} are shown."
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, then rename it. DataError if that fails."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error})") from error
 
 
 def file_part(name: str) -> str:
-    """A name with only characters that are plain in any file system."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name)
+    """A name with only characters that are plain in any file system, short enough for all of them."""
+    plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", name)
+    if len(plain) <= NAME_CHARACTERS:
+        return plain
+    # Long names that begin alike must stay apart.
+    return f"{plain[:NAME_CHARACTERS]}-{hashlib.sha256(name.encode(errors='replace')).hexdigest()[:8]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -556,7 +787,7 @@ def check_report_flags(parser: training.Parser, args: argparse.Namespace) -> Non
     if not args.runs and not args.results:
         parser.error("a report needs --runs or --results")
     for flag, pairs in (("--runs", args.runs), ("--results", args.results)):
-        names = {file_part(name) for name, _ in pairs}
+        names = {name for name, _ in pairs}
         if len(names) < len(pairs):
             parser.error(f"{flag}: two are called the same; give them names, as in first=DIR second=DIR")
 

@@ -1,6 +1,6 @@
 """Verifiable rewards: reads a reply strictly in the format its prompt asks for, and compares its answer with the gold.
 
-    reward = accuracy_weight * accuracy + format_weight * format
+    reward = accuracy_weight * accuracy + format_weight * format          (or another reward, see REWARDS)
 
 format    1.0 if the reply has exactly the asked structure *and* an answer can be read from its place, else 0.0
 accuracy  letter, digit, text, math: 0 or 1; grid: share of right indices of a permutation; box: IoU;
@@ -568,6 +568,122 @@ def type_of(record: dict) -> AnswerType:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Other rewards for the same answer. They are what is learned from; accuracy stays what is reported.
+#
+# Each takes (answer, record, progress) and gives a number in [0, 1]. progress is step / steps of the run, in [0, 1): a
+# reward that changes over training is a function of it alone, so a resumed run goes on as if unbroken.
+
+GRADED_DISCOUNT = 0.2
+IOU_FOUND = 0.5
+# (from this progress on, smallest IoU that counts)
+IOU_RISES = ((0.0, 0.85), (0.1, 0.95), (0.25, 0.99))
+
+
+def plain_accuracy(answer: Answer, record: dict, progress: float = 0.0) -> float:
+    """The accuracy of the answer type. Grids: the share of right indices; boxes: IoU (Jigsaw-R1, section 3)."""
+    return type_of(record).accuracy(answer, record)
+
+
+def grid_exact(answer: list[int], record: dict, progress: float = 0.0) -> float:
+    """1 if every index is right, else 0."""
+    return float(answer == record["answer"])
+
+
+def grid_graded(answer: list[int], record: dict, progress: float = 0.0) -> float:
+    """1 if every index is right, else 0.2 x the share of right ones, of a permutation (Visual Jigsaw, 2509.25190)."""
+    share = grid_accuracy(answer, record)
+    return share if share == 1 else GRADED_DISCOUNT * share
+
+
+def grid_neighbours(answer: list[int], record: dict, progress: float = 0.0) -> float:
+    """The share of neighbouring pieces that the answer puts beside each other in the same way.
+
+    Two pieces are neighbours if one stands directly to the right of, or below, the other in the original picture: rows
+    x (cols - 1) + (rows - 1) x cols pairs. A pair is right if the same piece stands on the same side of the same other
+    one in the picture that the answer makes, wherever that is: a row that is right but one place off keeps its pairs.
+    0 for what is no permutation. Without rows and cols the pieces stand in one row. (Jigsaw-R1, section 3: "full may
+    also be scored by correct neighbour connections".)
+    """
+    gold = record["answer"]
+    if not is_arrangement(answer, len(gold)):
+        return 0.0
+    cols = record["cols"] if "rows" in record and "cols" in record else len(gold)
+    right_pairs = connections(gold, record, cols)
+    if not right_pairs:
+        return float(answer == gold)  # a single piece
+    return len(right_pairs & connections(answer, record, cols)) / len(right_pairs)
+
+
+def connections(indices: list[int], record: dict, cols: int) -> set[tuple[int, int, str]]:
+    """{(piece, the piece beside it, "right" or "below")} of the picture that an answer makes."""
+    # Index x of `full` is the place of piece x; of `inverse`, the piece at place x.
+    pieces = list(indices)
+    if record.get("question") != "inverse":
+        for piece, place in enumerate(indices, 1):
+            pieces[place - 1] = piece
+
+    found = set()
+    for place, piece in enumerate(pieces):
+        if (place + 1) % cols:
+            found.add((piece, pieces[place + 1], "right"))
+        if place + cols < len(pieces):
+            found.add((piece, pieces[place + cols], "below"))
+    return found
+
+
+def box_found(answer: list[float], record: dict, progress: float = 0.0) -> float:
+    """1 from an IoU of 0.5 on, the usual threshold for a found object, else 0."""
+    return float(iou(answer, record["answer"]) >= IOU_FOUND)
+
+
+def box_rising(answer: list[float], record: dict, progress: float = 0.0) -> float:
+    """The IoU if it reaches a threshold that rises over training, else 0 (V-Triune, 2505.18129: 0.85, 0.95, 0.99)."""
+    threshold = max(smallest for start, smallest in IOU_RISES if progress >= start)
+    overlap = iou(answer, record["answer"])
+    return overlap if overlap >= threshold else 0.0
+
+
+def box_centre(answer: list[float], record: dict, progress: float = 0.0) -> float:
+    """1 if the centre of the box lies in the gold box, borders included, else 0: point in box. 0 without area."""
+    x1, y1, x2, y2 = answer
+    if x2 <= x1 or y2 <= y1:
+        return 0.0
+    return point_accuracy([(x1 + x2) / 2, (y1 + y2) / 2], record)
+
+
+# answer type -> name -> reward. The first is what is used unless another is chosen; a type without an entry has one.
+REWARDS = {
+    "grid": {
+        "fraction": plain_accuracy,
+        "exact": grid_exact,
+        "neighbours": grid_neighbours,
+        "graded": grid_graded,
+    },
+    "box": {
+        "iou": plain_accuracy,
+        "found": box_found,
+        "rising": box_rising,
+        "centre": box_centre,
+    },
+}
+
+
+def chosen_rewards(choices: list[str]) -> dict[str, str]:
+    """["grid=graded", "box=iou"] -> {"grid": "graded", "box": "iou"}. ValueError for anything else."""
+    chosen = {}
+    for choice in choices:
+        kind, _, name = choice.partition("=")
+        if kind not in REWARDS:
+            raise ValueError(f"{choice}: there is a choice of rewards for {' and '.join(REWARDS)} only")
+        if name not in REWARDS[kind]:
+            raise ValueError(f"{choice}: the rewards for {kind} are {', '.join(REWARDS[kind])}")
+        if kind in chosen:
+            raise ValueError(f"{choice}: {kind} has a reward already")
+        chosen[kind] = name
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The reward
 
 
@@ -607,11 +723,19 @@ def is_right(answer: Answer, record: dict) -> bool:
     return accuracy(answer, record) >= type_of(record).right_from
 
 
-def score(reply: str, record: dict, accuracy_weight: float = 1.0, format_weight: float = 0.5) -> dict[str, Any]:
+def score(
+    reply: str,
+    record: dict,
+    accuracy_weight: float = 1.0,
+    format_weight: float = 0.5,
+    chosen: dict[str, str] | None = None,
+    progress: float = 0.0,
+) -> dict[str, Any]:
     """Reward of one reply.
 
-    Returns {"reward", "accuracy" in [0, 1], "format" 0.0 or 1.0, "answer": the parsed answer or None}. Never raises for
-    any text; the record is one that `check_gold` let pass.
+    chosen: {answer type: name in REWARDS} of what the reward takes in place of the accuracy, at this progress of the
+    run. Returns {"reward", "accuracy" in [0, 1], "format" 0.0 or 1.0, "answer": the parsed answer or None}. Never
+    raises for any text; the record is one that `check_gold` let pass.
     """
     answer = None
     parts = read_reply(reply, reply_format(record))
@@ -621,8 +745,12 @@ def score(reply: str, record: dict, accuracy_weight: float = 1.0, format_weight:
 
     well_formed = 0.0 if answer is None else 1.0
     right = 0.0 if answer is None else accuracy(answer, record)
+    earned = right
+    name = (chosen or {}).get(record["answer_type"])
+    if name is not None and answer is not None:
+        earned = REWARDS[record["answer_type"]][name](answer, record, progress)
     return {
-        "reward": accuracy_weight * right + format_weight * well_formed,
+        "reward": accuracy_weight * earned + format_weight * well_formed,
         "accuracy": right,
         "format": well_formed,
         "answer": answer,

@@ -53,11 +53,11 @@ IDENTIFYING = ("*.safetensors", "config.json", "*processor_config.json", "tokeni
 
 
 def input_digests(settings: dict) -> dict[str, str]:
-    """{path: digest} of the files that a run reads: its data, and those of its starting model (not pictures).
+    """{path: digest} of the files that a run reads: its data, held-out data and starting model (not pictures).
 
     A hub id has no files here; a file that is missing is named by whoever reads it.
     """
-    paths = [Path(name) for name in settings.get("data") or []]
+    paths = [Path(name) for flag in ("data", "eval_data") for name in settings.get(flag) or []]
     folder = Path(settings.get("model") or "")
     if settings.get("model") and folder.is_dir():
         names = sorted(path for path in folder.iterdir() if path.is_file())
@@ -131,6 +131,7 @@ class Run:
     def _prepare(self, settings, may_change) -> str | None:
         """On rank 0: make the directory and lock it, or say in one line why not."""
         reads = {"--model": [settings.get("model") or ""], "--data": settings.get("data") or []}
+        reads["--eval-data"] = settings.get("eval_data") or []
         try:
             files.check_output(self.out, "--out", reads, directory=True)
             self.out.mkdir(parents=True, exist_ok=True)

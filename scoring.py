@@ -129,20 +129,20 @@ class Scorer:
         self.worker: Worker | None = None
         self.turn = threading.Lock()
 
-    def score(self, reply: str, record: dict) -> dict[str, Any]:
-        """What rewards.score returns."""
-        return self.do("score", reply, record)
+    def score(self, reply: str, record: dict, progress: float = 0.0) -> dict[str, Any]:
+        """What rewards.score returns. progress: step / steps of the run."""
+        return self.do("score", reply, record, self.options | {"progress": progress})
 
     def readable(self, replies: list[str], record: dict) -> list[str]:
         """Those replies that can be read in every way within the limit."""
-        return [reply for reply in replies if self.do("read", reply, record)]
+        return [reply for reply in replies if self.do("read", reply, record, {})]
 
-    def do(self, task: str, reply: str, record: dict) -> Any:
+    def do(self, task: str, reply: str, record: dict, options: dict) -> Any:
         if not rewards.type_of(record).computes:
-            return TASKS[task](reply, record, self.options)
+            return TASKS[task](reply, record, options)
         # Paths and notes of ours stay here; the rest of a record is JSON.
         sent = {name: value for name, value in record.items() if name != "images" and not name.startswith("_")}
-        request = [task, reply, sent, self.options]
+        request = [task, reply, sent, options]
         with self.turn:
             # A process that somebody else ended is started again: its end says nothing of this reply.
             for _ in range(2):

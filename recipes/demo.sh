@@ -25,7 +25,7 @@ for format in bare tags boxed json line; do
 done
 evaluate() { # evaluate NAME [baseline]: held-out accuracy and format of one stage, at sampling temperature 1
     python "$HERE/eval.py" --model "$OUT/$1" --out "$OUT/results/$1.json" --temperature 1 --samples 4 --seed 1 \
-        --max-new-tokens 40 --data "$OUT"/test/{3x1,4x1,2x2}/records.jsonl --id "$OUT/test/2x1/records.jsonl" \
+        --max-new-tokens 40 --overwrite --data "$OUT"/test/{3x1,4x1,2x2}/records.jsonl --id "$OUT/test/2x1/records.jsonl" \
         --ood "$OUT"/test/{bare,tags,boxed,json,line}/records.jsonl ${2:+--baseline "$OUT/results/$2.json"}
 }
 grpo() { # grpo FROM TO STEPS: rates for half a million weights; the KL (Jigsaw-R1's) keeps it exploring
@@ -41,7 +41,7 @@ evaluate zero base
 
 step "4 self-distillation: well-formed replies of GRPO-zero against the base's, corrupted in format"
 python "$HERE/distill.py" --policy "$OUT/zero" --base "$OUT/base" --data "$OUT/puzzles/records.jsonl" --limit 1000 \
-    --max-new-tokens 40 --out "$OUT/pairs.jsonl" --seed "$SEED"
+    --max-new-tokens 40 --out "$OUT/pairs.jsonl" --seed "$SEED" --overwrite
 
 step "5 cold start from the base: DPO + SFT, and plain SFT beside it"
 for loss in dpo+sft sft; do

@@ -40,6 +40,7 @@ rl think 1000 512
 for kind in think no-think; do
     for model in "$BASE" "$OUT/$kind"; do
         torchrun --standalone --nproc_per_node="$GPUS" "$HERE/eval.py" --model "$model" --max-new-tokens 512 \
-            --data "$OUT"/test/"$kind"-{2x1,3x1,4x1,2x2}/records.jsonl --out "$OUT/results/$kind-$(basename "$model").json"
+            --data "$OUT"/test/"$kind"-{2x1,3x1,4x1,2x2}/records.jsonl --resume \
+            --out "$OUT/results/$kind-$(basename "$model").json"
     done
 done

@@ -61,7 +61,7 @@ sft scenes/model words words/model "$WORD_STEPS" --lr 1e-3 --warmup 20 --schedul
 sft words/model formats base "$FORMAT_STEPS" --lr 1e-3 --warmup 20 --schedule linear
 evaluate() { # evaluate NAME RESULT flags…
     python "$HERE/eval.py" --model "$OUT/$1" --out "$OUT/results/$2.json" --data "${SETS[@]}" --max-new-tokens 40 \
-        --seed 1 "${@:3}"
+        --seed 1 --overwrite "${@:3}"
 }
 evaluate base base --temperature 1
 
@@ -75,7 +75,7 @@ grpo base zero "$ZERO"
 
 step "5 self-distillation"
 python "$HERE/distill.py" --policy "$OUT/zero" --base "$OUT/base" --data "$OUT/puzzles/records.jsonl" \
-    --limit "$PAIRS" --samples 8 --max-new-tokens 40 --out "$OUT/pairs.jsonl" --seed "$SEED"
+    --limit "$PAIRS" --samples 8 --max-new-tokens 40 --out "$OUT/pairs.jsonl" --seed "$SEED" --overwrite
 
 step "6 cold start from the base: DPO + SFT"
 python "$HERE/dpo.py" --model "$OUT/base" --data "$OUT/pairs.jsonl" --loss dpo+sft --out "$OUT/cold" \

@@ -31,7 +31,7 @@ run grpo.py --model "$BASE" --data "$TRAIN" --out "$OUT/zero" --steps 100 "${GRP
 # 2. Pairs: chosen from GRPO-zero, rejected from the base, both right, rejected corrupted in format. The paper has 9,000;
 # --limit is ours: enough questions for that many pairs. Its judge is another model, here it is a rule.
 run distill.py --policy "$OUT/zero" --base "$BASE" --data "$TRAIN" --out "$OUT/pairs.jsonl" --limit 20000 \
-    --samples 4 --max-new-tokens 10240 --max-pixels 1003520 --sampler vllm
+    --samples 4 --max-new-tokens 10240 --max-pixels 1003520 --sampler vllm --resume
 
 # 3. Cold start of the base: DPO + 1.0 SFT, batch 64, lr 1e-6, one pass: stated. β is not: 0.1 is its trainer's default.
 run dpo.py --model "$BASE" --data "$OUT/pairs.jsonl" --out "$OUT/cold" --loss dpo+sft --sft-weight 1 --beta 0.1 \
@@ -41,4 +41,4 @@ run dpo.py --model "$BASE" --data "$OUT/pairs.jsonl" --out "$OUT/cold" --loss dp
 run grpo.py --model "$OUT/cold" --data "$TRAIN" --out "$OUT/specs" --steps 600 "${GRPO[@]}"
 
 run eval.py --model "$OUT/specs" --data "$TEST" --out "$OUT/specs.json" --max-new-tokens 10240 --max-pixels 1003520 \
-    --sampler vllm
+    --sampler vllm --resume

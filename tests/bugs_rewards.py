@@ -5,6 +5,7 @@
 
 ANSWERS = "tests/test_answers.py"
 HOSTILE = "tests/test_hostile_records.py"
+CHOICES = "tests/test_reward_choices.py"
 SCORING = "tests/test_scoring.py"
 
 # fmt: off
@@ -37,5 +38,20 @@ BUGS = [
      "resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))", "pass", SCORING),
     ("the weights of a scorer are forgotten", "scoring.py", "rewards.score(reply, record, **options)",
      "rewards.score(reply, record)", SCORING),
+    # ---- rewards.py: other rewards
+    ("a graded grid gives no discount", "rewards.py", "GRADED_DISCOUNT = 0.2", "GRADED_DISCOUNT = 1.0", CHOICES),
+    ("neighbours are read the other way round", "rewards.py", 'if record.get("question") != "inverse":',
+     'if record.get("question") == "inverse":', CHOICES),
+    ("the last of a row is a neighbour of the next row's first", "rewards.py",
+     "        if (place + 1) % cols:\n", "        if place + 1 < len(pieces):\n", CHOICES),
+    ("a repeated piece has neighbours", "rewards.py",
+     '    if not is_arrangement(answer, len(gold)):\n        return 0.0\n    cols', "    cols", CHOICES),
+    ("the threshold of a box falls", "rewards.py",
+     "return overlap if overlap >= threshold", "return overlap if overlap > 0", CHOICES),
+    ("a box without area has a centre", "rewards.py",
+     "    if x2 <= x1 or y2 <= y1:\n        return 0.0\n    return point", "    return point", CHOICES),
+    ("a chosen reward is what is reported as accuracy", "rewards.py",
+     '"accuracy": right,', '"accuracy": earned,', CHOICES),
+    ("the run's progress is not handed on", "scoring.py", '{"progress": progress}', "{}", CHOICES),
 ]
 # fmt: on

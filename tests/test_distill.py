@@ -147,6 +147,38 @@ def test_the_first_reply_that_passes_is_taken_on_both_sides():
     assert (pair["chosen"], pair["rejected"]) == (better, LOOSE)
 
 
+def test_the_chosen_reply_is_the_first_a_random_the_shortest_or_the_most_typical_of_those_that_pass():
+    def said(reason):
+        return f"<think>{reason}</think><answer>B</answer>"
+
+    reasons = (
+        "well well so it is",
+        "1 is so very dark",
+        "1 is so very dark that 2",
+        "1 is so very dark that 2 is",
+        "x",
+    )
+    odd, few, usual, many, short = map(said, reasons)
+    replies = [WRONG, odd, few, usual, many, short, LOOSE]
+    picked = {pick: pair_of(replies, [LOOSE], pick=pick)[0]["chosen"] for pick in ("first", "shortest", "typical")}
+    assert picked == {"first": odd, "shortest": short, "typical": usual}
+    counts = Counter(pair_of(replies, [LOOSE], seed=seed, pick="random")[0]["chosen"] for seed in range(400))
+    assert set(counts) == {odd, few, usual, many, short} and min(counts.values()) > 50
+    for pick in distill.PICKS:
+        assert pair_of([WRONG, GOOD], [LOOSE], pick=pick)[0]["chosen"] == GOOD
+        assert pair_of([WRONG], [LOOSE], pick=pick) == (None, "policy never right")
+        assert pair_of([TWISTED, WRONG], [LOOSE], pick=pick) == (None, "reasoning contradicts")
+
+
+def test_the_account_says_who_was_dropped_why_and_how_the_pairs_look():
+    outcomes = [pair_of([GOOD], [LOOSE]), pair_of([WRONG], [LOOSE]), pair_of([GOOD], ["A"]), pair_of([WRONG], [LOOSE])]
+    told = distill.account([{"id": name} for name in "abcd"], outcomes)
+    assert (told["questions"], told["pairs"], told["corruptions"]) == (4, 1, {"malformed already": 1})
+    assert told["dropped"] == {"policy never right": ["b", "d"], "base never right": ["c"]}
+    assert told["chosen_characters"] == {"least": len(GOOD), "mean": len(GOOD), "most": len(GOOD)}
+    assert told["overlap"] == 0.0 and distill.overlap({1, 2, 3}, {2, 3, 4}) == 0.5
+
+
 def test_without_the_judge_a_contradiction_passes():
     assert pair_of([TWISTED], [LOOSE], judge="none")[0]["chosen"] == TWISTED
 
@@ -215,6 +247,28 @@ def test_the_account_counts_every_question_once():
         "rejected replies, broken by",
         "      3  100.0 %  malformed already",
     ]
+
+
+REPLIES = (
+    GOOD, WRONG, TWISTED, LOOSE, "B", "B.", "the answer is (B)", "A. above\nB. below\nAnswer: B", "", "1",
+    "<think>so A, B, not C</think><answer>B</answer>", "<think>1 is above, not 2</think><answer>above</answer>",
+    "<think>so 2</think><answer>1</answer>", "<think>None</think><answer>(B) None</answer>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [None, ..., ["above", "below"], ["1", "2"], ["", ""], ["B", "A"], ["a", "A", "a"]])
+@pytest.mark.parametrize("kind", ["think", "bare", "boxed", "json", "tags", "line"])
+def test_letters_with_any_options_or_none_are_paired_or_dropped_with_a_reason(options, kind):
+    record = {key: value for key, value in RECORD.items() if key != "options"} | {"reply_format": kind}
+    record["think"] = kind != "bare"
+    if options is not ...:
+        record["options"] = options
+    rewards.check_gold(record)
+    for chosen in REPLIES:
+        for rejected in REPLIES:
+            for coupled in (False, True):
+                pair, why = pair_of([chosen], [rejected], record, coupled=coupled)
+                assert (pair is None) == bool(why)
 
 
 # ---------------------------------------------------------------- the stage
@@ -325,21 +379,23 @@ def test_an_untrained_model_gives_no_pairs_and_the_account_says_why(place, capsy
 
 def test_a_reply_that_was_cut_is_not_used(place, capsys):
     length = len(model.load(str(place / "parrot"), training.setup())[1].encode_reply(SAID))
-    cut = flags(place, out=place / "none.jsonl", **{"max-new-tokens": length - 1})  # all but the end token
+    cut = flags(place, out=place / "cut.jsonl", **{"max-new-tokens": length - 1})  # all but the end token
     with pytest.raises(DataError, match="no pairs"):
         distill.main(cut)
     assert f"{COUNT:7d}  100.0 %  none: policy never finished" in capsys.readouterr().out
 
 
 def test_no_pairs_is_exit_status_two_and_one_line(place, capsys, monkeypatch):
-    given = flags(place, policy=place / "tiny", out=place / "none.jsonl", limit=1)
+    given = flags(place, policy=place / "tiny", out=place / "nothing.jsonl", limit=1)
     monkeypatch.setattr(sys, "argv", ["distill.py", *given])
     with pytest.raises(SystemExit) as stop:
         training.run(distill.main)
     assert stop.value.code == 2
     printed = capsys.readouterr()
     errors = [line for line in printed.err.split("\n") if "error" in line]
-    assert errors == [f"error: no pairs: none of the 1 questions gave one, {place / 'none.jsonl'} is not written"]
+    cause = f"error: no pairs: none of the 1 questions gave one, {place / 'nothing.jsonl'} is not written"
+    kept = f"the replies are in {place / 'nothing.jsonl.partial'}, for --resume with another --judge or --coupled"
+    assert errors == [f"{cause}; {kept}"]
     assert "Traceback" not in printed.err and "1 questions" in printed.out
 
 
@@ -374,6 +430,10 @@ def test_a_record_that_cannot_be_scored_is_named_with_its_line(place):
         {"seed": -1},
         {"temperature": 0},
         {"temperature": -1},
+        {"temperature": 1e-40},
+        {"temperature": "nan"},
+        {"samples": 10**9},
+        {"max-new-tokens": 10**12},
         {"judge": "rules"},
         {"reject": "base"},
     ],

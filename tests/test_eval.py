@@ -210,6 +210,8 @@ def test_flags_that_do_not_fit_together_are_refused(capsys):
         ("--top-p", "0", "argument --top-p: must lie in (0, 1], not 0"),
         ("--top-p", "nan", "argument --top-p: must lie in (0, 1], not nan"),
         ("--temperature", "inf", "argument --temperature: must be 0 or lie in [1e-4, 1e4], not inf"),
+        ("--samples", "1000000000", "argument --samples: must lie in [1, 1e5], not 1000000000"),
+        ("--temperature", "1e-40", "argument --temperature: must be 0 or lie in [1e-4, 1e4], not 1e-40"),
         ("--limit", "2.5", "argument --limit: must be a whole number, not 2.5"),
         ("--seed", "-1", "argument --seed: must lie in [0, 4294967295], not -1"),
         ("--ood-weights", "a=-1", "argument --ood-weights: must lie in [1e-6, 1e6], not -1"),
@@ -315,7 +317,7 @@ def test_the_generalization_factor_of_a_model_against_itself_is_zero_and_against
     assert len(form) >= 2
     for row_ in form[:2]:
         row_["format"] = [0.0]
-    evaluation.write_result(tiny / "less.json", base)
+    (tiny / "less.json").write_text(evaluation.result_text(base))
     capsys.readouterr()
     better = evaluate(tiny, *files, "--out", tiny / "better.json", "--baseline", tiny / "less.json")
     assert better["gf"]["gain_id"] == pytest.approx(40) and better["gf"]["ood_gains"] == {"jigsaw-pair-2x1:boxed": 0}

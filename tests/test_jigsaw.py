@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import files
 import jigsaw
 import records
 import rewards
@@ -411,7 +412,7 @@ def test_bad_input_ends_with_status_2_and_one_line_that_names_the_cause(tmp_path
 def test_puzzles_from_a_folder_need_nothing_of_the_project_but_how_it_opens_pictures(tmp_path):
     photographs(tmp_path / "in", [(1, 2, 3)])
     (tmp_path / "alone").mkdir()
-    for file in (jigsaw.__file__, records.__file__):
+    for file in (jigsaw.__file__, records.__file__, files.__file__):
         shutil.copy(file, tmp_path / "alone")
     command = [sys.executable, "alone/jigsaw.py", "--images", "in", "--count", "2", "--out", "out"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -199,10 +199,14 @@ def test_the_glossary_has_every_key_a_training_step_logs_and_no_other():
     # What tests/test_stages.py holds real rows against.
     from test_stages import DPO_KEYS, GRPO_KEYS
 
-    optional = {key.replace("tflops", "mfu") for key in GRPO_KEYS if key.startswith("tflops")} | {"staleness"}
+    optional = {key.replace("tflops", "mfu") for key in GRPO_KEYS if key.startswith("tflops")}
+    optional |= {"staleness", "overlong", "prompts_sampled"}
+    quality = {"loss_quality"}
+    named = ("loss", "reward", "margin", "preference_accuracy")
+    held_out = {f"eval_{key}" for key in DPO_KEYS | quality if any(name in key for name in named)}
     shared, of_grpo, of_dpo = (glossary(title) for title in ("Every stage", "grpo.py", "dpo.py"))
     assert sorted(shared + of_grpo) == sorted(GRPO_KEYS | optional)
-    assert sorted(shared + of_dpo) == sorted(DPO_KEYS | {"mfu_learn"})
+    assert sorted(shared + of_dpo) == sorted(DPO_KEYS | {"mfu_learn", "seconds_eval"} | quality | held_out)
 
 
 def test_the_glossary_has_every_key_of_a_result_file():

@@ -356,7 +356,7 @@ METRICS = {
 }
 
 
-def token_metrics(ratio="token", **changes):
+def token_metrics(ratio="token", surrogate="clip", floor=0.0, **changes):
     """grpo.token_metrics of METRICS, cap 2, bounds 0.8 and 1.4."""
     given = METRICS | changes
     ratios, mask = f64(given["ratios"]), torch.tensor(given["mask"])
@@ -365,8 +365,8 @@ def token_metrics(ratio="token", **changes):
     ref = None if given["ref_gap"] is None else logp + f64(given["ref_gap"])
     sampler = old - f64(given["sampler_gap"])
     advantage, correction = f64(given["advantage"]), f64(given["correction"])
-    clipping = {"clip_low": 0.2, "clip_high": 0.4, "ratio": ratio}
-    return grpo.token_metrics(logp, old, ref, sampler, advantage, mask, correction, 2.0, **clipping)
+    clipping = {"surrogate": surrogate, "clip_low": 0.2, "clip_high": 0.4, "ratio": ratio}
+    return grpo.token_metrics(logp, old, ref, sampler, advantage, mask, correction, 2.0, floor, **clipping)
 
 
 def test_the_metrics_are_sums_over_sampled_tokens_worked_out_by_hand():

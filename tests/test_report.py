@@ -42,7 +42,7 @@ def hostile_result(folder, name, reply=HOSTILE, missing=False):
               "answer": "B", "answer_type": "letter", "think": True}  # fmt: skip
     rows = [evaluation.score_row(record, [reply], [9], [True], True, folder)]
     result = {"model": "m", "files": {}, "args": {}, **evaluation.summarise(rows), "gf": None, "rows": rows}
-    evaluation.write_result(folder / name, result)
+    (folder / name).write_text(evaluation.result_text(result))
     return folder / name
 
 
@@ -96,7 +96,7 @@ def test_a_long_reply_and_many_questions_keep_the_page_small(tmp_path):
     result["rows"] = [
         result["rows"][0] | {"id": str(i), "source": str(i % 3), "replies": ["<" * 2_000_000]} for i in range(20)
     ]
-    evaluation.write_result(tmp_path / "one.json", result)
+    (tmp_path / "one.json").write_text(evaluation.result_text(result))
     report.main(["--out", str(tmp_path / "r.html"), "--results", str(tmp_path / "one.json")])
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert len(text) < 300_000 and "1998500 more characters" in text

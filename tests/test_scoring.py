@@ -159,7 +159,7 @@ def same_answer(gold: str, text: str) -> bool:
     while text == "x = 99":
         pass
     if text == "x = 98":
-        bytes(8 * 2**30)
+        bytes(5 * 2**30)
 """
 SCRIPT = """
 import os, sys, time
@@ -230,8 +230,12 @@ def test_the_process_ends_with_its_parent_even_if_that_is_killed(planted, busy):
     time.sleep(0.5)
     assert not gone(pid, 0)
     parent.send_signal(signal.SIGKILL)
-    parent.communicate()
-    assert gone(pid, 30)
+    parent.wait()
+    try:
+        assert gone(pid, 20)
+    finally:
+        if not gone(pid, 0):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_the_process_ends_when_the_program_does(planted):

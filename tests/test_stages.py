@@ -573,7 +573,7 @@ def stages():
 
 # The groups of each stage's --help, in their order. What is said of the machine is said in one place.
 GROUPS = {
-    "dpo": ["loss", "optimiser", "model and machine", "run directory"],
+    "dpo": ["loss", "optimiser", "evaluation", "model and machine", "run directory"],
     "grpo": ["sampling", "reward and advantage", "loss", "optimiser", "sampler", "model and machine", "run directory"],
     "distill": ["pairs", "sampling", "sampler", "model and machine"],
     "eval": ["what to evaluate", "generalization factor (GF)", "replies", "sampler", "model and machine", "report"],
@@ -629,11 +629,16 @@ MACHINE = {"max_pixels", "max_image_pixels", "dtype", "attn", "freeze_vision", "
            "max_skipped"}  # fmt: skip
 COMMON = {"model", "data", "skip_bad", "out", "seed", "steps", "lr", "schedule", "warmup", "grad_clip"}
 SETTINGS = {
-    "dpo": COMMON | MACHINE | {"loss", "beta", "sft_weight", "batch"},
+    "dpo": COMMON | MACHINE | {
+        "loss", "beta", "sft_weight", "sft_mean", "preference", "preference_weight", "label_smoothing",
+        "quality_weight", "reward_shift", "batch", "eval_data", "eval_every",
+    },
     "grpo": COMMON | MACHINE | {
-        "prompts", "group", "temperature", "top_k", "top_p", "max_new_tokens", "format_weight", "advantage_scale",
-        "clip_low", "clip_high", "ratio", "kl", "normalizer", "importance", "importance_cap", "updates", "sampler",
-        "vllm_memory", "vllm_tp", "parity_every", "one_step_off_policy",
+        "prompts", "group", "max_refill", "temperature", "top_k", "top_p", "max_new_tokens", "reward", "format_weight",
+        "overlong_buffer", "accuracy_low", "accuracy_high", "advantage_scale", "advantage_baseline", "surrogate",
+        "clip_low", "clip_high", "ratio", "kl", "entropy_bonus", "normalizer", "mask_truncated", "importance",
+        "importance_cap", "importance_floor", "importance_outside", "updates", "sampler", "vllm_memory", "vllm_tp",
+        "parity_every", "one_step_off_policy",
     },
 }  # fmt: skip
 

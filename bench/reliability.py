@@ -198,7 +198,8 @@ def count() -> None:
     A case is one entry of a table that a test is parametrised with; tests without a table are not counted.
     """
     present = [f"tests/{name}.py" for name in INPUTS if (ROOT / "tests" / f"{name}.py").exists()]
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *present]
+    # The project's own options would shorten the list to a number a file.
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "--collect-only", "-q", *present]
     listed = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
     cases = dict.fromkeys((Path(name).stem for name in present), 0)
     for line in listed.splitlines():

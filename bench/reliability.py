@@ -54,9 +54,16 @@ def read_log(name: str) -> dict | None:
 
 
 def read_faults() -> list[dict]:
-    """The lines of chaos.jsonl, of any number of runs."""
+    """The lines of chaos.jsonl, of any number of runs, without faults that came too late to disturb anything."""
     path = RESULTS / "chaos.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [fault for fault in map(json.loads, lines) if not too_late(fault)]
+
+
+def too_late(fault: dict) -> bool:
+    """Whether the run went on to its end: it had ended before, or was asked to stop in its last step."""
+    undisturbed = fault["outcome"].startswith(("too late", "status 0"))
+    return undisturbed and not fault["fault"].startswith("SIGSTOP")
 
 
 def commits_of(rows: list[dict]) -> str:

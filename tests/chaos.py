@@ -164,6 +164,8 @@ class Start:
             stage = "torchrun"
         sys.stdout.flush()
         sys.stderr.flush()
+        # As in ForkedRank: a signal that comes during the fork is for the stage.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
@@ -177,8 +179,10 @@ class Start:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             if command.python:
                 script = ["-m", "torch.distributed.run"] if world > 1 else [str(ROOT / f"{stage}.py")]
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
                 os.execv(command.python, [command.python, *script, *argv])
             become(stage, argv)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
     def ended(self) -> bool:
         reap()

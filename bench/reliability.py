@@ -103,13 +103,16 @@ def chaos_tables(faults: list[dict]) -> list[str]:
     lines += ["", row("run", "tried", "processes killed", "not survived"), rule(4)]
     for stage, world in sorted({(fault["stage"], fault["world"]) for fault in faults}):
         chosen = [fault for fault in faults if (fault["stage"], fault["world"]) == (stage, world)]
-        processes = "1 process" if world == 1 else f"{world} processes"
-        lines.append(row(f"{stage}, {processes}", *totals(chosen)))
+        lines.append(row(f"{stage}, {processes(world)}", *totals(chosen)))
     for fault in lost:
-        name = f"{fault['stage']}, {fault['world']} processes, {fault['fault']}"
-        what = " ".join(fault["outcome"].split()).replace("|", "/")[:160]
+        name = f"{fault['stage']}, {processes(fault['world'])}, {fault['fault']}"
+        what = " ".join(fault["outcome"].removeprefix("NOT SURVIVED: ").split()).replace("|", "/")[:160]
         lines += ["", f"Not survived: {name} (`--seed {fault['seed']} --only {fault['number']}`): {what}"]
     return lines
+
+
+def processes(world: int) -> str:
+    return "1 process" if world == 1 else f"{world} processes"
 
 
 def totals(faults: list[dict]) -> tuple:

@@ -776,7 +776,9 @@ def happen(fault: Fault, laboratory: Laboratory) -> Fault:
         fault.survived = True
         shutil.rmtree(folder)
     except (NotSurvived, TimeoutError, OSError) as problem:
-        fault.outcome = f"NOT SURVIVED: {problem}"
+        # No paths of this machine: the log is for everybody.
+        told = str(problem).replace(f"{laboratory.folder}/", "").replace(f"{ROOT}/", "")
+        fault.outcome = f"NOT SURVIVED: {told}"
     finally:
         if data:
             data.unlink()

@@ -54,9 +54,16 @@ def read_log(name: str) -> dict | None:
 
 
 def read_faults() -> list[dict]:
-    """The lines of chaos.jsonl, of any number of runs."""
+    """The lines of chaos.jsonl, of any number of runs, without faults that came too late to disturb anything."""
     path = RESULTS / "chaos.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [fault for fault in map(json.loads, lines) if not too_late(fault)]
+
+
+def too_late(fault: dict) -> bool:
+    """Whether the run went on to its end: it had ended before, or was asked to stop in its last step."""
+    undisturbed = fault["outcome"].startswith(("too late", "status 0"))
+    return undisturbed and not fault["fault"].startswith("SIGSTOP")
 
 
 def commits_of(rows: list[dict]) -> str:
@@ -96,13 +103,16 @@ def chaos_tables(faults: list[dict]) -> list[str]:
     lines += ["", row("run", "tried", "processes killed", "not survived"), rule(4)]
     for stage, world in sorted({(fault["stage"], fault["world"]) for fault in faults}):
         chosen = [fault for fault in faults if (fault["stage"], fault["world"]) == (stage, world)]
-        processes = "1 process" if world == 1 else f"{world} processes"
-        lines.append(row(f"{stage}, {processes}", *totals(chosen)))
+        lines.append(row(f"{stage}, {processes(world)}", *totals(chosen)))
     for fault in lost:
-        name = f"{fault['stage']}, {fault['world']} processes, {fault['fault']}"
-        what = " ".join(fault["outcome"].split()).replace("|", "/")[:160]
+        name = f"{fault['stage']}, {processes(fault['world'])}, {fault['fault']}"
+        what = " ".join(fault["outcome"].removeprefix("NOT SURVIVED: ").split()).replace("|", "/")[:160]
         lines += ["", f"Not survived: {name} (`--seed {fault['seed']} --only {fault['number']}`): {what}"]
     return lines
+
+
+def processes(world: int) -> str:
+    return "1 process" if world == 1 else f"{world} processes"
 
 
 def totals(faults: list[dict]) -> tuple:
@@ -198,7 +208,8 @@ def count() -> None:
     A case is one entry of a table that a test is parametrised with; tests without a table are not counted.
     """
     present = [f"tests/{name}.py" for name in INPUTS if (ROOT / "tests" / f"{name}.py").exists()]
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *present]
+    # The project's own options would shorten the list to a number a file.
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "--collect-only", "-q", *present]
     listed = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
     cases = dict.fromkeys((Path(name).stem for name in present), 0)
     for line in listed.splitlines():

@@ -25,6 +25,7 @@ import json
 import multiprocessing.util
 import os
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -163,6 +164,8 @@ class Start:
             stage = "torchrun"
         sys.stdout.flush()
         sys.stderr.flush()
+        # As in ForkedRank: a signal that comes during the fork is for the stage.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
@@ -176,8 +179,10 @@ class Start:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             if command.python:
                 script = ["-m", "torch.distributed.run"] if world > 1 else [str(ROOT / f"{stage}.py")]
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
                 os.execv(command.python, [command.python, *script, *argv])
             become(stage, argv)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
     def ended(self) -> bool:
         reap()
@@ -382,7 +387,9 @@ def different_files(out: Path, whole: Path) -> str:
 
 
 def result_of(path: Path) -> dict:
-    result = json.loads(path.read_text())
+    """A result file without what names this very command: its data may be a copy that a fault changes."""
+    result = json.loads(re.sub(r"(data|mixed)-[\d-]+\.jsonl", "records.jsonl", path.read_text()))
+    result.pop("fingerprint", None)
     result["args"] = {key: value for key, value in result["args"].items() if key not in ("out", "resume")}
     return result
 
@@ -588,7 +595,8 @@ def last_whole_step(out: Path) -> int:
 def check_wish(fault: Fault, start: Start, out: Path, before: int) -> None:
     """A wish to stop must lose no step: the last checkpoint is the last step of the log. before: rows at the moment."""
     said = start.said()
-    if start.world == 1 and "Traceback" in said:
+    # Python's own, while it still imports, is nobody's fault.
+    if start.world == 1 and "Traceback" in said and ", in main\n" in said:
         raise NotSurvived(f"a traceback: {said[-600:]}")
     if before and last_whole_step(out) != len(rows_so_far(out)):
         raise NotSurvived(f"{len(rows_so_far(out))} steps in the log, the checkpoint is of step {last_whole_step(out)}")
@@ -656,6 +664,8 @@ def signals(fault: Fault, command: Command, folder: Path, usual: Reference, rng:
             raise NotSurvived(f"a pause ended it with status {start.status()}: {start.said()[-400:]}")
     else:
         start.wait()
+        if start.status() == 0:
+            return "too late, the run had ended"
     status = start.status()
     if status != 0 or not command.out.exists():
         resume_to_the_end(fault, command, folder)
@@ -766,7 +776,9 @@ def happen(fault: Fault, laboratory: Laboratory) -> Fault:
         fault.survived = True
         shutil.rmtree(folder)
     except (NotSurvived, TimeoutError, OSError) as problem:
-        fault.outcome = f"NOT SURVIVED: {problem}"
+        # No paths of this machine: the log is for everybody.
+        told = str(problem).replace(f"{laboratory.folder}/", "").replace(f"{ROOT}/", "")
+        fault.outcome = f"NOT SURVIVED: {told}"
     finally:
         if data:
             data.unlink()
@@ -781,7 +793,8 @@ def happen(fault: Fault, laboratory: Laboratory) -> Fault:
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--kills", type=int, default=0, help="go on until so many were killed; 0: every fault once")
+    parser.add_argument("--kills", type=int, default=0,
+                        help="go on until so many processes were killed; 0: every fault once")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=0, help="begin no fault after so many seconds; 0: no limit")
     parser.add_argument("--seed", type=int, default=0, help="which faults, in which order, at which moments")
     parser.add_argument("--log", help="JSON lines to append to, one a fault")

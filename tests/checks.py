@@ -16,17 +16,17 @@ from records import DataError
 def export(args, world):
     """Write args.model again, in files of at most args.bytes, from shards; rank 0 notes who wrote which file."""
     policy, encoder = model.load(args.model, world, train=True)
-    written, save = [], training.save_file
+    written, save = [], run_directory.save_file
 
     def watched(tensors, path, **options):
         written.append([Path(path).name, sum(tensor.nbytes for tensor in tensors.values())])
         save(tensors, path, **options)
 
-    training.save_file = watched
+    run_directory.save_file = watched
     try:
         run_directory.save_model(policy, encoder, args.out, world, args.bytes)
     finally:
-        training.save_file = save
+        run_directory.save_file = save
     everybody = world.gather(written)
     if world.main:
         (Path(args.out) / "written.json").write_text(json.dumps(everybody))

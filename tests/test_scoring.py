@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -243,3 +244,13 @@ def test_the_process_ends_when_the_program_does(planted):
     out, errors = parent.communicate(timeout=60)
     assert errors == ""
     assert gone(int(out.split()[0]), 5)
+
+
+def test_a_process_whose_parent_ends_while_it_starts_says_nothing():
+    ours, theirs = socket.socketpair()
+    ours.close()
+    script = Path(scoring.__file__)
+    done = subprocess.run([sys.executable, script, str(os.getpid()), "5"], stdin=theirs, stdout=theirs,
+                          stderr=subprocess.PIPE, text=True, timeout=120)  # fmt: skip
+    theirs.close()
+    assert (done.returncode, done.stderr) == (0, "")

@@ -30,8 +30,8 @@ bugs: $(VENV)/ready
 SEED ?= 0
 chaos: $(VENV)/ready
 	PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 PYTHONPATH=. python tests/chaos.py --seed $(SEED) --kills 200 \
-		--log bench/results/chaos.jsonl $(if $(VLLM),--vllm-python $(abspath $(VLLM)))
-	PATH="$(BIN):$$PATH" python bench/reliability.py
+		--log bench/results/chaos.jsonl $(if $(VLLM),--vllm-python $(abspath $(VLLM))); status=$$?; \
+		PATH="$(BIN):$$PATH" python bench/reliability.py && exit $$status
 
 # make exercise: the list; N=12: find bug 12 in exercises/12; N=12 SHOW=1: tells it
 exercise: $(VENV)/ready

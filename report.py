@@ -630,8 +630,10 @@ def picture_html(path: str, question_id: str) -> str:
             with Image.open(path) as image:
                 width, height = image.size
         if width * height > MOST_PIXELS:
-            return f"<p>The picture {name} is too large to be shown: {width} by {height} pixels.</p>"
+            return f"<p>The picture {name} is too large to be shown.</p>"
         image = open_picture(path)
+    except Image.DecompressionBombError:
+        return f"<p>The picture {name} is too large to be shown.</p>"
     except Exception:
         # Pillow's readers raise whatever their parsing meets, on a file that anybody may have made.
         return f"<p>The picture {name} cannot be read.</p>"

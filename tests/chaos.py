@@ -781,7 +781,7 @@ def happen(fault: Fault, laboratory: Laboratory) -> Fault:
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--kills", type=int, default=0, help="go on until so many processes were killed; 0: no matter")
+    parser.add_argument("--kills", type=int, default=0, help="go on until so many were killed; 0: every fault once")
     parser.add_argument("--seconds", type=float, default=0, help="begin no fault after so many seconds; 0: no limit")
     parser.add_argument("--seed", type=int, default=0, help="which faults, in which order, at which moments")
     parser.add_argument("--log", help="JSON lines to append to, one a fault")

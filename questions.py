@@ -259,8 +259,8 @@ def check_choices(choices: Choices) -> None:
         return
     if rows < 1 or cols < 1 or rows * cols < 2:
         raise ValueError(f"a grid of {rows}x{cols} has fewer than 2 pieces")
-    if choices.derange and rows * cols == 2 and about == "pieces":
-        raise ValueError("two pieces have one order in which both move: the answer needs no look at the picture")
+    if choices.derange and rows * cols == 2 and question == "multiple":
+        raise ValueError("two pieces have one order in which both move: multiple needs a wrong one")
     if about == "patches" and rows * cols > len(LETTERS):
         raise ValueError(f"{rows}x{cols} patches are more than {len(LETTERS)} letters can name")
 

@@ -444,3 +444,9 @@ def test_failing_midway_leaves_the_earlier_records_alone(tmp_path):
     with pytest.raises(SystemExit):
         run("--images", tmp_path / "in", "--count", 1, "--rows", 20, "--out", tmp_path / "out")
     assert (tmp_path / "out" / "records.jsonl").read_bytes() == before
+
+
+def test_two_pieces_can_be_deranged_they_change_places():
+    for question in ("pair", "full"):
+        _, record = jigsaw.make_puzzle(coordinates(4, 4), 2, 1, question, random.Random(0), derange=True)
+        assert record["order"] == [2, 1]

@@ -132,7 +132,7 @@ def test_without_a_curriculum_there_is_no_stage(tmp_path):
         (["--question", "rotation", "--angles", 7], "7 angles"),
         (["--question", "box", "--mask-ratio", 0.1], "pieces"),
         (["--question", "box", "--separate"], "separate"),
-        (["--derange"], "two pieces"),
+        (["--question", "multiple", "--derange"], "two pieces"),
     ],
 )
 def test_kinds_that_make_no_sense_end_with_one_line(tmp_path, capsys, flags, cause):

@@ -402,7 +402,7 @@ def test_a_dialogue_begins_with_a_user_and_ends_where_the_assistant_speaks(photo
         ("rotation", {"angles": 7}, "7 angles"),
         ("rotation", {"derange": True}, "nothing to derange"),
         ("patchfit", {"rows": 3, "cols": 3}, "more than 8 letters"),
-        ("pair", {"derange": True}, "needs no look"),
+        ("multiple", {"derange": True}, "needs a wrong one"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused_in_one_line(photographs, question, options, cause):

@@ -75,8 +75,8 @@ NAMES = [
 def parse(stage, capsys, *flags):
     """(parsed flags or None, what stands on stderr) of a stage's needed flags and these."""
     needed = NEEDED[stage]
-    of_a_folder = ("--max-side", "--max-image-pixels")  # of jigsaw.py: of pictures from a folder only
-    if stage == "jigsaw" and any(flag.startswith(of_a_folder) for flag in flags):
+    of_a_folder = ("--max-side", "--max-image-pixels")  # where pictures are made or read: of a folder only
+    if stage in ("jigsaw", "toy.primer") and any(flag.startswith(of_a_folder) for flag in flags):
         needed = ["--images", *needed[1:]]
     try:
         return importlib.import_module(stage).parse_args([*needed, *flags]), ""

@@ -82,7 +82,7 @@ def test_a_rank_that_does_not_come_is_named_by_those_who_wait(tmp_path):
 
 def test_ranks_that_all_come_are_let_alone(tmp_path):
     status, out, err = end(torchrun(tmp_path, "none", 3))
-    assert (status, out) == (0, "[2.0]\n[2.0]\n") and "error" not in err
+    assert (status, out.count("[2.0]")) == (0, 2) and "error" not in err
 
 
 def test_ranks_end_when_their_launcher_is_gone(tmp_path):
@@ -99,6 +99,7 @@ def test_ranks_end_when_their_launcher_is_gone(tmp_path):
 STAGE = """
 import signal, sys, time
 import processes
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run behind an & of a shell, which ignores it
 def main():
     try:
         signal.raise_signal(getattr(signal, sys.argv[1]))

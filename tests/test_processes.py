@@ -47,7 +47,7 @@ def pids(tmp_path):
     while len(found := list(tmp_path.glob("pid?"))) < 2 or not all(path.read_text() for path in found):
         assert time.monotonic() < deadline, "the ranks did not start"
         time.sleep(0.05)
-    return [int(path.read_text()) for path in found]
+    return [int(path.read_text()) for path in sorted(found)]
 
 
 def alive(pid):
@@ -60,7 +60,12 @@ def alive(pid):
 
 def test_a_stopped_rank_is_named_with_its_phase_and_ends_the_run(tmp_path):
     process = torchrun(tmp_path, "stop", 4)
-    stopped = pids(tmp_path)
+    waiting, stopped = pids(tmp_path)
+    deadline = time.monotonic() + 60
+    while alive(waiting) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    # torchrun would wait 30 seconds for a stopped process to heed its SIGTERM.
+    os.kill(stopped, signal.SIGKILL)
     _, _, err = end(process)
     named = r"rank 1 \(phase after sample, silent for \d+ s\)"
     assert re.search(named + " gives no sign of life: its process is stopped or its machine is gone", err)
@@ -68,9 +73,6 @@ def test_a_stopped_rank_is_named_with_its_phase_and_ends_the_run(tmp_path):
     # Whichever comes first: nothing heard of it for so long, or waited for so long.
     assert re.search(f"error: .*{named}.*; all ranks end, --resume goes on from the last checkpoint", err)
     assert "Traceback (most recent call last)" not in err.split("error: ")[0]
-    for pid in stopped:
-        if alive(pid):
-            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_rank_that_does_not_come_is_named_by_those_who_wait(tmp_path):

@@ -136,8 +136,7 @@ def input_rows() -> list[str]:
     if fuzz is None:
         rows.append(row("replies and answers made at random", NOT_RUN, "–", "–"))
     else:
-        for name, number in numbers_of(fuzz):
-            rows.append(row(name, number, "`bench/results/fuzz.json`", f"`{fuzz['commit'][:12]}`"))
+        rows += fuzz_rows(fuzz)
     search = read_log("search_math.json")
     if search is None:
         rows.append(row("expressions compared with unequal golds", NOT_RUN, "–", "–"))
@@ -148,15 +147,19 @@ def input_rows() -> list[str]:
     return rows
 
 
-def numbers_of(log: dict, prefix: str = "") -> list[tuple[str, int]]:
-    """(name, number) of every whole number in a log, however deep."""
-    found = []
-    for key, value in log.items():
-        if isinstance(value, dict):
-            found += numbers_of(value, f"{prefix}{key}: ")
-        elif type(value) is int and key != "seed":
-            found.append((prefix + key, value))
-    return found
+def fuzz_rows(fuzz: dict) -> list[str]:
+    """What bench/fuzz.py made at random: how much, how slow the slowest was, and what went wrong."""
+    tried = {
+        "replies": sum(count for key, count in fuzz["replies"]["counts"].items() if key.endswith(": replies")),
+        "mathematics": fuzz["mathematics"]["counts"]["expressions"],
+    }
+    words = {"replies": "random replies of all types and formats", "mathematics": "random mathematics"}
+    rows = []
+    for part, count in tried.items():
+        slowest, flaws = fuzz[part]["slowest, ms"], len(fuzz[part]["flaws"])
+        name = f"{words[part]}: flaws {flaws}, the slowest {slowest:.0f} ms"
+        rows.append(row(name, count, "`bench/results/fuzz.json`", f"`{fuzz['commit'][:12]}`"))
+    return rows
 
 
 def exploit_rows() -> list[str]:

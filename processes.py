@@ -6,6 +6,7 @@
     run         a stage's main() with its exit status: 0 done, 2 bad input, 130 and 143 stopped, 1 anything else
 """
 
+import errno
 import json
 import os
 import signal
@@ -22,6 +23,8 @@ import torch
 import torch.distributed as dist
 
 from files import DataError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, the largest file
 
 
 class StageError(RuntimeError):
@@ -281,6 +284,9 @@ def last_words(error: BaseException, first_rank: bool) -> tuple[int, str | None]
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
         return 2, f"\nerror: {one_line(error)}"  # rank 0's progress bar may stand on this line
+    if isinstance(error, OSError) and error.errno in FULL:
+        # A log or a result could not be written, wherever that was.
+        return 1, f"error: {one_line(error)}; make room, then go on with --resume"
     if isinstance(error, StageError):
         return 1, f"error: {one_line(error)}" if first_rank else None
     if isinstance(error, KeyboardInterrupt):

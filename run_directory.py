@@ -346,8 +346,11 @@ class Run:
             if problem is None:
                 self.step = int(name.removeprefix("step_"))
                 self.extra = files.read_json_object(folder / "extra.json")
-                if first_problem and self.world.main:
-                    warn(f"{first_problem}; going on from {name}")
+                if self.world.main:
+                    if first_problem:
+                        warn(f"{first_problem}; going on from {name}")
+                    # It may be damaged, or name what is; a finished run writes no other.
+                    write_text(self.out / "LATEST", name)
                 return
             first_problem = first_problem or problem
         if first_problem:

@@ -121,3 +121,12 @@ def test_what_no_input_is_to_blame_for_is_one_line_too():
     code = "import processes\ndef main():\n    raise processes.StageError('no\\nmore')\nprocesses.run(main)"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (1, "error: no more\n")
+
+
+def test_a_full_disk_is_one_line():
+    full = "OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'log.jsonl')"
+    code = f"import errno, os, processes\ndef main():\n    raise {full}\n"
+    done = subprocess.run([sys.executable, "-c", code + "processes.run(main)"], env=environment(), capture_output=True,
+                          text=True)  # fmt: skip
+    said = "error: [Errno 28] No space left on device: 'log.jsonl'; make room, then go on with --resume\n"
+    assert (done.returncode, done.stderr) == (1, said)

@@ -216,6 +216,7 @@ def test_a_damaged_latest_costs_nothing(saved, scratch_model, capsys, latest):
         (out / "LATEST").write_bytes(latest)
     run, found, _ = resumed(out, scratch_model[0])
     assert run.step == 5 and distance(found, weights[5]) == 0
+    assert (out / "LATEST").read_text() == "step_000005"  # also if this run has nothing more to write
     assert "LATEST: names no checkpoint" in capsys.readouterr().err or latest == b"step_000009"
 
 

@@ -170,3 +170,25 @@ def write_contrary(count: int, seed: int, size: int, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for number, scene_seed in enumerate(list_scenes(count, seed, "test", 0.1)):
         scene(random.Random(scene_seed), size, contrary=True).save(out / f"{number:04d}.png")
+
+
+def parse_args(argv=None):
+    from jigsaw import Parser, integer
+
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--contrary", type=integer("[1, 1e5]"), metavar="N", help="write N test scenes whose light falls the wrong way")
+    add("--answers", type=Path, metavar="RECORDS", help="write SFT lines: these puzzles with their right answers, bare")
+    add("--out", type=Path, metavar="PATH", help="folder of --contrary, file of --answers")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    if args.contrary:
+        write_contrary(args.contrary, 7, 112, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,7 +9,7 @@ puzzles. The questions:
     pair    the puzzle of jigsaw.py; the reply's reason is true, its verdict is sampled at random
     look    is piece k lighter or darker, warmer or cooler, than piece j? The reply is right
     rank    (only with --ask) all pieces from the lightest to the darkest; the reply is right
-    full    (only with --ask) jigsaw.py's question about all positions; as `pair`
+    inverse (only with --ask) jigsaw.py's question about all positions; as `pair`
 
 Each line is a whole pair record without `rejected`: what `dpo.py --loss sft` reads.
 
@@ -80,9 +80,10 @@ def level(luminance: float) -> int:
     return min(9, max(0, int((luminance - 65) / 14)))
 
 
-def list_levels(luminances: list[float]) -> str:
-    """[140.0, 90.0] -> "1 5, 2 1.": every position, and the light of the piece there."""
-    return ", ".join(f"{position} {level(value)}" for position, value in enumerate(luminances, 1)) + "."
+def list_levels(luminances: list[float], k: int, j: int) -> str:
+    """[140.0, 90.0, 180.0], 3, 1 -> "1 5, 2 1, 3 8. 3 8, 1 5.": the light of every piece, and of the two asked about."""
+    said = [f"{position} {level(value)}" for position, value in enumerate(luminances, 1)]
+    return f"{', '.join(said)}. {said[k - 1]}, {said[j - 1]}."
 
 
 def sight(cue: str, more: bool, k: int, j: int) -> str:
@@ -180,10 +181,10 @@ def ask_about(
         light = measured["light"]
         answer = sorted(range(1, len(light) + 1), key=lambda position: -light[position - 1])
         return RANK_TEXT, "grid", {"answer": answer}, "is", " ".join(map(str, answer))
-    if question == "full":
-        fields = questions.ask_full(mixed, rng)
+    if question == "inverse":
+        fields = questions.ask_inverse(mixed, rng)
         verdict = " ".join(map(str, rng.sample(fields["answer"], len(fields["answer"]))))
-        return texts.get("full", jigsaw.QUESTIONS["full"].text), "grid", fields, "was", verdict
+        return texts.get("inverse", jigsaw.QUESTIONS["inverse"].text), "grid", fields, "was", verdict
     if question == "pair":
         fields = questions.pair_fields(mixed, k, j, rng)
         verdict, verb = rng.choice(fields["options"]), "was"
@@ -215,7 +216,7 @@ def primer_item(
         first = rng.random() < 0.5
     reason = reason_about(cue, more, k, j, verdict, answer, first)
     if manner.levels:
-        reason = f"{list_levels(measured['light'])} {reason}"
+        reason = f"{list_levels(measured['light'], k, j)} {reason}"
     if manner.slip and answer_type == "letter" and rng.random() < manner.slip:
         answer = rng.choice([letter for letter in jigsaw.LETTERS[: len(fields["options"])] if letter != answer])
 
@@ -310,7 +311,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add(
         "--ask",
         nargs="+",
-        choices=["pair", "look", "full", "rank"],
+        choices=["pair", "look", "rank", "inverse"],
         default=["pair", "look"],
         help="the questions, equally likely (default pair look)",
     )

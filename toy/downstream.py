@@ -1,4 +1,4 @@
-"""Other questions about scenes than puzzles: what a run on puzzles may have taught besides. Writes records.jsonl and images.
+"""Questions about scenes that are no puzzles: what may puzzles teach besides? Writes records.jsonl and the images.
 
     python toy/downstream.py --count 500 --split test --out runs/downstream
 
@@ -12,7 +12,7 @@ about whole scenes on which a white and a black disc lie, or several white ones:
     nearer    which disc is nearer? The nearer one is larger and lower, as things on a plain are
     count     how many white discs are there, 1 to 4?
 
-Every line has a right reply as `chosen` too: SFT on it (`dpo.py --loss sft`) is what a base model knows of such questions.
+Every line has a right reply as `chosen` too: what SFT (`dpo.py --loss sft`) teaches a base model of such questions.
 
 Legend: x, y in pixels from the left and from the top; s the side of the scene; r a radius.
 """

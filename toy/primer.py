@@ -80,10 +80,23 @@ def level(luminance: float) -> int:
     return min(9, max(0, int((luminance - 65) / 14)))
 
 
-def list_levels(luminances: list[float], k: int, j: int) -> str:
-    """[140.0, 90.0, 180.0], 3, 1 -> "1 5, 2 1, 3 8. 3 8, 1 5.": the light of every piece, and of the two asked about."""
-    said = [f"{position} {level(value)}" for position, value in enumerate(luminances, 1)]
-    return f"{', '.join(said)}. {said[k - 1]}, {said[j - 1]}."
+def list_levels(luminances: list[float]) -> str:
+    """[140.0, 90.0] -> "1 5, 2 1.": every position, and the light of the piece there."""
+    return ", ".join(f"{position} {level(value)}" for position, value in enumerate(luminances, 1)) + "."
+
+
+def levels_of_pair(luminances: list[float], k: int, j: int) -> str:
+    """[140.0, 90.0, 180.0], 3, 1 -> "1 5, 2 1, 3 8. 3 8, 1 5.": of all, and once more of the two asked about."""
+    return f"{list_levels(luminances)} {k} {level(luminances[k - 1])}, {j} {level(luminances[j - 1])}."
+
+
+def reason_of_list(luminances: list[float], answer: str, recheck: float, rng: random.Random) -> str:
+    """The reason of an answer that lists all pieces: their light, and the list. recheck: see Manner."""
+    said = list_levels(luminances)
+    if recheck and rng.random() < recheck:
+        first = rng.sample(luminances, len(luminances)) if rng.random() < 0.5 else luminances
+        said = f"{list_levels(first)} {RECHECK}: {said}"
+    return f"{said} so {answer}."
 
 
 def sight(cue: str, more: bool, k: int, j: int) -> str:
@@ -158,7 +171,10 @@ class Manner(NamedTuple):
     levels: bool = False  # a reason begins with the light of every piece, as a digit, and speaks of light only
 
 
-def primer_items(mixed: jigsaw.Mixed, count: int, rng: random.Random, manner: Manner = Manner()) -> list[dict]:
+PLAIN = Manner()
+
+
+def primer_items(mixed: jigsaw.Mixed, count: int, rng: random.Random, manner: Manner = PLAIN) -> list[dict]:
     """`count` questions with replies about one mixed picture: records without `id` and `images`.
 
     `answer` is the true answer, whatever the reply says, and `form` the reply's form, whatever was asked. ValueError if
@@ -196,6 +212,16 @@ def ask_about(
     return text, "letter", fields, f"{verb} {verdict}", jigsaw.LETTERS[fields["options"].index(verdict)]
 
 
+def another_answer(answer: str, answer_type: str, fields: dict, rng: random.Random) -> str:
+    """A letter among the options, or an order of the same numbers, that is not `answer`."""
+    if answer_type == "letter":
+        return rng.choice([letter for letter in jigsaw.LETTERS[: len(fields["options"])] if letter != answer])
+    numbers, other = answer.split(), answer
+    while other == answer:
+        other = " ".join(rng.sample(numbers, len(numbers)))
+    return other
+
+
 def primer_item(
     mixed: jigsaw.Mixed, measured: dict[str, list[float]], rng: random.Random, manner: Manner
 ) -> dict:
@@ -211,14 +237,17 @@ def primer_item(
     # 2. What is asked, what the reply concludes, and how it gets there.
     question = rng.choice(manner.ask)
     text, answer_type, fields, verdict, answer = ask_about(mixed, measured, question, cue, more, k, j, rng, manner)
-    first = None
-    if manner.recheck and rng.random() < manner.recheck:
-        first = rng.random() < 0.5
-    reason = reason_about(cue, more, k, j, verdict, answer, first)
-    if manner.levels:
-        reason = f"{list_levels(measured['light'], k, j)} {reason}"
-    if manner.slip and answer_type == "letter" and rng.random() < manner.slip:
-        answer = rng.choice([letter for letter in jigsaw.LETTERS[: len(fields["options"])] if letter != answer])
+    if answer_type == "grid":
+        reason = reason_of_list(measured["light"], answer, manner.recheck, rng)
+    else:
+        first = None
+        if manner.recheck and rng.random() < manner.recheck:
+            first = rng.random() < 0.5
+        reason = reason_about(cue, more, k, j, verdict, answer, first)
+        if manner.levels:
+            reason = f"{levels_of_pair(measured['light'], k, j)} {reason}"
+    if manner.slip and rng.random() < manner.slip:
+        answer = another_answer(answer, answer_type, fields, rng)
 
     # 3. Which form is asked for, and which the reply has.
     asked = manner.reply_format or rng.choice(["think", *WELL_FORMED])
@@ -226,8 +255,9 @@ def primer_item(
     if rng.random() >= manner.follow:
         form = rng.choice([name for name in (*WELL_FORMED, *MALFORMED) if name != asked])
 
+    shown = {"separate": manner.separate, "words": manner.words}
     return {
-        "prompt": jigsaw.write_prompt(mixed, text, answer_type, fields, asked, separate=manner.separate, words=manner.words),
+        "prompt": jigsaw.write_prompt(mixed, text, answer_type, fields, asked, **shown),
         "answer": fields["answer"],
         "answer_type": answer_type,
         **fields,
@@ -252,7 +282,7 @@ def write_primer(
     rows: int = 2,
     cols: int = 1,
     per_picture: int = 4,
-    manner: Manner = Manner(),
+    manner: Manner = PLAIN,
     swap: float = 0.5,
     derange: bool = False,
     split: str = "all",
@@ -344,7 +374,8 @@ def manner_of(args: Namespace) -> Manner:
     """The flags that say how to ask and to answer. Raises as questions.read_words and check_placeholders do."""
     words = questions.read_words(args.prompts) if args.prompts else None
     questions.check_placeholders("--look-text", args.look_text, LOOK_TEXT, set())
-    return Manner(args.follow, args.reply_format, tuple(args.ask), args.recheck, args.slip, words, args.look_text, args.separate, args.levels)
+    flags = {name: getattr(args, name) for name in Manner._fields if name not in ("ask", "words")}
+    return Manner(ask=tuple(args.ask), words=words, **flags)
 
 
 def main(argv: list[str] | None = None) -> None:

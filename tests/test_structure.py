@@ -139,7 +139,7 @@ assert "transformers" not in sys.modules and "vllm" not in sys.modules and "matp
 def test_importing_every_file_reads_no_flags_prints_nothing_and_writes_nothing(tmp_path):
     # rewards and jigsaw first: they need no torch
     names = ["rewards", "jigsaw", *(name for name in FILES if name not in ("rewards", "jigsaw"))]
-    names += ["toy.scenes", "toy.primer", "toy.tiny_model"]
+    names += ["toy.scenes", "toy.primer", "toy.downstream", "toy.tiny_model"]
     environment = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "", "HOME": str(tmp_path)}
     command = [sys.executable, "-c", IMPORT_ALL, "--no-such-flag", *names]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

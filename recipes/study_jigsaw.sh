@@ -89,18 +89,20 @@ for seed in "${SEEDS[@]}"; do
     rl base "think-2x1-$seed" think 2x1 "$seed"
 done | stages
 
-# 3. Fewer seeds: SFT on the same puzzles, by the answers without reasoning, by right replies of the base with it; RL
-# from there; RL on other sizes.
+# 3. Fewer seeds: SFT on the same puzzles, by the answers without reasoning, by right replies of the base with it, and RL
+# from there.
 for seed in "${SEEDS[@]:0:FURTHER}"; do
     echo "bench/study_jigsaw.py --answers $OUT/puzzles/no-think-2x1-$seed/records.jsonl --out $OUT/answers/$seed.jsonl"
     sft "sft-no-think-$seed" no-think "$OUT/answers/$seed.jsonl" "$seed"
     rl "sft-no-think-$seed" "sft-rl-no-think-$seed" no-think 2x1 "$seed"
-    for size in 3x1 2x2; do rl base "no-think-$size-$seed" no-think "$size" "$seed"; done
-done | stages
-for seed in "${SEEDS[@]:0:FURTHER}"; do
     echo "distill.py --policy $OUT/base --data $OUT/puzzles/think-2x1-$seed/records.jsonl --samples 8" \
         "--max-new-tokens 64 --judge none --reject-from chosen --seed $seed --overwrite --out $OUT/right/$seed.jsonl"
     sft "sft-think-$seed" think "$OUT/right/$seed.jsonl" "$seed"
     rl "sft-think-$seed" "sft-rl-think-$seed" think 2x1 "$seed"
-    rl base "think-3x1-$seed" think 3x1 "$seed"
 done | stages
+
+# 4. RL on other sizes.
+for seed in "${SEEDS[@]:0:FURTHER}"; do
+    for size in 3x1 2x2; do rl base "no-think-$size-$seed" no-think "$size" "$seed"; done
+done | stages
+for seed in "${SEEDS[@]:0:FURTHER}"; do rl base "think-3x1-$seed" think 3x1 "$seed"; done | stages

@@ -190,7 +190,7 @@ def read_result(path: Path, tests: Path, kind: str) -> dict:
             "format": share(value for row in mine for value in row["format"]),
         }
         if kind == "think":
-            said = [(reply, records[row["id"]]) for row in mine for reply in row["replies"]]
+            said = [(reply, records[row["id"]]) for row in mine for reply in row.get("replies", [])]
             found[name]["thoughts"] = thoughts_of(said)
     downstream = [row for row in rows if row["source"].startswith("downstream-")]
     kinds = sorted({row["source"].removeprefix("downstream-").split(":")[0] for row in downstream})
@@ -378,6 +378,8 @@ def methods_table(study: dict) -> str:
             found = results_of(study, kind, method)
             if method == "rl":  # the same seeds as the others
                 found = found[: len(results_of(study, kind, "sft"))]
+            if not found:
+                continue
             cells = [shown([result[name]["exact"] for result in found]) for name in SIZES]
             rows.append([f"{kind}: {title}, {seeds(found)}", *cells, shown([downstream_mean(r) for r in found])])
     return table(["after", *SIZES, "downstream"], rows)
@@ -512,7 +514,7 @@ def draw_patterns(panels, study: dict) -> None:
 def draw_methods(panels, study: dict) -> None:
     for panel, kind in zip(panels, KINDS, strict=True):
         groups = {title: [[result[name]["exact"] for result in results_of(study, kind, method)] for name in SIZES]
-                  for method, title in METHODS.items()}  # fmt: skip
+                  for method, title in METHODS.items() if results_of(study, kind, method)}  # fmt: skip
         bars(panel, groups, list(SIZES))
         panel.set(title=f"{kind}: whole puzzles right, %", ylim=(0, 102))
     panels[1].legend(fontsize=7)

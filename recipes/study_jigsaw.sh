@@ -99,8 +99,8 @@ sft() { # sft TO KIND DATA SEED: as many prompts and updates as an RL run
             "--out $OUT/answers/$seed.jsonl"
         sft "sft-no-think-$seed" no-think "$OUT/answers/$seed.jsonl" "$seed"
         rl "sft-no-think-$seed" "sft-rl-no-think-$seed" no-think 2x1 "$seed"
-        rl base "no-think-3x1-$seed" no-think 3x1 "$seed"
     done
+    for seed in "${SEEDS[@]:0:FURTHER}"; do rl base "no-think-3x1-$seed" no-think 3x1 "$seed"; done
     for seed in "${SEEDS[@]:0:FURTHER}"; do
         echo "distill.py --policy $OUT/base --data $OUT/puzzles/think-2x1-$seed/records.jsonl --samples 8" \
             "--max-new-tokens 64 --judge none --reject-from chosen --seed $seed --overwrite" \

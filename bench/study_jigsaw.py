@@ -336,20 +336,24 @@ def transfer_table(study: dict) -> str:
 
 
 def along_table(study: dict) -> str:
-    """Reasoning on the trained size: the base's test replies, parts of the run, test replies at the end."""
+    """Reasoning: the base's test replies, parts of the run, test replies at the end; then unseen columns."""
     names = ("consistent", "true", "licensed")
     runs = list(of_arm(study["curves"], "think-2x1").values())
-    ends = results_of(study, "think", "rl")
-    base = study["results"]["base-think"]["2x1"]
-    rows = [["base, test", f"{100 * base['accuracy']:.1f}", *(shown([base["thoughts"][name]]) for name in names)]]
+
+    def tested(size: str, method: str) -> list[str]:
+        ends = [result[size] for result in results_of(study, "think", method)]
+        cells = [shown([end["thoughts"][name] for end in ends]) for name in names]
+        title = f"test on {size}: {'base' if method == 'base' else 'after RL on 2x1'}"
+        return [title, shown([end["exact"] for end in ends]), *cells]
+
+    rows = [tested("2x1", "base")]
     for number in range(PARTS):
         parts = [run[number] for run in runs]
-        label = f"until step {parts[0]['until']}, sampled"
-        rows.append([label, shown([part["accuracy"] for part in parts]),
-                     *(shown([part["thoughts"][name] for part in parts]) for name in names)])  # fmt: skip
-    rows.append(["end, test", shown([end["2x1"]["accuracy"] for end in ends]),
-                 *(shown([end["2x1"]["thoughts"][name] for end in ends]) for name in names)])  # fmt: skip
-    head = ["think, 2x1", "accuracy", "answer is the reason's", "reason is true of the picture", "conclusion follows"]
+        cells = [shown([part["thoughts"][name] for part in parts]) for name in names]
+        rows.append([f"until step {parts[0]['until']}, sampled", shown([part["accuracy"] for part in parts]), *cells])
+    rows.append(tested("2x1", "rl"))
+    rows += [tested(size, method) for size in ("3x1", "4x1") for method in ("base", "rl")]
+    head = ["think", "accuracy", "answer is the reason's", "reason is true of the picture", "conclusion follows"]
     return table(head, rows)
 
 

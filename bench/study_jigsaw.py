@@ -58,7 +58,7 @@ def falls(levels: list[int], order: list[int]) -> bool:
     return all(first >= second for first, second in zip(said, said[1:], strict=False))
 
 
-SHARES = ("consistent", "true", "licensed", "recheck", "verification", "backtracking")
+SHARES = ("consistent", "true", "licensed", "recheck", "verification", "backtracking", "ends_twice", "ends_once")
 
 
 def thoughts_of(replies: list[tuple[str, dict]]) -> dict[str, float | None]:
@@ -68,6 +68,7 @@ def thoughts_of(replies: list[tuple[str, dict]]) -> dict[str, float | None]:
     true           the levels said last put no two pieces of the column in the wrong order (of those that say levels)
     licensed       the conclusion is what these levels call for: light to dark, from above (of those that have both)
     recheck        looks twice; verification: and says the same; backtracking: and says something else
+    ends_twice     comes to an answer, of those that look twice; ends_once: of the others
     """
     found = {name: [] for name in SHARES}
     for reply, record in replies:
@@ -81,6 +82,7 @@ def thoughts_of(replies: list[tuple[str, dict]]) -> dict[str, float | None]:
             found["licensed"].append(falls(lists[-1], conclusion))
         again = RECHECK in reply and len(lists) >= 2
         found["recheck"].append(RECHECK in reply)
+        found["ends_twice" if RECHECK in reply else "ends_once"].append(answer is not None)
         found["verification"].append(again and lists[-1] == lists[-2])
         found["backtracking"].append(again and lists[-1] != lists[-2])
     return {name: round(float(np.mean(values)), 4) if values else None for name, values in found.items()}
@@ -358,7 +360,7 @@ def along_table(study: dict) -> str:
 
 
 def patterns_table(study: dict) -> str:
-    names = ("recheck", "verification", "backtracking")
+    names = ("recheck", "verification", "backtracking", "ends_twice", "ends_once")
     base = study["results"]["base-think"]
     rows = []
     for arm in ("2x1", "3x1"):
@@ -372,7 +374,8 @@ def patterns_table(study: dict) -> str:
         rows.append([f"test on {size}: base", *(shown([base[size]["thoughts"][name]]) for name in names)])
         cells = [shown([end[size]["thoughts"][name] for end in ends]) for name in names]
         rows.append([f"test on {size}: after RL on 2x1", *cells])
-    return table(["replies", "recheck", "of these, says the same", "says something else"], rows)
+    head = ["replies", "recheck", "says the same", "says something else", "with a recheck: has an answer", "without one"]
+    return table(head, rows)
 
 
 def methods_table(study: dict) -> str:

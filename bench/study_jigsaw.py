@@ -308,19 +308,24 @@ def subject_table(study: dict) -> str:
     return table(["whole puzzles right, percent", *SIZES, "2x1, light from below"], rows)
 
 
+def size_cells(found: list[dict]) -> list[str]:
+    whole = [shown([result[name]["exact"] for result in found]) for name in SETS]
+    return whole + [shown([result[name]["accuracy"] for result in found]) for name in SIZES[1:3]]
+
+
 def main_table(study: dict) -> str:
     rows = []
     for kind in KINDS:
-        for method in ("base", "rl"):
-            found = results_of(study, kind, method)
-            cells = [shown([result[name]["exact"] for result in found]) for name in SETS]
-            pieces = [shown([result[name]["accuracy"] for result in found]) for name in SIZES[1:3]]
-            rows.append([f"{kind}: {METHODS[method]}, {seeds(found)}", *cells, *pieces])
+        rows.append([f"{kind}: base", *size_cells(results_of(study, kind, "base"))])
+        for size in SIZES:
+            found = list(of_arm(study["results"], f"{kind}-{size}").values())
+            if found:
+                rows.append([f"{kind}: RL on {size}, {seeds(found)}", *size_cells(found)])
     return table(["after", *SIZES, "2x1, light from below", "pieces right, 3x1", "4x1"], rows)
 
 
 def seeds(found: list) -> str:
-    return "one model" if len(found) == 1 else f"{len(found)} seeds"
+    return "1 seed" if len(found) == 1 else f"{len(found)} seeds"
 
 
 def transfer_table(study: dict) -> str:
@@ -374,7 +379,8 @@ def patterns_table(study: dict) -> str:
         rows.append([f"test on {size}: base", *(shown([base[size]["thoughts"][name]]) for name in names)])
         cells = [shown([end[size]["thoughts"][name] for end in ends]) for name in names]
         rows.append([f"test on {size}: after RL on 2x1", *cells])
-    head = ["replies", "recheck", "says the same", "says something else", "with a recheck: has an answer", "without one"]
+    head = ["replies", "recheck", "says the same", "says something else", "has an answer, with a recheck",
+            "without"]  # fmt: skip
     return table(head, rows)
 
 
@@ -388,7 +394,8 @@ def methods_table(study: dict) -> str:
             if not found:
                 continue
             cells = [shown([result[name]["exact"] for result in found]) for name in SIZES]
-            rows.append([f"{kind}: {title}, {seeds(found)}", *cells, shown([downstream_mean(r) for r in found])])
+            title = title if method == "base" else f"{title}, {seeds(found)}"
+            rows.append([f"{kind}: {title}", *cells, shown([downstream_mean(result) for result in found])])
     return table(["after", *SIZES, "downstream"], rows)
 
 

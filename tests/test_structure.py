@@ -33,6 +33,7 @@ SHARED = {
     "model_directory": {"files"},
     "families": {"attention", "files", "model_directory", "records"},
     "model": {"attention", "families", "files", "model_directory", "pictures", "records", "run_directory", "training"},
+    "exploration": {"model"},
     "sampler": {"attention", "model", "training"},
     "vllm_sampler": {"model", "records", "sampler", "training"},
     "report": {"files", "records", "training"},

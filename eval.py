@@ -519,8 +519,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         return args
     if not (args.model or args.checkpoints) or not args.out or not args.data + args.id + args.ood:
         parser.error("--model or --checkpoints, --out and at least one of --data, --id, --ood are needed (or --report)")
-    if args.runs or args.results or args.table:
-        parser.error("--runs, --results and --table belong to --report")
+    if args.runs or args.results or args.pairs or args.table:
+        parser.error("--runs, --results, --pairs and --table belong to --report")
     if set(map(os.path.abspath, args.id)) & set(map(os.path.abspath, args.ood)):
         parser.error("a file cannot be both --id and --ood")
     if (args.baseline or args.ood_weights) and not (args.id and args.ood):
@@ -541,7 +541,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.report:
-        report.write_report(args.report, dict(args.runs), dict(args.results), args.table)
+        shown = dict(args.runs), dict(args.results), args.table, dict(args.pairs), args.keep_pairs
+        report.write_report(args.report, *shown)
         return
     world = training.setup(args.timeout)
 

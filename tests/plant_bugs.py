@@ -653,7 +653,7 @@ BUGS = [Bug(*entry) for entry in (
     ("the weights of the OOD sources are ignored", "eval.py", "weights = weights or dict", "weights = dict", EVAL),
 
     # ---- report.py
-    ("text of the model reaches the page as markup", "report.py",
+    ("text of the model reaches the page as markup", "html_page.py",
      'html.escape(visible(value, most), quote=True)', 'visible(value, most)', REPORT),
     ("a step logged twice counts as logged first", "report.py",
      "        if is_number(value):", '        if is_number(value) and entry["step"] not in found:', REPORT),

@@ -104,8 +104,8 @@ def pass_rates(rows: list[dict]) -> dict[str, list[float]]:
 def bootstrap_intervals(values: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
     """95 % intervals of the means of K columns by the percentile bootstrap over Q questions: (Q, K) -> (K, 2).
 
-    Questions are drawn anew, with replacement, and all columns with the same ones. What varies is which questions were
-    asked: neither the replies that another seed would sample, nor another training run.
+    Questions are resampled with replacement, the same ones for all columns. What varies is which questions were asked:
+    neither the replies that another seed would sample, nor another training run.
     """
     rng = np.random.default_rng(seed)
     means = np.empty((resamples, values.shape[1]))

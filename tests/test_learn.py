@@ -211,8 +211,8 @@ def test_the_glossary_has_every_key_a_training_step_logs_and_no_other():
 
 def test_the_glossary_has_every_key_of_a_result_file():
     row = {"id": "a", "source": "s", "role": "id", "file": "f"}
-    row |= {key: [1.0] * 4 for key in ("accuracy", "format", "reward", "length", "parsed", "finished", "entropy", "rbf")}
-    row |= {"distinct": 1}
+    row |= {key: [1.0] * 4 for key in ("accuracy", "format", "reward", "length", "parsed", "finished")}
+    row |= {"distinct": 1, "entropy": [1.0] * 4, "rbf": [2.0] * 4}
     rows = [row, row | {"role": "ood", "source": "t"}]
     metrics = evaluation.summarise(rows)["overall"]
     gains = evaluation.format_gains(rows, {("f", "a"): row})

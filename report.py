@@ -538,19 +538,21 @@ def steps_html(results: dict[str, dict], save: Save) -> str:
 
 def step_figures(name: str, points: list[dict], save: Save) -> str:
     """The figures of one result's curve: gains and GF, the gain of each OOD source, and the metrics of each source."""
-    sources = list(dict.fromkeys(source for point in points for source in point["sources"]))[:MOST_SOURCES]
+    every = dict.fromkeys(source for point in points for source in point["sources"])  # in the order they are named
+    sources, left = list(every)[:MOST_SOURCES], len(every) - MOST_SOURCES
+    words = f"{left} more sources are left out." if left > 0 else ""
     gains = [step_curve(key, points, gains_of(points, key)) for key in GAINS]
     figures = figure_of(gains, "Gains and GF", "", f"{name}-steps-gains", save)
     ood = gains_of(points, "ood_gains")
     by_source = [step_curve(source, points, [field(gain, source) for gain in ood]) for source in sources]
-    figures += figure_of(by_source, "Gain OOD by source", "", f"{name}-steps-ood", save)
+    figures += figure_of(by_source, "Gain OOD by source", words, f"{name}-steps-ood", save)
     for key in ("format", "accuracy"):
         curves = []
         for source in sources:
             metrics = [field(point["sources"].get(source), key) for point in points]
             curves.append(step_curve(source, points, metrics))
         title = f"{key.capitalize()} by source"
-        figures += figure_of(curves, title, "", f"{name}-steps-{key}", save, fractions=True)
+        figures += figure_of(curves, title, words, f"{name}-steps-{key}", save, fractions=True)
     return figures
 
 

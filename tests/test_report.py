@@ -283,6 +283,15 @@ def test_a_result_that_follows_a_run_is_drawn_by_step(tmp_path):
     assert "one from 0 to 23; two from 0 to 23." in alts[0]
 
 
+def test_of_many_sources_the_first_are_drawn_and_the_others_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MOST_SOURCES", 2)
+    metrics = point(0, 0, 0, 0, 0.5)["sources"]["s"]
+    points = [point(step, 1, 1, 1, 0.5) | {"sources": dict.fromkeys("abcde", metrics)} for step in (0, 10)]
+    alts = alts_of(tmp_path, "--results", write_curve(tmp_path / "one.json", points))
+    assert alts[1].endswith("a from 0.5 to 0.5; b from 0.5 to 0.5.")
+    assert "3 more sources are left out." in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
 def test_a_curve_without_gains_shows_metrics_only(tmp_path):
     points = [point(step, 1, 1, 1, 0.5) | {"gf": None} for step in (0, 10)]
     alts = alts_of(tmp_path, "--results", write_curve(tmp_path / "one.json", points))

@@ -78,6 +78,13 @@ def read_answer(body: bytes) -> Answer:
     return Answer([writable(text) for text in texts], [reason == "stop" for reason in reasons], *counts)
 
 
+def joined(one: Answer, other: Answer, most: int) -> Answer:
+    """Two answers to one question as one, of at most so many choices."""
+    texts, finished = (one.texts + other.texts)[:most], (one.finished + other.finished)[:most]
+    prompt, completion = one.prompt_tokens + other.prompt_tokens, one.completion_tokens + other.completion_tokens
+    return Answer(texts, finished, prompt, completion, other.refused)
+
+
 def writable(text: str) -> str:
     """Half a surrogate pair is legal JSON, and no file takes it."""
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -196,8 +203,31 @@ class Endpoint:
         completion = self.completion_tokens if completion_tokens is None else completion_tokens
         return (prompt * self.price_in + completion * self.price_out) / 1e6
 
+    def sample(self, messages: list[list[dict]], n: int, seeds: list[int]) -> list[Answer]:
+        """n choices to each list of messages, as one Answer; reply g comes from about seed + g.
+
+        A server that gives fewer at a time than it is asked for is asked again for the rest.
+        """
+        answers = [Answer([], []) for _ in messages]
+        waiting = list(range(len(messages)))
+        while waiting:
+            requests = []
+            for place in waiting:
+                count = len(answers[place].texts)
+                # The seed names the sample too: a server that takes no seed must still be asked anew.
+                own = {"seed": seeds[place] + count, "_sample": seeds[place] + count}
+                own["n"] = n - count if n - count > 1 else None  # not every server knows it
+                requests.append({"messages": messages[place]} | own)
+            for place, more in zip(waiting, self.ask(requests), strict=True):
+                answers[place] = joined(answers[place], more, n)
+            waiting = [place for place in waiting if not answers[place].refused and len(answers[place].texts) < n]
+        return answers
+
     def complete(self, request: dict) -> dict:
-        """A request with the model's name and all parameters, as its answer is kept under."""
+        """A request with the model's name and all parameters, as its answer is kept under.
+
+        "_sample" is part of the question and is not sent.
+        """
         given = {"model": self.model} | request | self.parameters
         return {name: value for name, value in given.items() if value is not None}
 
@@ -258,7 +288,8 @@ class Endpoint:
 
     async def attempt(self, client, request: dict) -> Answer:
         """One try. TimeoutError, an error of the client, or BadAnswerError."""
-        parameters = {name: value for name, value in request.items() if name not in ("model", "messages")}
+        ours = ("model", "messages", "_sample")
+        parameters = {name: value for name, value in request.items() if name not in ours}
         # Over all of it: a server that sends a byte now and then would never time out between two of them.
         async with asyncio.timeout(self.timeout):
             # As it came: the client would fill in what is missing in an answer.
@@ -387,8 +418,8 @@ def add_role_flags(add, role: str, who: str) -> None:
     add(f"--{role}-url", type=server_url, metavar="URL", help=f"OpenAI-compatible server of {who}, up to and with /v1")
     add(f"--{role}-key", type=variable_name, default="OPENAI_API_KEY", metavar="VARIABLE",
         help="environment variable that holds the server's key; not set: none is needed")  # fmt: skip
-    add(f"--{role}-cache", metavar="DIR", help="where its answers are kept, so that none is paid twice (default: a "
-        "folder beside --out)")  # fmt: skip
+    add(f"--{role}-cache", metavar="DIR",
+        help="folder where its answers are kept, so that none is paid for twice (default: OUT.answers)")  # fmt: skip
     add(f"--{role}-price-in", type=real("[0, 1e6]"), default=0.0, metavar="X",
         help="price of a million prompt tokens, for the account; 0: not counted")  # fmt: skip
     add(f"--{role}-price-out", type=real("[0, 1e6]"), default=0.0, metavar="X",
@@ -396,6 +427,13 @@ def add_role_flags(add, role: str, who: str) -> None:
     add(f"--{role}-options", type=json_object, default={}, metavar="JSON",
         help='further parameters of every request, or other values of ours: {"reasoning_effort": "low", "temperature": '
         "null}; null leaves one out")  # fmt: skip
+
+
+def check_role_flags(parser, args, role: str) -> None:
+    """An error for what only a server can use, where there is none."""
+    for name in ("cache", "options"):
+        if getattr(args, f"{role}_{name}") and not getattr(args, f"{role}_url"):
+            parser.error(f"--{role}-{name} needs --{role}-url")
 
 
 def add_endpoint_flags(add) -> None:
@@ -409,12 +447,12 @@ def add_endpoint_flags(add) -> None:
         help="seconds that an answer may take, before it is asked for again")  # fmt: skip
 
 
-def connect(args, role: str, model: str, folder: str | Path, parameters: dict) -> Endpoint:
-    """The Endpoint that a role's flags describe. folder: of its cache, if no flag names one; parameters: our own."""
+def connect(args, role: str, model: str, parameters: dict) -> Endpoint:
+    """The Endpoint that a role's flags describe. parameters: our own, of which --ROLE-options may change any."""
     names = ("url", "key", "cache", "price_in", "price_out", "options")
     given = {name: getattr(args, f"{role}_{name}") for name in names}
     return Endpoint(
-        given["url"], model, key_variable=given["key"], cache=given["cache"] or folder,
+        given["url"], model, key_variable=given["key"], cache=given["cache"] or f"{args.out}.answers",
         parameters=parameters | given["options"], concurrency=args.concurrency, retries=args.retries,
         timeout=args.endpoint_timeout, price_in=given["price_in"], price_out=given["price_out"],
     )  # fmt: skip

@@ -462,6 +462,11 @@ class Judge:
         return told | (self.ask.account() if hasattr(self.ask, "account") else {})
 
 
+def summed(accounts: list[dict]) -> dict:
+    """Judge.account of all processes as one."""
+    return {name: sum(told[name] for told in accounts) for name in accounts[0]}
+
+
 def consistent(judge: Judge, items: list[tuple[dict, str, Answer | None]]) -> list[bool | None]:
     """Whether each reason leads to its answer, items: (record, reason, answer).
 
@@ -472,9 +477,32 @@ def consistent(judge: Judge, items: list[tuple[dict, str, Answer | None]]) -> li
     return [found.get(place, True) for place in range(len(items))]
 
 
-def consistent_by_rule(items: list[tuple[dict, str, Answer | None]]) -> list[bool]:
-    """As `consistent`, by `contradicts`."""
-    return [not contradicts(reason, answer, record) for record, reason, answer in items]
+def same_answers(judge: Judge, items: list[tuple[dict, Answer]]) -> list[bool | None]:
+    """Whether each answer says the same as the gold, items: (record, answer)."""
+    return judge.verdicts([ask_whether_same(record, answer) for record, answer in items])
+
+
+def consistency(judge: Judge | None, records: list[dict], groups: list[list[str]]) -> list[list[bool | None]]:
+    """Whether each reply's reasoning leads to its answer, [record][reply]; judge None: by rule.
+
+    None: the reply is malformed or has no reasoning, so there is nothing to ask. No verdict counts as False.
+    """
+    items, places = [], []
+    found = [[None] * len(group) for group in groups]
+    for row, (record, group) in enumerate(zip(records, groups, strict=True)):
+        for column, reply in enumerate(group):
+            reason, answer_text = read_reply(reply, rewards.reply_format(record)) or ("", "")
+            answer = read_answer(answer_text, record) if reason.strip() else None
+            if answer is not None:
+                items.append((record, reason, answer))
+                places.append((row, column))
+    if judge is None:
+        verdicts = [not contradicts(reason, answer, record) for record, reason, answer in items]
+    else:
+        verdicts = consistent(judge, items)
+    for (row, column), verdict in zip(places, verdicts, strict=True):
+        found[row][column] = verdict is True
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -548,16 +576,19 @@ def add_judge_flags(parser, choices: list[str], default: str, purpose: str):
 
 def check_judge_flags(parser, args) -> None:
     """An error for a --judge without its model or server, and for these without a judge that uses them."""
+    from endpoint import check_role_flags
+
     for name, kinds in (("judge_model", ("model", "endpoint")), ("judge_url", ("endpoint",))):
         flag, given = f"--{name.replace('_', '-')}", getattr(args, name) is not None
         if args.judge in kinds and not given:
             parser.error(f"--judge {args.judge} needs {flag}")
         if given and args.judge not in kinds:
             parser.error(f"{flag} needs --judge {' or '.join(kinds)}, not {args.judge}")
+    check_role_flags(parser, args, "judge")
 
 
-def open_judge(args, world, folder) -> Judge | None:
-    """The judge that the flags describe; None where no model is asked. folder: of an endpoint's answers.
+def open_judge(args, world) -> Judge | None:
+    """The judge that the flags describe; None where no model is asked.
 
     One behind a server is asked something trivial first: DataError or StageError if it cannot be used.
     """
@@ -569,7 +600,7 @@ def open_judge(args, world, folder) -> Judge | None:
     import endpoint
 
     parameters = {"temperature": 0, "max_completion_tokens": args.judge_tokens}
-    server = endpoint.connect(args, "judge", args.judge_model, folder, parameters)
+    server = endpoint.connect(args, "judge", args.judge_model, parameters)
     if world.main:
         server.check()
     return Judge(RemoteModel(server), args.judge_model)

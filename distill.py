@@ -478,7 +478,7 @@ def verdicts_of(judge: Judge, world: World, records: list[dict], groups: list[li
 
 
 # What is made of the replies, not how they are sampled: a resumed job may change it.
-LATER = ("judge", "judge_model", "judge_url", "judge_tokens", "judge_options", "coupled", "pick")
+LATER = ("judge", "judge_model", "judge_tokens", "judge_options", "coupled", "pick")
 
 
 def account_path(out: Path) -> Path:
@@ -512,8 +512,9 @@ def main(argv=None):
         args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels
     )
     records = records[: args.limit or None]
+    served = {"policy": f"{args.policy} behind a server"} if args.policy_url else {}  # wherever that is
     journal = Journal.open(
-        vars(args),
+        vars(args) | served,
         world,
         inputs={"data": args.data},
         models=models,

@@ -373,10 +373,10 @@ def picture_url(path: str, max_pixels: int | None, max_image_pixels: int) -> str
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
 
-# What a resumed run may be given anew: no answer depends on it.
+# What a resumed run may be given anew: no answer depends on it. A model is known by its name, wherever its server is.
 MAY_CHANGE = ("concurrency", "retries", "endpoint_timeout")
-MAY_CHANGE += ("judge_key", "judge_cache", "judge_price_in", "judge_price_out")
-MAY_CHANGE += ("policy_key", "policy_cache", "policy_price_in", "policy_price_out")
+MAY_CHANGE += ("judge_url", "judge_key", "judge_cache", "judge_price_in", "judge_price_out")
+MAY_CHANGE += ("policy_url", "policy_key", "policy_cache", "policy_price_in", "policy_price_out")
 
 
 def server_url(text: str) -> str:

@@ -345,7 +345,7 @@ SETTINGS = ("samples", "temperature", "top_k", "top_p", "max_new_tokens", "limit
 SETTINGS += ("max_pixels", "seed", "dtype", "attn", "sampler")
 # What is made of the replies, not how they are sampled: a resumed job may change it.
 LATER = ("baseline", "ood_weights", "keep_replies")
-LATER += ("judge", "judge_model", "judge_url", "judge_tokens", "judge_options")
+LATER += ("judge", "judge_model", "judge_tokens", "judge_options")
 
 
 def named_weight(text: str) -> tuple[str, float]:

@@ -542,8 +542,8 @@ def main(argv=None):
     def sampler_state():
         return {"refilled": refilled} if args.max_refill else {}
 
-    options = {"format_weight": args.format_weight, "chosen": rewards.chosen_rewards(args.reward)}
-    scorer = scoring.Scorer(judge=judge.open_judge(args, world), **options)
+    scorer = scoring.Scorer(format_weight=args.format_weight, chosen=rewards.chosen_rewards(args.reward))
+    scorer.judge = judge.open_judge(args, world)
     sample = sampler.sample
     if args.sampler == "vllm":
         sample = vllm_sampler.VLLM(

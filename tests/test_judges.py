@@ -8,7 +8,7 @@ import json
 import re
 
 import pytest
-from commands import call, rows
+from commands import call, parrot, rows
 from conftest import CPU
 from server import completion
 from test_flags import NEEDED
@@ -17,9 +17,7 @@ import distill
 import judge
 import model
 import rewards
-import run_directory
 import scoring
-import training
 from files import DataError, StageError
 from judge import Judge
 from records import write_jsonl
@@ -348,14 +346,7 @@ def word(tmp_path_factory):
     """A tiny model that says yes to everything."""
     folder = tmp_path_factory.mktemp("judge")
     make_tiny(folder / "noise")
-    policy, encoder = model.load(str(folder / "noise"), CPU, train=True)
-    optimizer = training.adamw(policy, 1e-2)
-    prompts = encoder.prompts([question(number) for number in range(2)])
-    groups = [(prompt, [encoder.encode_reply("yes")]) for prompt in prompts]
-    for _ in range(8):
-        (-model.log_probs(policy, groups)[0].sum()).backward()
-        training.update(policy, optimizer, 1e-2, 1.0)
-    run_directory.save_model(policy, encoder, folder / "yes", CPU)
+    parrot(folder / "yes", "yes", [question(number) for number in range(2)])
     return folder
 
 

@@ -26,6 +26,7 @@ import math
 import os
 import random
 import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ from files import DataError, StageError, sync
 LARGEST_BODY = 2**24  # bytes of a server's answer that are read
 LONGEST_PAUSE = 30.0  # seconds between two tries, of our own choice
 LONGEST_WAIT = 300.0  # seconds between two tries, if the server asks for it
+TOLD_FROM = 5.0  # seconds of a pause that somebody who looks on should know of
 TRY_AGAIN = {408, 409, 425, 429}  # HTTP statuses of a server that may answer later; so are all from 500 on
 REFUSED = {400, 413, 422}  # statuses that speak of this one request
 
@@ -74,7 +76,7 @@ def read_answer(body: bytes) -> Answer:
         raise BadAnswerError("the answer has no texts")
     usage = found.get("usage")
     counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
-    counts = [count if type(count) is int and count >= 0 else 0 for count in counts]
+    counts = [count if type(count) is int and 0 <= count < 2**40 else 0 for count in counts]
     return Answer([writable(text) for text in texts], [reason == "stop" for reason in reasons], *counts)
 
 
@@ -170,7 +172,6 @@ class Endpoint:
         self.jitter = random.Random()  # of the pauses; no result depends on it
         # Of all answers that were used, new ones and kept ones: a resumed job counts the same.
         self.answers = self.prompt_tokens = self.completion_tokens = 0
-        self.requests = self.retried = self.refused = 0  # of this process
 
     def ask(self, requests: list[dict]) -> list[Answer]:
         """One answer to each request, {"messages": […], parameters of its own}. Equal requests are asked once.
@@ -235,6 +236,8 @@ class Endpoint:
         """{key: whole request} -> {key: answer}. Every answer is kept as soon as it is there."""
         openai, gate, found = import_openai(), asyncio.Semaphore(self.concurrency), {}
         key = os.environ.get(self.key_variable) or "none"  # the client refuses to have none
+        if not (key.isascii() and key.isprintable()):
+            raise DataError(f"{self.key_variable}: holds a character that no key has, perhaps the end of a line")
         client = openai.AsyncOpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=self.timeout)
 
         async def answer_one(name):
@@ -259,14 +262,12 @@ class Endpoint:
         """The answer to one request, after as many tries as it takes and as there may be."""
         openai = import_openai()
         for number in range(self.retries + 1):
-            self.requests += 1
             asked_for = 0.0
             try:
                 return await self.attempt(client, request)
             except openai.APIStatusError as error:
                 status, problem = error.status_code, self.told(error.message)
                 if status in REFUSED:
-                    self.refused += 1
                     return Answer([], [], refused=problem)
                 if status not in TRY_AGAIN and status < 500:
                     hint = f"; the key is read from {self.key_variable}" if status in (401, 403) else ""
@@ -277,10 +278,12 @@ class Endpoint:
             except (openai.APIConnectionError, BadAnswerError) as error:
                 problem = self.told(" ".join(filter(None, (str(error), str(error.__cause__ or "")))))
             if number < self.retries:
-                self.retried += 1
                 # Between half a pause and a whole one: many that failed together do not come back together.
                 pause = min(LONGEST_PAUSE, self.pause * 2**number) * self.jitter.uniform(0.5, 1)
-                await asyncio.sleep(max(pause, asked_for))
+                pause = max(pause, asked_for)
+                if pause >= TOLD_FROM:
+                    print(f"\n{self.url}: {problem}; asked again in {pause:.0f} s", file=sys.stderr, flush=True)
+                await asyncio.sleep(pause)
         raise StageError(
             f"{self.url}, {self.model}: {problem} (tried {self.retries + 1} times); what was answered is kept, "
             "go on with --resume when the server is back"
@@ -312,7 +315,7 @@ class Endpoint:
     def told(self, text: str) -> str:
         """A server's message as it may be shown: one line, not too long, without our key, should it repeat that."""
         key = os.environ.get(self.key_variable)
-        text = " ".join(str(text).split())
+        text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text).split()))
         return (text.replace(key, "***") if key else text)[:300]
 
 
@@ -324,7 +327,7 @@ def retry_after(headers) -> float:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):
             return 0.0
     return min(max(seconds, 0.0), LONGEST_WAIT) if math.isfinite(seconds) else 0.0
 

@@ -377,13 +377,11 @@ def test_grpo_pays_for_a_short_answer_that_only_a_judge_finds_right(serve, tmp_p
              "max_new_tokens": 8, "temperature": 0.1}  # fmt: skip
     judged = {"judge": "endpoint", "judge_model": "wise", "judge_url": judging.url}
     call("grpo", **given, **judged, out=tmp_path / "judged")
-    call("grpo", **given, out=tmp_path / "rule")
     first, second = rows(tmp_path / "judged")
     assert (first["accuracy"], first["judge_asked"], first["judge_yes"], first["judge_unread"]) == (1.0, 4, 4, 0)
     assert len(judging.asked) == 1 + 2  # "Say yes.", then two questions, whose replies are alike; the second step: none
     assert second["accuracy"] == 1.0
-    by_rule = rows(tmp_path / "rule")[0]
-    assert by_rule["accuracy"] == 0.0 and "judge_asked" not in by_rule
+    assert rewards.score("yes", question(0, **text))["accuracy"] == 0.0
     samples = (tmp_path / "judged" / "samples.jsonl").read_text()
     assert '"judged": true' in samples
 

@@ -438,7 +438,7 @@ def score_replies(encoder, records, replies, scorer, progress, longest=0, overlo
 
 def weights_of(rollouts, kind: str) -> torch.Tensor:
     """(p,) group_weights of some rollouts, fp64; kind "none": 1, "difficulty" or "dispersion"."""
-    if kind == "none":
+    if kind == "none" or not rollouts:
         return torch.ones(len(rollouts), dtype=torch.float64)
     accuracy = [[score["accuracy"] for score in rollout.scores] for rollout in rollouts]
     dispersion = None

@@ -575,9 +575,9 @@ def type_of(record: dict) -> AnswerType:
 
 GRADED_DISCOUNT = 0.2
 IOU_FOUND = 0.5
-# (from this progress on, smallest IoU that counts): the first 10 % of the steps, the next 15 %, the rest, as V-Triune says
-# in section 3.4. Its public code counts steps from 1 and changes behind the step that is 10 % of all: the same step,
-# or one earlier where that is no whole number.
+# (from this progress on, smallest IoU that counts): the first 10 % of the steps, the next 15 %, and the rest (V-Triune,
+# section 3.4). Its public code counts steps from 1 and changes after step / steps = 0.1: at the same step as here, or
+# one earlier where a tenth of the steps is no whole number.
 IOU_RISES = ((0.0, 0.85), (0.1, 0.95), (0.25, 0.99))
 
 

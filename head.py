@@ -202,8 +202,10 @@ class TokenFilter:
     top_p: float
     kept: KeptTokens | None = field(default=None, repr=False)
 
-    def keep(self, hidden, weight, source, targets, temperature, forbidden, rows) -> KeptTokens:
-        """`kept`, which the first call makes. Arguments as of TokenLogProbs."""
+    def keep(self, hidden, weight, source, targets, temperature, forbidden, rows) -> KeptTokens | None:
+        """`kept`, which the first call makes; None if the filters keep everything. Arguments as of TokenLogProbs."""
+        if self.top_p == 1.0 and not 0 < self.top_k < len(weight):
+            return None  # a list of all tokens after every state would fill the memory
         if self.kept is None:
             states = hidden, weight, source, targets, temperature, forbidden, rows
             self.kept = KeptTokens.of(*states, self.top_k, self.top_p)

@@ -94,6 +94,13 @@ def test_a_token_that_was_sampled_was_kept_even_if_the_filter_would_now_drop_it(
     torch.testing.assert_close(found, torch.tensor([-math.log(1 + math.e**2), 0.0]))
 
 
+@pytest.mark.parametrize("top_k", [0, 11, 1000])
+def test_filters_that_keep_everything_list_nothing(top_k):
+    hidden, weight, targets = made_up()
+    assert head.TokenFilter(top_k, 1.0).keep(hidden, weight, SOURCE, targets, 1.0, FORBIDDEN, 2) is None
+    assert head.TokenFilter(top_k or 10, 0.99).keep(hidden, weight, SOURCE, targets, 1.0, FORBIDDEN, 2)
+
+
 def test_a_filter_of_another_batch_is_refused():
     hidden, weight, targets = made_up()
     token_filter = head.TokenFilter(3, 1.0)

@@ -266,7 +266,8 @@ class Endpoint:
             try:
                 return await self.attempt(client, request)
             except openai.APIStatusError as error:
-                status, problem = error.status_code, self.told(error.message)
+                status = error.status_code
+                problem = self.told(f"status {status}: {error.message}")
                 if status in REFUSED:
                     return Answer([], [], refused=problem)
                 if status not in TRY_AGAIN and status < 500:

@@ -463,7 +463,9 @@ def main(argv: list[str] | None = None) -> None:
             rows = score_all(args, world, records, journal)
             if args.judge == "model":
                 asked = judge.open_judge(args, world)
-            judged = judge_all(args.judge, asked, world, records, journal) if args.judge != "none" else {}
+            judged = {}
+            if args.judge != "none":
+                judged = judge_all(args.judge, asked, world, records, journal.items("replies"))
             # 4 record: one process prints and writes
             result = {
                 "model": args.model,
@@ -547,15 +549,14 @@ def score_all(args: argparse.Namespace, world: training.World, records: list[dic
     return [everyone[index] for index in range(len(records))]
 
 
-def judge_all(
-    name: str, asked: judge.Judge | None, world: training.World, records: list[dict], journal: Journal
-) -> dict:
+def judge_all(name: str, asked: judge.Judge | None, world: training.World, records: list[dict], items: dict) -> dict:
     """{"consistency": …}: how many of the replies that give a reasoning and an answer have one that leads to the other.
 
-    name: --judge; asked: the judge, None for the rule. "replies" that were judged, the "share" that the judge says yes
-    to (null of none), the same by source, and the "account" of a judge that is a model.
+    name: --judge; asked: the judge, None for the rule. items: {index of a record: {"texts": its replies}}. "replies"
+    that were judged, the "share" that the judge says yes to (null of none), the same by source, and the "account" of a
+    judge that is a model.
     """
-    mine, items = range(world.rank, len(records), world.size), journal.items("replies")
+    mine = range(world.rank, len(records), world.size)
     groups = [items[index]["texts"] for index in mine]
     found = judge.consistency(asked, [records[index] for index in mine], groups)
     by_source = {}  # in the order of the records

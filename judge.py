@@ -529,6 +529,7 @@ class LocalModel:
             self.policy, self.encoder.prompts([records[place] for place in fits]), 1, seeds=[0] * len(fits),
             temperature=0, max_new_tokens=self.tokens,
         )  # fmt: skip
+        self.encoder._measured.clear()  # no verdict is asked for again, and the prompts are long
         replies = [None] * len(prompts)
         for place, (reply,) in zip(fits, groups, strict=True):
             replies[place] = self.encoder.decode(reply.ids) if reply.finished else None

@@ -386,20 +386,10 @@ def test_grpo_pays_for_a_short_answer_that_only_a_judge_finds_right(serve, tmp_p
     assert '"judged": true' in samples
 
 
-class Replies:
-    """A journal of eval.py that holds these replies."""
-
-    def __init__(self, *groups):
-        self.groups = groups
-
-    def items(self, name):
-        return {index: {"texts": group} for index, group in enumerate(self.groups)}
-
-
 def test_eval_counts_the_replies_whose_reasoning_leads_to_their_answer(tmp_path, word):
     asked = scripted(lambda prompt: "yes" if "x so below" in prompt else "no")
     records = [question(0, _source="words"), question(1, _source="others"), question(2, _source="words", think=False)]
-    said = Replies([GOOD, DOUBTED, "B"], [WRONG, GOOD], ["B", "B"])
+    said = {0: {"texts": [GOOD, DOUBTED, "B"]}, 1: {"texts": [WRONG, GOOD]}, 2: {"texts": ["B", "B"]}}
     told = importlib.import_module("eval").judge_all("endpoint", asked, CPU, records, said)["consistency"]
     assert (told["judge"], told["replies"], told["share"]) == ("scripted", 4, 0.5)
     assert told["sources"] == {"words": {"replies": 2, "share": 0.5}, "others": {"replies": 2, "share": 0.5}}

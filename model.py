@@ -2,7 +2,7 @@
 
     encoder     a record -> token ids, pixels and positions; text <-> reply ids
     groups      prompt once: `[all prompts | all replies]` in one row without padding (attention.py has who sees whom)
-    policy      the wrapped Hugging Face model: a packed row -> log-probs or logits
+    policy      the wrapped Hugging Face model: a packed row -> log-probs or logits (head.py has the last step)
     loading     a checkpoint directory -> policy and encoder, each process reading its own shards
     cost        FLOPs of all this by the formula
 
@@ -17,7 +17,6 @@ logarithms (nats), fp32.
 
 import importlib
 import json
-import math
 import os
 import sys
 import threading
@@ -38,6 +37,7 @@ import training
 from attention import Layout, Segments
 from families import Family, family_of, matrix_weights
 from files import read_json_object
+from head import StateEntropies, TokenFilter, TokenLogProbs, token_logits
 from model_directory import is_integer
 from pictures import MAX_IMAGE_PIXELS, PictureError, open_picture, picture_size
 from records import DataError
@@ -456,109 +456,6 @@ def group_sizes(groups: list[tuple[Prompt, list[torch.Tensor]]]) -> list[int]:
 # Policy
 
 
-class TokenLogProbs(torch.autograd.Function):
-    """log softmax(W h / temperature)[target], never holding more than `rows` rows of logits, forward or backward.
-
-    hidden (M, H), weight (V, H), source (N,) which hidden state predicts each target (N,), forbidden (F,) tokens that
-    count as impossible -> (N,) fp32. Backward computes the logits anew: their gradient is (1[target] − softmax) · g.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, source, targets, temperature, forbidden, rows):
-        ctx.save_for_backward(hidden, weight, source, targets, forbidden)
-        ctx.temperature, ctx.rows = temperature, rows
-        out = torch.zeros(len(targets), device=hidden.device)
-        ctx.lse = hidden.new_zeros(len(hidden), dtype=torch.float32)
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
-            logits = token_logits(hidden[chunk], weight, temperature, forbidden)
-            ctx.lse[chunk] = logits.logsumexp(-1)
-            # Targets are looked up in the chunk that holds their state, by index, without a loop over tokens.
-            inside, cell = targets_in_chunk(source, targets, start, len(logits))
-            out = torch.where(inside, logits[cell] - ctx.lse[source], out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, source, targets, forbidden = ctx.saved_tensors
-        grad = grad / (ctx.temperature or 1.0)
-        # One hidden state may predict several targets: a prompt's last one, the first token of every reply.
-        total = torch.zeros_like(ctx.lse).index_add_(0, source, grad)
-        # Nothing is computed for what is frozen.
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden), ctx.rows):
-            chunk = slice(start, start + ctx.rows)
-            logits = token_logits(hidden[chunk], weight, ctx.temperature, forbidden)
-            probability = logits.sub_(ctx.lse[chunk, None]).exp_()
-            d_logits = probability.mul_(-total[chunk, None])
-            inside, cell = targets_in_chunk(source, targets, start, len(d_logits))
-            d_logits.index_put_(cell, grad.masked_fill(~inside, 0.0), accumulate=True)
-            d_logits = d_logits.to(weight.dtype)
-            if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[chunk])
-            if d_weight is not None:
-                d_weight.addmm_(d_logits.T, hidden[chunk])
-        return d_hidden, d_weight, None, None, None, None, None
-
-
-class StateEntropies(torch.autograd.Function):
-    """Entropy of softmax(W h / temperature) of every hidden state in nats, exact, in chunks like TokenLogProbs.
-
-    hidden (M, H), weight (V, H), forbidden (F,) -> (M,) fp32. Backward computes the logits anew: the gradient of H with
-    respect to them is −p (log p + H).
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, temperature, forbidden, rows):
-        ctx.save_for_backward(hidden, weight, forbidden)
-        ctx.temperature, ctx.rows = temperature, rows
-        chunks = []
-        for start in range(0, len(hidden), rows):
-            logits = token_logits(hidden[start : start + rows], weight, temperature, forbidden)
-            logp = finite_log_softmax(logits)
-            chunks.append(-(logp.exp() * logp).sum(-1))
-        return torch.cat(chunks)
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, forbidden = ctx.saved_tensors
-        slope = -grad / (ctx.temperature or 1.0)
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden), ctx.rows):
-            chunk = slice(start, start + ctx.rows)
-            logp = finite_log_softmax(token_logits(hidden[chunk], weight, ctx.temperature, forbidden))
-            probability = logp.exp()
-            entropy = -(probability * logp).sum(-1, keepdim=True)
-            d_logits = (probability * (logp + entropy) * slope[chunk, None]).to(weight.dtype)
-            if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[chunk])
-            if d_weight is not None:
-                d_weight.addmm_(d_logits.T, hidden[chunk])
-        return d_hidden, d_weight, None, None, None
-
-
-def finite_log_softmax(logits):
-    """log_softmax (n, V), at least −1e4 nats: so what is impossible adds 0 to a sum of p log p, and not NaN."""
-    return logits.log_softmax(-1).clamp_min_(-1e4)
-
-
-def targets_in_chunk(source, targets, start, rows):
-    """Which targets (N,) the hidden states start … start + rows predict, and their cells in that chunk of logits."""
-    inside = (source >= start) & (source < start + rows)
-    # Clamped, so that indexing needs no selection; what is outside is not used.
-    return inside, ((source - start).clamp(0, rows - 1), targets)
-
-
-def token_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float, forbidden: torch.Tensor):
-    """(n, H) -> (n, V) fp32 logits divided by temperature (0: not divided), forbidden tokens at -inf."""
-    logits = (hidden @ weight.T).float()
-    if temperature not in (0.0, 1.0):
-        logits /= temperature
-    return logits.index_fill_(-1, forbidden, -math.inf)
-
-
 class Policy(nn.Module):
     """A Hugging Face vision language model behind one forward, so that FSDP's hooks see every use of its weights.
 
@@ -589,12 +486,14 @@ class Policy(nn.Module):
         return [*self.family.decoder(self.hf).layers, self.family.vision(self.hf)[0]]
 
     def forward(
-        self, batch: Batch, temperature: float = 1.0, entropy: bool = False, statistics: Callable | None = None
+        self, batch: Batch, temperature: float = 1.0, entropy: bool = False, token_filter: TokenFilter | None = None,
+        statistics: Callable | None = None,
     ):  # fmt: skip
         """Log-probs (N,) of batch.targets at `temperature`; without targets, logits (M, V) of the states read.
 
-        entropy: -> (log-probs, entropies (N,) of the distributions that the targets come from). statistics, a function
-        of some rows of logits (n, V) -> (n, K): -> instead what it says of those distributions, (N, K).
+        token_filter: log-probs among the tokens it keeps. entropy: -> (log-probs, entropies (N,) of the whole
+        distributions that the targets come from). statistics, a function of some rows of logits (n, V) -> (n, K): ->
+        instead what it says of those distributions, (N, K).
         """
         # In training the vision tower runs in every forward, on a blank picture where a batch has none: sharded ranks
         # must gather it together, and AdamW must move its weights alike however a batch is divided.
@@ -621,7 +520,9 @@ class Policy(nn.Module):
         if statistics is not None:
             chunks = (token_logits(part, weight, temperature, self.forbidden) for part in hidden.split(rows))
             return torch.cat([statistics(logits) for logits in chunks])[batch.source]
-        values = TokenLogProbs.apply(hidden, weight, batch.source, batch.targets, temperature, self.forbidden, rows)
+        states = hidden, weight, batch.source, batch.targets, temperature, self.forbidden, rows
+        kept = None if token_filter is None else token_filter.keep(*states)
+        values = TokenLogProbs.apply(*states, kept)
         if not entropy:
             return values
         entropies = StateEntropies.apply(hidden, weight, temperature, self.forbidden, rows)
@@ -633,21 +534,26 @@ class Policy(nn.Module):
         return sum(part.float().sum() for part in self.family.picture_features(self.hf, pixels, grids))
 
 
-def log_probs(policy: Policy, groups: list, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def log_probs(
+    policy: Policy, groups: list, temperature: float = 1.0, token_filter: TokenFilter | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of all replies of some groups: -> (logp (B, T), mask (B, T) bool).
 
     groups as for `pack`. mask is True on every token of a reply, its end token included; logp is 0 elsewhere.
+    token_filter: among the tokens that it keeps, not the whole vocabulary; its first use decides which those are.
     """
     batch = pack(groups).to(policy.forbidden.device)
-    values = policy(batch, temperature=temperature)
+    values = policy(batch, temperature=temperature, token_filter=token_filter)
     mask = unpack(torch.ones_like(values, dtype=torch.bool), batch.cell, False)
     return unpack(values, batch.cell), mask
 
 
-def log_probs_and_entropies(policy: Policy, groups: list, temperature: float = 1.0):
+def log_probs_and_entropies(
+    policy: Policy, groups: list, temperature: float = 1.0, token_filter: TokenFilter | None = None
+):
     """As log_probs: -> (logp, mask, entropy), all (B, T); entropy in nats, of the whole distribution at each token."""
     batch = pack(groups).to(policy.forbidden.device)
-    values, entropies = policy(batch, temperature=temperature, entropy=True)
+    values, entropies = policy(batch, temperature=temperature, entropy=True, token_filter=token_filter)
     mask = unpack(torch.ones_like(entropies, dtype=torch.bool), batch.cell, False)
     return unpack(values, batch.cell), mask, unpack(entropies, batch.cell)
 

@@ -575,7 +575,9 @@ def type_of(record: dict) -> AnswerType:
 
 GRADED_DISCOUNT = 0.2
 IOU_FOUND = 0.5
-# (from this progress on, smallest IoU that counts)
+# (from this progress on, smallest IoU that counts): the first 10 % of the steps, the next 15 %, and the rest (V-Triune,
+# section 3.4). Its public code counts steps from 1 and changes after step / steps = 0.1: at the same step as here, or
+# one earlier where a tenth of the steps is no whole number.
 IOU_RISES = ((0.0, 0.85), (0.1, 0.95), (0.25, 0.99))
 
 
@@ -637,7 +639,7 @@ def box_found(answer: list[float], record: dict, progress: float = 0.0) -> float
 
 
 def box_rising(answer: list[float], record: dict, progress: float = 0.0) -> float:
-    """The IoU if it reaches a threshold that rises over training, else 0 (V-Triune, 2505.18129: 0.85, 0.95, 0.99)."""
+    """The IoU if it is at or above a threshold that rises over training, else 0 (V-Triune, 2505.18129, equation 5)."""
     threshold = max(smallest for start, smallest in IOU_RISES if progress >= start)
     overlap = iou(answer, record["answer"])
     return overlap if overlap >= threshold else 0.0

@@ -428,11 +428,12 @@ def judge(
 
     models: what stands for a --model that is not there yet, such as {"runs/zero": "7B"}. A prompt is taken to be
     `words` tokens of text and a picture of --max-pixels; without that flag, of `image` tokens. reply: tokens of a
-    pair's replies, for dpo.py, which has no flag for it. A run fits if CUDA_GIB stay free. DataError as for
-    parse_command, and for a model that nobody knows.
+    pair's replies, for dpo.py, which has no flag for it. Of distill.py the policy is planned, the base where the
+    policy is behind a server. A --judge of this machine is not counted. A run fits if CUDA_GIB stay free. DataError as
+    for parse_command, and for a model that nobody knows.
     """
     stage, args, gpus = parse_command(command)
-    name = str(args.policy if stage == "distill" else args.model)
+    name = str(args.model if stage != "distill" else args.base if args.policy_url else args.policy)
     folder = folder_of((models or {}).get(name, name))
     if args.max_pixels:
         image = largest_picture(folder, args.max_pixels)

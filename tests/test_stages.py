@@ -634,11 +634,11 @@ SETTINGS = {
         "quality_weight", "reward_shift", "batch", "eval_data", "eval_every",
     },
     "grpo": COMMON | MACHINE | {
-        "prompts", "group", "max_refill", "temperature", "top_k", "top_p", "max_new_tokens", "reward", "format_weight",
-        "overlong_buffer", "accuracy_low", "accuracy_high", "advantage_scale", "advantage_baseline", "surrogate",
-        "clip_low", "clip_high", "ratio", "kl", "entropy_bonus", "normalizer", "mask_truncated", "importance",
-        "importance_cap", "importance_floor", "importance_outside", "updates", "sampler", "vllm_memory", "vllm_tp",
-        "parity_every", "one_step_off_policy",
+        "prompts", "group", "max_refill", "prompt_weights", "temperature", "top_k", "top_p", "replay_filter",
+        "max_new_tokens", "reward", "format_weight", "overlong_buffer", "accuracy_low", "accuracy_high",
+        "advantage_scale", "advantage_baseline", "group_weights", "surrogate", "clip_low", "clip_high", "ratio", "kl",
+        "entropy_bonus", "normalizer", "mask_truncated", "importance", "importance_cap", "importance_floor",
+        "importance_outside", "updates", "sampler", "vllm_memory", "vllm_tp", "parity_every", "one_step_off_policy",
     },
 }  # fmt: skip
 

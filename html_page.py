@@ -17,6 +17,7 @@ from PIL import Image
 from pictures import open_picture
 
 MOST_PIXELS = 2**26  # of a picture that is decoded
+MOST_IMAGES = 4  # of a question
 IMAGE_SIDE = 224  # pixels of a picture on the page
 REPLY_CHARACTERS = 1500
 NAME_CHARACTERS = 120  # of a cell, a heading, a file's name
@@ -120,6 +121,11 @@ def img_tag(png: bytes, alt: str) -> str:
 def figure_html(png: bytes, alt: str, caption: str) -> str:
     """A curve's figure. alt and caption: plain text, escaped here."""
     return f"<figure>{img_tag(png, alt)}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def pictures_html(record: dict) -> str:
+    """The first pictures of a question. record: "id", and "images" as absolute paths."""
+    return "".join(picture_html(path, record["id"]) for path in record["images"][:MOST_IMAGES])
 
 
 def picture_html(path: str, question_id: str) -> str:

@@ -18,7 +18,6 @@ from html_page import escape, visible_name
 from records import read_jsonl
 
 MOST_KINDS = 12  # that have a button and cards of their own
-MOST_IMAGES = 4  # of a question
 TEXT_CHARACTERS = 3000  # of a reply that are shown
 COMPARED_CHARACTERS = 2**16  # of a reply that are counted for the distance: its time grows with their square
 
@@ -149,7 +148,6 @@ def marked_part(text: str, equal: bool) -> str:
 
 def pair_html(pair: dict, kind: int) -> str:
     """One card: pictures, question, and both replies side by side. kind: the number of the pair's kind."""
-    pictures = "".join(html_page.picture_html(path, pair["id"]) for path in pair["images"][:MOST_IMAGES])
     texts = [pair["chosen"], pair.get("rejected") or ""]
     shown = marked(*(text[:TEXT_CHARACTERS] for text in texts))
     sides = ""
@@ -165,7 +163,7 @@ def pair_html(pair: dict, kind: int) -> str:
     if pair.get("rejected") is not None:
         distance = f" · edit distance {edit_distance(*texts)}"
     return (
-        f'<article class="puzzle kind-{kind}"><div>{pictures}</div><div><div class="stage">'
+        f'<article class="puzzle kind-{kind}"><div>{html_page.pictures_html(pair)}</div><div><div class="stage">'
         f"<strong>{escape(kind_of(pair))}</strong> · {escape(pair['id'])} · gold answer "
         f"“{escape(pair.get('answer'))}”{distance}</div>"
         f"<details><summary>The question</summary><pre>{escape(pair['prompt'])}</pre></details>"

@@ -37,7 +37,7 @@ from html_page import (
     document,
     escape,
     figure_html,
-    picture_html,
+    pictures_html,
     png_bytes,
     table_html,
     visible,
@@ -307,7 +307,6 @@ MOST_PAIR_FILES = 10
 MOST_FIGURES = 40  # of a run
 MOST_POINTS = 2000  # of a curve: a figure is about 500 pixels wide
 MOST_PUZZLES = 12
-MOST_IMAGES = 4  # of a question
 MOST_SOURCES = 14  # of a figure of a run's evaluations
 SETTINGS_CHARACTERS = 6000
 TITLE_CHARACTERS = 40  # of a figure's title, of a curve's name
@@ -626,10 +625,9 @@ def pick_puzzles(results: dict[str, dict]) -> list[list[tuple[str, dict]]]:
 def puzzle_html(pairs: list[tuple[str, dict]]) -> str:
     """One card from a record's (stage, row) pairs: the pictures, the question, the gold answer, every stage's reply."""
     _, row = pairs[0]
-    pictures = "".join(picture_html(path, row["id"]) for path in row["images"][:MOST_IMAGES])
     replies = "".join(reply_html(*pair) for pair in pairs)
     return (
-        f'<article class="puzzle"><div>{pictures}</div><div><div class="stage">'
+        f'<article class="puzzle"><div>{pictures_html(row)}</div><div><div class="stage">'
         f"<strong>{escape(row['source'])}</strong> · {escape(row['id'])} · gold answer “{escape(row['gold'])}”</div>"
         f"<details open><summary>The question</summary><pre>{escape(row['prompt'])}</pre></details>"
         f"{replies}</div></article>"

@@ -415,6 +415,7 @@ def parse_command(command: str) -> tuple[str, argparse.Namespace, int]:
     return stage, args, launched.nproc_per_node * launched.nnodes
 
 
+@functools.cache
 def largest_picture(folder: str, max_pixels: int) -> int:
     """The most image tokens that a picture of max_pixels takes, of shapes between 1:1 and 2:1."""
     _, encoder = model.build(folder, torch.float32, max_pixels)
@@ -493,10 +494,15 @@ def training_settings(stage: str, args: argparse.Namespace, gpus: int, reply: in
     return settings, f"{args.group} replies of {args.max_new_tokens} tokens"
 
 
+@functools.cache
+def number_of_weights(folder: str) -> int:
+    return sum(weight.numel() for weight in bare_policy(folder, torch.float32, bf16=True).parameters())
+
+
 def plan_inference(folder: str, args: argparse.Namespace, bf16: bool, prompt: int, gpu_gib: float) -> dict:
     """As `plan`, for a stage that only samples: every process holds the whole model."""
     width = 2 if bf16 else 4
-    numbers = sum(weight.numel() for weight in bare_policy(folder, torch.float32, bf16=bf16).parameters())
+    numbers = number_of_weights(folder)
     always = {"weights": width * numbers}
     if args.sampler == "vllm":
         share = args.vllm_memory * gpu_gib * GIB

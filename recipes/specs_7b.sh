@@ -15,9 +15,10 @@
 #   replies that keep the format, %     base 41.62, GRPO-zero 96.74
 #   MEGA-Bench core                     base 35.07, GRPO-zero 37.96, SPECS 39.17
 #   MMMU, MathVision, MathVista, MathVerse (vision only)
-#                                       base 54.2 25.40 63.70 38.20, zero 54.3 26.88 72.90 47.33, SPECS 56.78 29.50 75.90 48.73
+#                                       base 54.2 25.40 63.70 38.20, GRPO-zero 54.3 26.88 72.90 47.33,
+#                                       SPECS 56.78 29.50 75.90 48.73
 #   mean of five benchmarks             base 43.31; after the cold start / after RL: SPECS 47.27 / 50.02,
-#                                       base-distilled 45.07 / 48.79, 72B teacher 44.90 / 48.98, 32B teacher 42.89 / 46.43,
+#                                       base-distilled 45.07 / 48.79, 72B teacher 44.90 / 48.98, 32B 42.89 / 46.43,
 #                                       coupled 47.67 / 48.68, SFT – / 47.65, without the judge – / 48.13
 #   cold start at step 25 (read off a plot), ID % / OOD % / GF: DPO+SFT 98 / 95 / 95, DPO 98 / 90 / 91, SFT 98 / 69 / 73
 #   MMMU pass@8 / pass@64               base 66.89 / 74.89, SFT 76.88 / 86.88, SPECS 77.55 / 87.33
@@ -61,14 +62,15 @@ grpo "$BASE" "$OUT/zero" 100 # not stated: ours
 # 9,000 of them: --limit is ours, enough questions for that many. Its judge is Gemini-2.5-flash, here it is a rule.
 DISTILL=(
     --data "${TRAIN[@]}" --limit 20000 --max-pixels "$PIXELS" --sampler vllm --resume # ours
-    --samples 4 --temperature 1 --max-new-tokens 10240                                # not stated: ours; the length as in RL
+    --samples 4 --temperature 1 --max-new-tokens 10240 # not stated: ours; the length as in RL
 )
 run distill.py --policy "$OUT/zero" --base "$BASE" --out "$OUT/pairs.jsonl" "${DISTILL[@]}"
 
 # 4. Cold start of the base, which is the frozen reference too: one pass, 9000 / 64 = 140 steps
 DPO=(
-    --batch 64 --lr 1e-6 --sft-mean tokens      # paper; DPO's log-probs are summed over a reply, SFT's are a mean over tokens
-    --beta 0.1 --schedule linear --warmup 0     # not stated: the trainer's default; ours; ours
+    --batch 64 --lr 1e-6                        # paper
+    --sft-mean tokens                           # paper: DPO sums log-probs over a reply, SFT is a mean over tokens
+    --beta 0.1 --schedule linear                # not stated: the trainer's defaults
     --max-pixels "$PIXELS" --accumulate shards  # ours
     --save-every 5 --keep 30 --resume           # ours: GF is measured along these steps
 )
@@ -98,7 +100,7 @@ if [ "${ABLATIONS:-0}" != 1 ]; then exit; fi
 # 7. The paper's ablations, a line each: other pairs, or another loss on the same ones
 pairs() { run distill.py --out "$OUT/pairs-$1.jsonl" "${DISTILL[@]}" "${@:2}"; } # pairs NAME flags…
 pairs base --policy "$BASE" --base "$BASE"                                # chosen from the base itself
-pairs 32b --policy Qwen/Qwen2.5-VL-32B-Instruct --base "$BASE" --vllm-memory 0.9 # from a teacher of 32B
+pairs 32b --policy Qwen/Qwen2.5-VL-32B-Instruct --base "$BASE" --sampler builtin # a teacher; vLLM has no room beside it
 pairs coupled --policy "$OUT/zero" --base "$BASE" --coupled               # pairs that differ in correctness too
 pairs no-judge --policy "$OUT/zero" --base "$BASE" --judge none           # without the judge
 pairs corrupted --policy "$OUT/zero" --reject-from chosen                 # rejected is the chosen reply, corrupted

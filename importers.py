@@ -272,7 +272,10 @@ def check_lines(path: str, columns: dict) -> int:
     """The number of lines of a JSONL file. DataError names the first whose fields are not those of `columns`."""
     count = 0
     for number, row in read_jsonl(path):
-        problem = mismatch(columns, described_value(row), "")
+        try:
+            problem = mismatch(columns, described_value(row), "")
+        except RecursionError:
+            problem = "it is nested too deeply"
         if problem:
             raise DataError(f"{path}:{number}: is no line of mm-eureka: {problem}")
         count += 1
@@ -306,7 +309,7 @@ HEADING = re.compile(r"\n[ \t]*Question:")
 
 
 def question_of(prompt: str) -> str:
-    """A prompt without words about the form of the reply. LeftOut if the question cannot be told from them.
+    r"""A prompt without words about the form of the reply. LeftOut if the question cannot be told from them.
 
     They are the sentence that names a tag or \boxed, and all behind it; or all in front of a heading "Question:".
     """
@@ -439,9 +442,9 @@ class Saved(NamedTuple):
 
 def read_picture(picture: dict, folder: Path, where: str) -> bytes:
     """The bytes of a row's picture. DataError if it names a file that is not there, or not in the folder."""
-    if picture["bytes"]:
-        return picture["bytes"]
-    given = picture["path"] or ""
+    if picture["bytes"] or not picture["path"]:
+        return picture["bytes"] or b""  # what is empty is a broken picture
+    given = picture["path"]
     shown = rewards.shown(given)
     name = os.path.normpath(os.path.relpath(given, folder) if os.path.isabs(given) else given)
     # By the names alone: where a link leads is up to whoever made it.

@@ -190,6 +190,10 @@ def test_mm_eureka_lines_become_records(tmp_path):
     assert not left_out and records[0]["images"] == records[1]["images"]
     assert records[0]["prompt"].split("\n")[0] == "<image>Find x."
     assert (records[0]["answer"], records[0]["think"], records[0]["reply_format"]) == ("$x=3$", False, "boxed")
+    for depth, cause in ((3, "answer must be string, it is a list"), (900, "it is nested too deeply")):
+        data.write_text(json.dumps(line | {"answer": 0}).replace(": 0", ": " + "[" * depth + "]" * depth) + "\n")
+        with pytest.raises(DataError, match=f"dataset.jsonl:1: is no line of mm-eureka: {cause}"):
+            importers.import_set("mm-eureka", [str(data)], tmp_path / "out")
     data.write_text(json.dumps(line | {"conversations": str(turns)}) + "\n")
     with pytest.raises(DataError, match="dataset.jsonl:1: is no line of mm-eureka: conversations must be a list"):
         importers.import_set("mm-eureka", [str(data)], tmp_path / "out")
@@ -282,7 +286,7 @@ def test_an_id_that_stands_twice_is_refused_with_both_places(virl_copy):
     assert f'row 3: id "virl39k-q0" stands already at {virl_copy}/rows.parquet: row 1' in cause
 
 
-@pytest.mark.parametrize("name", ["../a.png", "/etc/passwd", "images/../../a.png", "..", ".", "", "a\0b", "images/.."])
+@pytest.mark.parametrize("name", ["../a.png", "/etc/passwd", "images/../../a.png", "..", ".", "a\0b", "images/.."])
 def test_a_picture_outside_of_the_folder_is_refused(virl_copy, name):
     (virl_copy.parent / "a.png").write_bytes(picture_bytes())
     cause = refused([virl(image=[name])], virl_copy, VIRL, "virl39k")
@@ -327,6 +331,8 @@ def test_what_no_rule_can_score_is_counted_by_cause(tmp_path):
         orsta("Put it in <answer> </answer>. <image>Which one?"),
         orsta(images=[{"bytes": b"no picture", "path": "a.png"}]),
         orsta(images=[{"bytes": picture_bytes()[:-30], "path": None}]),
+        orsta(images=[{"bytes": b"", "path": ""}]),
+        orsta(images=[None]),
         orsta() | {"prompt": []},
         orsta() | {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     ]
@@ -344,7 +350,7 @@ def test_what_no_rule_can_score_is_counted_by_cause(tmp_path):
         "not one <image> marker for each image": 1,
         "no question": 1,
         "the question stands among words about the reply": 1,
-        "image broken or too large": 2,
+        "image broken or too large": 4,
         "not one user's turn": 2,
     }
 

@@ -280,8 +280,9 @@ def account(records: list[dict], outcomes: list[tuple[dict | None, str | None]])
         lengths = sorted(len(pair[side]) for pair in pairs if side in pair)
         if lengths:
             told[f"{side}_characters"] = {"least": lengths[0], "mean": fmean(lengths), "most": lengths[-1]}
-    alike = [overlap(phrases_of(pair["chosen"]), phrases_of(pair["rejected"])) for pair in pairs if "rejected" in pair]
-    if alike:
+    both = [pair for pair in pairs if "rejected" in pair]  # none for SFT
+    if both:
+        alike = [overlap(phrases_of(pair["chosen"]), phrases_of(pair["rejected"])) for pair in both]
         told["overlap"] = fmean(alike)
     return told | {"dropped": dropped}
 

@@ -40,9 +40,9 @@ import rewards
 import training
 from files import DataError, check_output, kind_of, read_bytes, write_text
 from picture_files import encode, partial_of
-from pictures import MAX_IMAGE_PIXELS, open_picture, opened, picture_size
+from pictures import MAX_IMAGE_PIXELS, PictureError, open_picture, opened
 from questions import ANSWER_WORDS, REPLY_FORMAT_SENTENCE
-from records import jsonl_text, problem_with_picture, read_jsonl
+from records import jsonl_text, read_jsonl
 from replies import closing_brace
 from training import integer
 
@@ -478,19 +478,17 @@ class Pictures:
         unseen = partial_of(path)
         try:
             unseen.write_bytes(content)
-            if problem_with_picture(str(unseen), "", self.max_image_pixels):
-                return Saved("")
             with opened(unseen, self.max_image_pixels) as image:
-                kind = image.format
-            size = picture_size(unseen, self.max_image_pixels)
-            suffix = SUFFIXES.get(kind, f".{kind.lower()}")
-            if self.max_pixels and size[0] * size[1] > self.max_pixels:
-                picture = smaller(open_picture(unseen, self.max_image_pixels), self.max_pixels)
+                suffix = SUFFIXES.get(image.format, f".{image.format.lower()}")
+            picture = open_picture(unseen, self.max_image_pixels)  # decoded wholly: a truncated file is broken
+            if self.max_pixels and picture.width * picture.height > self.max_pixels:
+                picture = smaller(picture, self.max_pixels)
                 suffix = ".jpg" if suffix == ".jpg" else ".png"
                 unseen.write_bytes(encode(picture, {".jpg": "jpeg", ".png": "png"}[suffix]))
-                size = picture.size
             unseen.replace(path.with_suffix(suffix))
-            return Saved(f"images/{name[:20]}{suffix}", size)
+            return Saved(f"images/{name[:20]}{suffix}", picture.size)
+        except PictureError:
+            return Saved("")
         finally:
             unseen.unlink(missing_ok=True)
 

@@ -11,6 +11,11 @@ For each question, the policy (a short GRPO run on the base) and the base itself
 Both answers are right, so a pair differs in the shape of the reply only: it teaches the format and says nothing about
 what to answer. Questions that give no pair are counted by reason.
 
+SFT needs no rejected reply. The two baselines of Jigsaw-R1 (arXiv 2505.23590) are
+
+    --policy MODEL --reject-from none    rejection sampling: the model's own replies that are well-formed and right
+    --gold --reject-from none            the gold answer itself, where the prompt asks for no reasoning; no model runs
+
 The policy may be a teacher behind an OpenAI-compatible server (--policy-url). Whether a chosen reply's reasoning leads
 to its answer is judged by a rule that looks for a contradiction (judge.contradicts), or by a model as in the paper
 (--judge model, --judge endpoint).
@@ -124,12 +129,14 @@ def make_pair(
     """One question's replies -> (record + chosen, rejected, corruption; None), or (None, why there is no pair).
 
     judge: as in `objection`. coupled: the rejected reply may be wrong, so that pairs also differ in correctness.
-    reject_from "chosen": the rejected reply is the chosen one, corrupted, instead of a base reply. pick: which of the
-    policy's replies that pass, a name of PICKS; of the base's the first.
+    reject_from "chosen": the rejected reply is the chosen one, corrupted, instead of a base reply; "none": there is
+    none, for SFT. pick: which of the policy's replies that pass, a name of PICKS; of the base's the first.
     """
     chosen, why = choose(record, policy_replies, judge, pick, rng)
     if chosen is None:
         return None, why
+    if reject_from == "none":
+        return {**record, "chosen": chosen.text}, None
     if reject_from == "base" and not base_replies:
         return None, "base never finished"
 
@@ -143,6 +150,24 @@ def make_pair(
         if rejected is not None and rejected != chosen.text:
             return {**record, "chosen": chosen.text, "rejected": rejected, "corruption": corruption}, None
     return None, why
+
+
+def gold_reply(record: dict) -> str:
+    """The gold answer as a reply in the record's format. ValueError if that asks for a reason, which no gold has."""
+    form = rewards.reply_format(record)
+    if not rewards.format_called(form).reason_may_be_empty:
+        raise ValueError(f"--gold: the reply format {form} asks for a reason, and a gold answer has none")
+    answer, kind = record["answer"], record["answer_type"]
+    if kind == "point":  # the gold is the box it must lie in
+        x1, y1, x2, y2 = answer
+        answer = [(x1 + x2) / 2, (y1 + y2) / 2]
+    if kind in ("box", "point"):
+        text = ", ".join(str(round(side, 2)) for side in answer)  # hundredths of a pixel
+    elif kind == "grid":
+        text = " ".join(map(str, answer))
+    else:  # of several accepted texts the first
+        text = str(answer[0] if isinstance(answer, list) else answer)
+    return rf"\boxed{{{text}}}" if form == "boxed" else text
 
 
 def choose(
@@ -268,14 +293,14 @@ def summary(outcomes: list[tuple[dict | None, str | None]]) -> str:
     total = len(outcomes)
     pairs = [pair for pair, _ in outcomes if pair is not None]
     reasons = Counter(reason for _, reason in outcomes if reason is not None)
-    kinds = Counter(pair["corruption"] or "malformed already" for pair in pairs)
+    kinds = Counter(pair["corruption"] or "malformed already" for pair in pairs if "rejected" in pair)
 
     def line(count, whole, name):
         return f"{count:7d}  {100 * count / whole:5.1f} %  {name}"
 
     lines = [f"{total} questions", line(len(pairs), total, "gave a pair")]
     lines += [line(count, total, f"none: {reason}") for reason, count in reasons.most_common()]
-    if pairs:
+    if kinds:
         lines.append("rejected replies, broken by")
     for kind in (*CORRUPTIONS, "malformed already"):
         if kinds[kind]:
@@ -302,18 +327,18 @@ def account(records: list[dict], outcomes: list[tuple[dict | None, str | None]])
     for record, (pair, reason) in zip(records, outcomes, strict=True):
         if pair is None:
             dropped.setdefault(reason, []).append(record["id"])
-        else:
+        elif "rejected" in pair:
             corruptions[pair["corruption"] or "malformed already"] += 1
     pairs = [pair for pair, _ in outcomes if pair is not None]
     told = {"questions": len(records), "pairs": len(pairs), "corruptions": dict(corruptions)}
     for side in ("chosen", "rejected"):
-        lengths = sorted(len(pair[side]) for pair in pairs)
+        lengths = sorted(len(pair[side]) for pair in pairs if side in pair)
         if lengths:
             told[f"{side}_characters"] = {"least": lengths[0], "mean": fmean(lengths), "most": lengths[-1]}
-    if pairs:
-        distances = [edit_distance(pair["chosen"], pair["rejected"]) for pair in pairs]
-        told["edit_distance"] = fmean(distances)
-        alike = [overlap(phrases_of(pair["chosen"]), phrases_of(pair["rejected"])) for pair in pairs]
+    both = [pair for pair in pairs if "rejected" in pair]  # none for SFT
+    if both:
+        told["edit_distance"] = fmean(edit_distance(pair["chosen"], pair["rejected"]) for pair in both)
+        alike = [overlap(phrases_of(pair["chosen"]), phrases_of(pair["rejected"])) for pair in both]
         told["overlap"] = fmean(alike)
     return told | {"dropped": dropped}
 
@@ -325,9 +350,9 @@ def account(records: list[dict], outcomes: list[tuple[dict | None, str | None]])
 def parse_args(argv=None):
     parser = training.Parser(__doc__)
     add = parser.add_argument
-    policy = "model of the chosen replies (directory or hub id, or its name at --policy-url): GRPO-zero, a teacher, …"
-    add("--policy", required=True, help=policy)
-    add("--base", help="model of the rejected replies: the one the cold start trains; unused with --reject-from chosen")
+    add("--policy",
+        help="model of the chosen replies (directory or hub id, or its name at --policy-url): GRPO-zero, a teacher, …")
+    add("--base", help="model of the rejected replies: the one the cold start trains; only with --reject-from base")
     add("--data", required=True, nargs="+", help="records.jsonl files: prompts, images and gold answers")
     add("--skip-bad", action="store_true",
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
@@ -338,8 +363,10 @@ def parse_args(argv=None):
         help="fixes every sample, whatever --batch and the number of processes")  # fmt: skip
 
     add = parser.add_argument_group("pairs").add_argument
-    add("--reject-from", default="base", choices=["base", "chosen"],
-        help="what is corrupted: a reply of the base, or the chosen reply itself")  # fmt: skip
+    add("--gold", action="store_true",
+        help="the chosen reply is the gold answer, of prompts that ask for no reasoning; without --policy")  # fmt: skip
+    add("--reject-from", default="base", choices=["base", "chosen", "none"],
+        help="what is corrupted: a reply of the base, or the chosen one; none: no rejected reply, for SFT")  # fmt: skip
     add("--coupled", action="store_true", help="the rejected reply may be wrong: pairs also differ in correctness")
     add("--pick", default="first", choices=list(PICKS),
         help="which policy reply is chosen, of those that pass: the first, a random one, the shortest, or the one that "
@@ -368,11 +395,26 @@ def parse_args(argv=None):
     check_role_flags(parser, args, "policy")
     if args.temperature == 0 and args.samples > 1:
         parser.error("--temperature 0 gives the same reply each time: it needs --samples 1")
+    if args.gold == (args.policy is not None):
+        parser.error("one of --policy and --gold is needed: where the chosen replies come from")
+    if args.gold and args.policy_url:
+        parser.error("--policy-url needs --policy, the model's name there")
     if args.reject_from == "base" and args.base is None:
-        parser.error("--base is required, unless --reject-from chosen")
-    if args.reject_from == "chosen" and args.coupled:
-        parser.error("--coupled needs --reject-from base: a copy of the chosen reply has the same answer")
+        parser.error("--base is required, unless --reject-from chosen or none")
+    if args.reject_from != "base" and args.coupled:
+        parser.error("--coupled needs --reject-from base: no other rejected reply has an answer of its own")
     return args
+
+
+def gold_replies(records: list[dict]) -> list[str]:
+    """gold_reply of each record. DataError names the first that can have none."""
+    replies = []
+    for record in records:
+        try:
+            replies.append(gold_reply(record))
+        except ValueError as error:
+            raise DataError(f"{record['_where']}: {error}") from error
+    return replies
 
 
 def check_models(models: dict[str, str | None]) -> None:
@@ -515,6 +557,7 @@ def main(argv=None):
         args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels
     )
     records = records[: args.limit or None]
+    golds = gold_replies(records) if args.gold else []
     served = {"policy": f"{args.policy} behind a server"} if args.policy_url else {}  # wherever that is
     journal = Journal.open(
         vars(args) | served,
@@ -541,7 +584,7 @@ def main(argv=None):
         judge = open_judge(args, world) if args.judge == "endpoint" else None
         if args.policy_url:
             told["policy"] = ask_teacher(args, world, records, journal, first_seed)
-        else:
+        elif not args.gold:
             sample_missing("policy", args.policy, world, records, journal, first_seed=first_seed, **options)
         if args.reject_from == "base":
             sample_missing("base", args.base, world, records, journal, first_seed=first_seed + 1, **options)
@@ -549,6 +592,8 @@ def main(argv=None):
         # 3. Pair: each process its share of the questions
         world.barrier()  # until every process has added its last batch
         policy_items, base_items = journal.items("policy"), journal.items("base")
+        if args.gold:
+            policy_items = {place: {"texts": [gold]} for place, gold in enumerate(golds)}
         choices = {name: getattr(args, name) for name in ("coupled", "reject_from", "pick")}
         scorer, mine = scoring.Scorer(), range(world.rank, len(records), world.size)
         texts = [scorer.readable(policy_items[place]["texts"], records[place]) for place in mine]
@@ -572,8 +617,9 @@ def main(argv=None):
             outcomes[rank :: world.size] = part
 
         # 4. Record
-        origin = {"chosen_from": args.policy, "rejected_from": args.base if args.reject_from == "base" else args.policy}
-        origin["judge"] = judge.name if judge is not None else args.judge
+        origin = {"chosen_from": args.policy or "gold", "judge": judge.name if judge is not None else args.judge}
+        if args.reject_from != "none":
+            origin["rejected_from"] = args.base if args.reject_from == "base" else origin["chosen_from"]
         pairs = [pair | origin for pair, _ in outcomes if pair is not None]
         for pair in pairs:
             pair["images"] = [os.path.relpath(image, out.resolve().parent) for image in pair["images"]]

@@ -34,6 +34,7 @@ from commands import (
     write,
 )
 
+import endpoint
 import grpo
 import model
 import rewards
@@ -639,6 +640,8 @@ SETTINGS = {
         "advantage_scale", "advantage_baseline", "group_weights", "surrogate", "clip_low", "clip_high", "ratio", "kl",
         "entropy_bonus", "normalizer", "mask_truncated", "importance", "importance_cap", "importance_floor",
         "importance_outside", "updates", "sampler", "vllm_memory", "vllm_tp", "parity_every", "one_step_off_policy",
+        "judge", "judge_model", "judge_tokens", "judge_url", "judge_key", "judge_cache", "judge_price_in",
+        "judge_price_out", "judge_options", "concurrency", "retries", "endpoint_timeout",
     },
 }  # fmt: skip
 
@@ -657,7 +660,8 @@ def open_run(args, **changes):
     """Open args.out as grpo.py does, and put back what it does to signals."""
     handlers = {number: signal.getsignal(number) for number in run_directory.SIGNALS}
     try:
-        return run_directory.Run.open(vars(args) | changes, training.setup(), vllm_sampler.MAY_CHANGE)
+        may_change = vllm_sampler.MAY_CHANGE + endpoint.MAY_CHANGE
+        return run_directory.Run.open(vars(args) | changes, training.setup(), may_change)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -666,7 +670,8 @@ def open_run(args, **changes):
 # Flags that a resumed run may be given anew: they change neither data nor weights, but how far, how safe and how fast.
 MAY_CHANGE = {"steps", "save_every", "keep", "timeout", "max_skipped", "measure_peak", "max_image_pixels",
               "shard", "replicas", "offload", "accumulate", "vllm_tp",
-              "vllm_memory", "parity_every"}  # fmt: skip
+              "vllm_memory", "parity_every", "judge_url", "judge_key", "judge_cache", "judge_price_in",
+              "judge_price_out", "concurrency", "retries", "endpoint_timeout"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(SETTINGS["grpo"] - {"out"}))

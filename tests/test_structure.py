@@ -13,7 +13,7 @@ from commands import ROOT
 
 import model
 
-STAGES = {"distill", "dpo", "eval", "grpo", "jigsaw", "rewards"}
+STAGES = {"distill", "dpo", "eval", "grpo", "importers", "jigsaw", "rewards"}
 # Shared files, and what each may import of ours. Every entry names only files that stand above it.
 SHARED = {
     "files": set(),
@@ -140,7 +140,7 @@ for name in sys.argv[2:]:
     importlib.import_module(name)
     assert name not in TORCHLESS or "torch" not in sys.modules, name
 assert set(os.environ.items()) == before
-assert not {"transformers", "vllm", "matplotlib", "openai"} & sys.modules.keys()
+assert not {"transformers", "vllm", "matplotlib", "pyarrow", "openai"} & set(sys.modules)
 """
 TORCHLESS = ("rewards", "jigsaw", "endpoint", "judge", "scoring")  # they are imported first
 

@@ -5,10 +5,14 @@
 #
 #   bash recipes/specs_7b.sh ORSTA VIRL39K BENCHMARKS.jsonl OUT
 #   ABLATIONS=1 bash recipes/specs_7b.sh ORSTA VIRL39K BENCHMARKS.jsonl OUT
-#   python recipes/plan.py --reply 2048 --mean-reply 600 --recipe recipes/specs_7b.sh ORSTA VIRL39K BENCHMARKS.jsonl OUT
+#   python recipes/plan.py --reply 2048 --mean-reply 600 --records 5000 --recipe recipes/specs_7b.sh \
+#       ORSTA VIRL39K BENCHMARKS.jsonl OUT
+#
+# The last one says that every stage fits (64 GiB at most) and takes 7.5 to 22 hours in all on eight H100, if replies have
+# 600 tokens on the mean. That is a guess: the paper does not state how long they are.
 #
 # ORSTA and VIRL39K are local copies as published (data/*.parquet; 39Krelease.parquet and images/), BENCHMARKS.jsonl
-# records of MathVista and the others. The plan's lengths are guesses: the paper does not state how long replies are.
+# records of MathVista and the others.
 # "paper" is what it states, "framework" a default of the framework it used, "not stated: ours" what we chose.
 #
 # To expect, by the paper's tables:

@@ -35,6 +35,8 @@ from statistics import fmean
 
 from tqdm import tqdm
 
+import endpoint
+import judge
 import model
 import report
 import rewards
@@ -343,6 +345,7 @@ SETTINGS = ("samples", "temperature", "top_k", "top_p", "max_new_tokens", "limit
 SETTINGS += ("max_pixels", "seed", "dtype", "attn", "sampler")
 # What is made of the replies, not how they are sampled: a resumed job may change it.
 LATER = ("baseline", "ood_weights", "keep_replies")
+LATER += ("judge", "judge_model", "judge_tokens", "judge_options")
 
 
 def named_weight(text: str) -> tuple[str, float]:
@@ -389,6 +392,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=integer("[0, 4294967295]"), default=0, metavar="N",
         help="sampled replies follow from it, greedy ones do not")
 
+    add = judge.add_judge_flags(parser, ["none", "rule", "model", "endpoint"], "none",
+        "also count the replies whose reasoning leads to their answer: by a rule that looks for contradictions, by a "
+        "model of this machine, or by one behind a server; none: do not")
+    endpoint.add_endpoint_flags(add)
     vllm_sampler.add_sampler_flags(parser)
     training.add_model_flags(parser)
 
@@ -397,6 +404,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     report.add_report_flags(add)
     # fmt: on
     args = parser.parse_args(argv)
+    judge.check_judge_flags(parser, args)
     if args.report:
         if args.model or args.out:
             parser.error("--report runs no model: leave --model and --out away")
@@ -440,17 +448,24 @@ def main(argv: list[str] | None = None) -> None:
         vars(args),
         world,
         inputs={"data": args.data, "id": args.id, "ood": args.ood, "baseline": [args.baseline] if before else []},
-        models={"model": args.model},
+        models={"model": args.model, "judge_model": args.judge_model if args.judge == "model" else None},
         pictures=[image for record in records for image in record["images"]],
         later=LATER,
     )
     result = finished_result(args.out, journal.fingerprint) if args.resume else None
     with journal:
         if result is None:
+            # Before anything expensive: a server that cannot be used is found here.
+            asked = judge.open_judge(args, world) if args.judge == "endpoint" else None
             # 2 sample: each process its share of what no earlier start has sampled
             sample_missing(args, world, records, journal)
             # 3 score: as in training, then every process gets every row
             rows = score_all(args, world, records, journal)
+            if args.judge == "model":
+                asked = judge.open_judge(args, world)
+            judged = {}
+            if args.judge != "none":
+                judged = judge_all(args.judge, asked, world, records, journal.items("replies"))
             # 4 record: one process prints and writes
             result = {
                 "model": args.model,
@@ -458,6 +473,7 @@ def main(argv: list[str] | None = None) -> None:
                 "args": {name: getattr(args, name) for name in SETTINGS},
                 **summarise(rows),
                 "gf": format_gains(rows, before, weights) if before else None,
+                **judged,
                 "fingerprint": journal.fingerprint,
                 "rows": rows,
             }
@@ -531,6 +547,37 @@ def score_all(args: argparse.Namespace, world: training.World, records: list[dic
         scored[index] = score_row(records[index], *replies, index in stored, folder, scorer.score)
     everyone = {index: row for part in world.gather(scored) for index, row in part.items()}
     return [everyone[index] for index in range(len(records))]
+
+
+def judge_all(name: str, asked: judge.Judge | None, world: training.World, records: list[dict], items: dict) -> dict:
+    """{"consistency": …}: how many of the replies that give a reasoning and an answer have one that leads to the other.
+
+    name: --judge; asked: the judge, None for the rule. items: {index of a record: {"texts": its replies}}. "replies"
+    that were judged, the "share" that the judge says yes to (null of none), the same by source, and the "account" of a
+    judge that is a model.
+    """
+    mine = range(world.rank, len(records), world.size)
+    groups = [items[index]["texts"] for index in mine]
+    found = judge.consistency(asked, [records[index] for index in mine], groups)
+    by_source = {}  # in the order of the records
+    for place, index in enumerate(mine):
+        verdicts = [verdict for verdict in found[place] if verdict is not None]
+        by_source.setdefault(records[index]["_source"], []).extend(verdicts)
+    parts, sources = world.gather((by_source, asked.account() if asked else {})), {}
+    for record in records:
+        sources.setdefault(record["_source"], [])
+    for part, _ in parts:
+        for source, verdicts in part.items():
+            sources[source] += verdicts
+
+    def share(verdicts):
+        return {"replies": len(verdicts), "share": fmean(verdicts) if verdicts else None}
+
+    told = {"judge": asked.name if asked else name, **share(sum(sources.values(), []))}
+    told["sources"] = {source: share(verdicts) for source, verdicts in sources.items()}
+    if asked:
+        told["account"] = judge.summed([account for _, account in parts])
+    return {"consistency": told}
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import endpoint
+import judge
 import model
 import rewards
 import sampler
@@ -349,11 +351,16 @@ def parse_args(argv=None):
     add("--updates", type=integer("[1, 1000]"), default=1,
         help="optimizer updates on each sampled batch; above 1 the clipping matters")  # fmt: skip
 
+    add = judge.add_judge_flags(parser, ["none", "model", "endpoint"], "none",
+        "who decides whether a short free answer (answer_type text) that no rule finds right says what the gold says: "
+        "a model of this machine, or one behind a server; none: nobody")  # fmt: skip
+    endpoint.add_endpoint_flags(add)
     vllm_sampler.add_sampler_flags(parser, train=True)
     training.add_training_flags(parser)
     argv = sys.argv[1:] if argv is None else argv
     embedded = not {"--model", "--data", "-h", "--help"} & {flag.split("=")[0] for flag in argv}
     args = parser.parse_args(EMBEDDED_FLAGS + argv if embedded else argv)
+    judge.check_judge_flags(parser, args)
     try:
         rewards.chosen_rewards(args.reward)
     except ValueError as error:
@@ -378,9 +385,7 @@ def score_replies(encoder, records, replies, scorer, progress, longest=0, overlo
     and "reward" is less by it. longest: tokens of a reply at most.
     """
     texts = [[encoder.decode(reply.ids) for reply in group] for group in replies]
-    scores = []
-    for record, group in zip(records, texts, strict=True):
-        scores.append([scorer.score(text, record, progress) for text in group])
+    scores = scorer.score_groups(records, texts, progress)
     if overlong_buffer:
         for group, group_scores in zip(replies, scores, strict=True):
             for reply, score in zip(group, group_scores, strict=True):
@@ -512,7 +517,7 @@ def main(argv=None):
     records = read_records(
         args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels
     )
-    run = Run.open(vars(args), world, vllm_sampler.MAY_CHANGE)
+    run = Run.open(vars(args), world, (*vllm_sampler.MAY_CHANGE, *endpoint.MAY_CHANGE))
     options = training.load_options(args)
     policy, encoder = model.load(args.model, world, train=True, **options)
     encoder.check(world, records)
@@ -538,6 +543,7 @@ def main(argv=None):
         return {"refilled": refilled} if args.max_refill else {}
 
     scorer = scoring.Scorer(format_weight=args.format_weight, chosen=rewards.chosen_rewards(args.reward))
+    scorer.judge = judge.open_judge(args, world)
     sample = sampler.sample
     if args.sampler == "vllm":
         sample = vllm_sampler.VLLM(
@@ -646,6 +652,8 @@ def main(argv=None):
             row["staleness"] = args.updates * sample.off_policy  # updates since the replies were sampled
         if args.max_refill:
             row["prompts_sampled"] = asked
+        if args.judge != "none":
+            row |= scoring.judge_metrics(world, scores)
         row |= timer.metrics(rollouts=asked * G, tokens=tokens)
         run.log(row, shown_replies(mine[0], texts[0], scores[0]))
         bar.set_postfix({label: f"{row[name]:.3g}" for label, name in BAR.items()})

@@ -53,14 +53,13 @@ IDENTIFYING = ("*.safetensors", "config.json", "*processor_config.json", "tokeni
 
 
 def input_digests(settings: dict) -> dict[str, str]:
-    """{path: digest} of the files that a run reads: its data, held-out data and starting model (not pictures).
+    """{path: digest} of the files that a run reads: its data, held-out data, starting model, judge (not pictures).
 
     A hub id has no files here; a file that is missing is named by whoever reads it.
     """
     paths = [Path(name) for flag in ("data", "eval_data") for name in settings.get(flag) or []]
-    folder = Path(settings.get("model") or "")
-    if settings.get("model") and folder.is_dir():
-        names = sorted(path for path in folder.iterdir() if path.is_file())
+    for folder in [Path(settings[flag]) for flag in ("model", "judge_model") if settings.get(flag)]:
+        names = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
         paths += [path for path in names if any(fnmatch.fnmatch(path.name, pattern) for pattern in IDENTIFYING)]
     return {str(path): files.identity(path) for path in paths if path.is_file()}
 

@@ -436,8 +436,9 @@ def judge(
 
     models: what stands for a --model that is not there yet, such as {"runs/zero": "7B"}. A prompt is taken to be
     `words` tokens of text and a picture of --max-pixels; without that flag, of `image` tokens. reply: tokens of a
-    pair's replies, for dpo.py, which has no flag for it. A run fits if CUDA_GIB stay free. DataError as for
-    parse_command, and for a model that nobody knows.
+    pair's replies, for dpo.py, which has no flag for it. Of distill.py the policy is planned, the base where the
+    policy is behind a server. A --judge of this machine is not counted. A run fits if CUDA_GIB stay free. DataError as
+    for parse_command, and for a model that nobody knows.
     """
     stage, args, gpus = parse_command(command)
     name, folder = model_of(stage, args, models)
@@ -465,7 +466,8 @@ def judge(
 
 def model_of(stage: str, args: argparse.Namespace, models: dict[str, str] | None) -> tuple[str, str]:
     """(what a stage's flags call its model, a directory to build it from). models: as for `judge`."""
-    name = str((args.policy or args.base) if stage == "distill" else args.model)
+    here = args.policy if stage == "distill" and not args.policy_url else None
+    name = str((here or args.base) if stage == "distill" else args.model)
     return name, folder_of((models or {}).get(name, name))
 
 
@@ -569,7 +571,9 @@ def work(
         # The reference looks at each pair once.
         return pairs * (learn(1) if args.loss == "sft" else learn(2) + forward(2)) or None
     questions = args.limit or records
-    runs = (args.policy is not None) + (args.reject_from == "base") if stage == "distill" else 1
+    runs = 1
+    if stage == "distill":  # gold answers and a teacher behind a server cost nothing here
+        runs = (args.policy is not None and args.policy_url is None) + (args.reject_from == "base")
     return runs * questions * forward(args.samples) or None
 
 

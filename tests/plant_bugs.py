@@ -228,8 +228,8 @@ BUGS = [Bug(*entry) for entry in (
 
     # ---- grpo.py: the stage
     ("replies are scored against the next record", "grpo.py",
-     "for record, group in zip(records, texts, strict=True)",
-     "for record, group in zip(records[1:] + records[:1], texts, strict=True)", GRPO_NUMBERS),
+     "scorer.score_groups(records, texts, progress)",
+     "scorer.score_groups(records[1:] + records[:1], texts, progress)", GRPO_NUMBERS),
     ("every step has the same prompts", "grpo.py",
      "len(records), step * P + ", "len(records), ", GRPO_NUMBERS),
     ("seeds do not depend on the step", "grpo.py",
@@ -283,7 +283,7 @@ BUGS = [Bug(*entry) for entry in (
     ("a wrong reply can be chosen", "distill.py",
      "        if reply.right:", "        if reply.well_formed:", PAIRS),
     ("reasoning that contradicts its answer is chosen", "distill.py",
-     "not contradicts(reply.reason, reply.answer, record)", "True", PAIRS),
+     "contradicts(reply.reason, reply.answer, record) else", "False else", PAIRS),
 
     # ---- attention.py
     ("a prompt's tokens see the future", "attention.py",

@@ -158,6 +158,12 @@ def test_a_command_line_is_judged_by_the_flags_of_its_stage():
     assert judged(pairs, reply=10240)[1] > judged(pairs)[1]
 
 
+def test_a_teacher_behind_a_server_takes_no_memory_here():
+    pairs = f"python distill.py --policy teacher --base {LARGE} --data a.jsonl --out b.jsonl"
+    here = pairs.replace("teacher", LARGE)
+    assert judged(pairs + " --policy-url http://localhost:8000/v1") == judged(here)
+
+
 def test_a_command_that_cannot_be_judged_says_why():
     command = "python grpo.py --data a.jsonl --out b --model "
     with pytest.raises(DataError, match="runs/zero: neither a model directory"):

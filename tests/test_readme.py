@@ -34,7 +34,8 @@ OUR_NAMES = [page for page in PAGES if page.name != "from_trl_verl.md"]
 RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
 
 STAGES = ("grpo", "dpo", "distill", "eval", "jigsaw", "rewards", "judge")
-MODULES = (*STAGES, "records", "training", "families", "attention", "model", "sampler", "vllm_sampler", "report")
+MODULES = (*STAGES, "endpoint", "records", "training", "families", "attention", "model", "sampler", "vllm_sampler")
+MODULES += ("report",)
 
 
 def name_of(path):
@@ -227,7 +228,7 @@ def verdicts(found):
         if path not in ("grpo.py", "dpo.py", "distill.py", "eval.py") or is_sketch(flags):
             continue
         given = dict(zip(flags, flags[1:], strict=False))
-        name = given.get("--policy") or given.get("--model", "")
+        name = given.get("--base" if "--policy-url" in given else "--policy") or given.get("--model", "")
         if name not in {*models, *plan.HUB}:  # a tiny model
             continue
         models[given["--out"]] = models.get(name, name)
@@ -329,6 +330,8 @@ def test_every_function_named_on_a_page_exists(page):
 def test_every_flag_named_on_a_page_is_one_of_ours(page):
     files = [file for folder in (".", "toy", "bench", "recipes", "tests") for file in ROOT.glob(f"{folder}/*.py")]
     known = set(re.findall(r'"(--[a-z][a-z-]+)"', "".join(path.read_text() for path in files)))
+    roles = re.findall(r'f"--\{role\}(-[a-z-]+)"', (ROOT / "endpoint.py").read_text())
+    known |= {f"--{role}{rest}" for role in ("judge", "policy") for rest in roles}
     known |= {"--no-think", "--help", "--nproc_per_node"}
     named = {word for span in spans(page) for word in re.findall(r"(?<!\S)(--[a-z][a-z_-]+)", span)}
     assert named - known == set()

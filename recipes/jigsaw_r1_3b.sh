@@ -4,7 +4,10 @@
 #
 #   bash recipes/jigsaw_r1_3b.sh COCO OUT        # COCO holds train2014/ and test2014/
 #   VARIANTS=1 bash recipes/jigsaw_r1_3b.sh COCO OUT        # and the curriculum, the other sizes, whole grids, boxes
-#   python recipes/plan.py --mean-reply 200 --recipe recipes/jigsaw_r1_3b.sh COCO OUT        # does it fit, how long?
+#   python recipes/plan.py --reply 200 --mean-reply 200 --records 64000 --recipe recipes/jigsaw_r1_3b.sh COCO OUT
+#
+# The last line says that every stage fits (30 GiB at most) and takes 5.7 to 16 hours in all on eight H100, if replies have
+# 200 tokens on the mean.
 #
 # Where a value comes from: a number is a section of the paper, "code" its authors' public code or the defaults of the
 # libraries that it uses, "ours" our choice where neither says it. BASE=… takes another model (jigsaw_r1_7b.sh).
@@ -17,7 +20,7 @@
 #   without thinking    before 69.59, SFT 69.48, SFT then RL 69.92, RL 73.18
 #   with thinking       before 57.64, SFT 57.81, SFT then RL 58.91, RL 60.86
 #   RL on other sizes   3x1 74.95, 4x1 73.03, 2x2 72.68, 3x1 then 4x1 75.29; full 72.65; ScreenSpot after boxes 81.05
-# Its step took 51.6 s without thinking and 297.5 s with it, on eight MI250X of 64 GB: 29 and 83 hours.
+# Its step took 51.6 s without thinking and 297.5 s with it, on eight MI250X of 64 GB: 29 and 83 hours for RL alone.
 set -euo pipefail
 COCO=$1 OUT=$2
 GPUS=${GPUS:-8}

@@ -5,10 +5,14 @@
 #
 #   bash recipes/specs_7b.sh ORSTA VIRL39K BENCHMARKS.jsonl OUT
 #   ABLATIONS=1 bash recipes/specs_7b.sh ORSTA VIRL39K BENCHMARKS.jsonl OUT
-#   python recipes/plan.py --reply 2048 --mean-reply 600 --recipe recipes/specs_7b.sh ORSTA VIRL39K BENCHMARKS.jsonl OUT
+#   python recipes/plan.py --reply 2048 --mean-reply 600 --records 5000 --recipe recipes/specs_7b.sh \
+#       ORSTA VIRL39K BENCHMARKS.jsonl OUT
+#
+# The last one says that every stage fits (64 GiB at most) and takes 7.5 to 22 hours in all on eight H100, if replies have
+# 600 tokens on the mean. That is a guess: the paper does not state how long they are.
 #
 # ORSTA and VIRL39K are local copies as published (data/*.parquet; 39Krelease.parquet and images/), BENCHMARKS.jsonl
-# records of MathVista and the others. The plan's lengths are guesses: the paper does not state how long replies are.
+# records of MathVista and the others.
 # "paper" is what it states, "framework" a default of the framework it used, "not stated: ours" what we chose.
 #
 # To expect, by the paper's tables:
@@ -100,17 +104,20 @@ if [ "${ABLATIONS:-0}" != 1 ]; then exit; fi
 # 7. The paper's ablations, a line each: other pairs, or another loss on the same ones
 pairs() { run distill.py --out "$OUT/pairs-$1.jsonl" "${DISTILL[@]}" "${@:2}"; } # pairs NAME flags…
 pairs base --policy "$BASE" --base "$BASE"                                # chosen from the base itself
-pairs 32b --policy Qwen/Qwen2.5-VL-32B-Instruct --base "$BASE" --sampler builtin # a teacher; vLLM has no room beside it
+for size in 32 72; do                                                     # from a teacher behind a server, TEACHER
+    pairs "${size}b" --policy "Qwen/Qwen2.5-VL-${size}B-Instruct" --policy-url "${TEACHER:-http://localhost:8000/v1}" \
+        --base "$BASE"
+done
 pairs coupled --policy "$OUT/zero" --base "$BASE" --coupled               # pairs that differ in correctness too
 pairs no-judge --policy "$OUT/zero" --base "$BASE" --judge none           # without the judge
 pairs corrupted --policy "$OUT/zero" --reject-from chosen                 # rejected is the chosen reply, corrupted
-for name in base 32b coupled no-judge corrupted; do
+for name in base 32b 72b coupled no-judge corrupted; do
     cold "$OUT/pairs-$name.jsonl" "$OUT/cold-$name" --loss dpo+sft --sft-weight 1
 done
 cold "$OUT/pairs.jsonl" "$OUT/cold-sft" --loss sft                          # SFT only
 cold "$OUT/pairs.jsonl" "$OUT/cold-dpo" --loss dpo                          # lambda 0
 cold "$OUT/pairs.jsonl" "$OUT/cold-half" --loss dpo+sft --sft-weight 0.5    # lambda 0.5
-for name in base 32b coupled no-judge corrupted sft dpo half; do
+for name in base 32b 72b coupled no-judge corrupted sft dpo half; do
     formats "$OUT/cold-$name" "$OUT/results/cold-$name-formats.json" --baseline "$OUT/results/base-formats.json"
     grpo "$OUT/cold-$name" "$OUT/specs-$name" 600
     run eval.py --model "$OUT/specs-$name" --data "$BENCHMARKS" --out "$OUT/results/specs-$name.json" --temperature 0 \

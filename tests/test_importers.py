@@ -206,7 +206,11 @@ def test_the_same_command_writes_the_same_bytes_and_limit_reads_the_first_rows(v
         importers.main(["--set", "virl39k", "--data", path, "--out", str(virl_copy / out), "--part"])
         files.append((virl_copy / out / "records.jsonl").read_bytes())
     assert files[0] == files[1] and len(files[0].splitlines()) == 150
-    records, _ = importers.import_set("virl39k", [path, path], virl_copy / "few", part=True, limit=70)
+    paths = [
+        write(virl_copy / f"{start}.parquet", [virl(number) for number in range(start, start + 50)], VIRL)
+        for start in (0, 50, 100)
+    ]
+    records, _ = importers.import_set("virl39k", paths, virl_copy / "few", part=True, limit=70)
     assert [record["id"] for record in records] == [f"virl39k-q{number}" for number in range(70)]
 
 

@@ -210,7 +210,7 @@ def test_every_command_of_a_recipe_fits_80_gib(name, capsys, monkeypatch):
         assert verdicts.pop().startswith("in all: ")
     stages = [line.split()[1].rstrip(",") for line in verdicts]
     assert all(line.startswith("fits: ") for line in verdicts)
-    trainings = {"one_node.sh": 1, "specs_7b.sh": 3 + 2 * 8}[name]  # zero, cold, specs, and 8 ablations of two
+    trainings = {"one_node.sh": 1, "specs_7b.sh": 3 + 2 * 9}[name]  # zero, cold, specs, and 9 ablations of two
     assert sum(stage in ("grpo.py", "dpo.py") for stage in stages) == trainings
 
 

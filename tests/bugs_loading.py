@@ -32,7 +32,7 @@ BUGS = [
      "    except Exception:\n        # Viewers", "    except KeyError:\n        # Viewers", SHOWN),
     ("PostScript runs a program", "pictures.py", "Image.open(path, formats=known)", "Image.open(path)", REFUSED),
 
-    # ---- model_directory.py, model.py, families.py
+    # ---- model_directory.py, model.py, encoder.py, families.py
     ("the scales of quantised weights are ignored", "model_directory.py",
      'if name.endswith(SCALES) or "quant_state" in name:', "if False:", WEIGHTS),
     ("integers are taken for weights", "model_directory.py",
@@ -55,8 +55,8 @@ BUGS = [
      "finite = torch.stack(extremes).isnan().logical_not().all(1)", WEIGHTS),
     ("a problem of another rank is not heard", "model.py", "world.gather(problem)):", "[problem]):", TOGETHER),
     ("weights that the model has not are dropped", "model.py", "    if further:\n", "    if False:\n", WEIGHTS),
-    ("a chat template may run for hours", "model.py", "    if left < 0:", "    if False:", TEMPLATES),
-    ("a chat template may hide the picture", "model.py",
+    ("a chat template may run for hours", "encoder.py", "    if left < 0:", "    if False:", TEMPLATES),
+    ("a chat template may hide the picture", "encoder.py",
      "if words not in text or shown !=", "if words not in text and shown !=", TEMPLATES),
     ("a limit inside of size is not read", "families.py",
      'size.get("longest_edge"), size.get("max_pixels"))', 'size.get("longest_edge"))', LIMITS),

@@ -321,7 +321,7 @@ BUGS = [Bug(*entry) for entry in (
     ("windows are mixed up", "attention.py",
      "x.unflatten(1, (-1, size)).transpose(0, 1)", "x.unflatten(1, (size, -1)).permute(2, 0, 1, 3)", ATTENTION),
 
-    # ---- model.py: packed rows, log-probs, encoder, loading
+    # ---- model.py, encoder.py: packed rows, log-probs, prompts, loading
     ("replies start one position late", "model.py",
      "first_position.repeat_interleave(sizes) + number\n", "first_position.repeat_interleave(sizes) + number + 1\n",
      GROUPS),
@@ -348,7 +348,7 @@ BUGS = [Bug(*entry) for entry in (
     ("the end token is dropped from the mask", "model.py",
      "    mask = unpack(torch.ones_like(values, dtype=torch.bool), batch.cell, False)",
      "    mask = unpack(~torch.isin(batch.targets, torch.tensor(policy.end_ids)), batch.cell, False)", GROUPS),
-    ("replies are encoded without their end token", "model.py",
+    ("replies are encoded without their end token", "encoder.py",
      '["input_ids"] + [self.end_id]\n', '["input_ids"]\n', ENCODER),
     ("pictures of a batch are in the wrong order", "model.py",
      "torch.cat([prompt.pixels for prompt in seen])", "torch.cat([prompt.pixels for prompt in seen[::-1]])", GROUPS),

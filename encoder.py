@@ -24,8 +24,9 @@ from torch import nn
 import model_directory
 from families import Family
 from files import DataError
+from lazy_puzzles import Shown, open_puzzle, pictures_of, sizes_of
 from model_directory import is_integer
-from pictures import MAX_IMAGE_PIXELS, PictureError, open_picture, picture_size
+from pictures import MAX_IMAGE_PIXELS, PictureError
 from processes import World
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,7 +48,8 @@ class Prompt:
     pixels: torch.Tensor | None
     grids: torch.Tensor | None
     plain_ids: list
-    images: list = field(default_factory=list)
+    images: list[Shown] = field(default_factory=list)
+    record: dict = field(default_factory=dict)
 
     @property
     def patches(self) -> int:
@@ -60,6 +62,8 @@ class Encoder:
 
     Encoded pictures are cached (up to cache_bytes) because epochs come back to them. max_image_pixels: the largest
     width x height of an image file that is opened.
+
+    A picture that turns out to be broken when it is needed is an error, unless `replace_broken` allowed something else.
     """
 
     def __init__(
@@ -84,10 +88,11 @@ class Encoder:
         self.max_length = family.config.get_text_config().max_position_embeddings
         check_template(self, folder)
         # Futures, so that two questions about one picture wait for the same encoding.
-        self._pictures: OrderedDict[str, Future] = OrderedDict()  # by path, the least recently used first
+        self._pictures: OrderedDict[Shown, Future] = OrderedDict()  # the least recently used first
         self._bytes_left, self._lock = cache_bytes, threading.Lock()
         self._measured = {}
         self._workers = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2)), "pictures")
+        self._replaceable, self._places, self.broken = [], {}, {}
 
     def save(self, folder: Path) -> None:
         """Write tokenizer and image processor into a model directory."""
@@ -96,49 +101,59 @@ class Encoder:
 
     # ---- pictures
 
-    def image(self, path: str) -> Image.Image:
-        """The picture of an image file, resized as every engine gets it."""
-        return self.family.resize(open_picture(path, self.max_image_pixels))
+    def images(self, pictures: list[Shown]) -> list[Image.Image]:
+        """Pictures resized as every engine gets them."""
+        self._begin_all(pictures)
+        return [self._encoded(shown)[2] for shown in pictures]
 
-    def images(self, paths: list[str]) -> list[Image.Image]:
-        """The pictures of several image files, side by side in worker threads."""
-        return list(self._workers.map(self.image, paths))
-
-    def picture(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(pixels, grid (3,)) of one image file, from the cache when it was seen before."""
-        return self._begin(path).result()
+    def picture(self, shown: Shown) -> tuple[torch.Tensor, torch.Tensor]:
+        """(pixels, grid (3,)) of one picture, from the cache when it was seen before."""
+        pixels, grid, _ = self._encoded(shown)
+        return pixels, grid
 
     def prefetch(self, records: list[dict]) -> None:
         """Begin to encode the pictures of records that will soon be asked for, in worker threads."""
         for record in records:
-            for path in record["images"]:
-                self._begin(path)
+            if where_of(record) not in self.broken:
+                self._begin_all(pictures_of(record))
 
-    def _begin(self, path):
+    def _begin_all(self, pictures):
+        for shown in pictures:
+            self._begin(shown)
+
+    def _encoded(self, shown):
+        return self._begin(shown).result()[shown.number]
+
+    def _begin(self, shown):
+        key = shown.whole
         with self._lock:
-            if path not in self._pictures:
-                self._pictures[path] = self._workers.submit(self._encode, path)
-            self._pictures.move_to_end(path)
-            return self._pictures[path]
+            if key not in self._pictures:
+                self._pictures[key] = self._workers.submit(self._encode, key)
+            self._pictures.move_to_end(key)
+            return self._pictures[key]
 
-    def _encode(self, path):
+    def _encode(self, key):
+        """[(pixels, grid (3,), resized image)] of a file, or of all pictures of a puzzle."""
         # numpy: a torch operation in this thread would start a team of threads of its own, against the main one's.
-        picture = open_picture(path, self.max_image_pixels)
-        grid = self.family.grid(*picture.size)
-        pixels = self.family.pixels(self.family.resize(picture))
-        encoded = torch.from_numpy(pixels), torch.tensor(grid)
+        encoded = []
+        for picture in open_puzzle(key, self.max_image_pixels):
+            try:
+                grid, image = self.family.grid(*picture.size), self.family.resize(picture)
+            except ValueError as error:  # a strip, in place of what was measured
+                raise PictureError(f'image "{key.path}" cannot be encoded ({error})') from error
+            encoded.append((torch.from_numpy(self.family.pixels(image)), torch.tensor(grid), image))
         with self._lock:
-            self._bytes_left -= encoded[0].nbytes
-            self._forget_oldest(keep=path)
+            self._bytes_left -= bytes_of(encoded)
+            self._forget_oldest(keep=key)
         return encoded
 
     def _forget_oldest(self, keep):
-        for path, future in list(self._pictures.items()):
+        for key, future in list(self._pictures.items()):
             if self._bytes_left >= 0:
                 return
-            if path != keep and future.done():
-                self._bytes_left += 0 if future.exception() else future.result()[0].nbytes
-                del self._pictures[path]
+            if key != keep and future.done():
+                self._bytes_left += 0 if future.exception() else bytes_of(future.result())
+                del self._pictures[key]
 
     # ---- questions
 
@@ -155,7 +170,7 @@ class Encoder:
                 content.append({"type": "image"})
         if self.tokenizer.chat_template is not None:
             turn = [{"role": "user", "content": content}]
-            with one_line(f"{record.get('_where', record['id'])}: the model's chat template failed"):
+            with one_line(f"{where_of(record)}: the model's chat template failed"):
                 return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         # A base model without a template: a plain dialogue.
         picture = self.family.picture_text.format(self.image_token)
@@ -165,15 +180,16 @@ class Encoder:
     def measure(self, record: dict) -> tuple[list[int], list[int]]:
         """(ids with one token per image, image tokens each image will take), without reading pixels. DataError."""
         # By content, not by id: the samples of one prompt, and epochs, ask again and again.
-        key = record["prompt"], *record["images"]
+        pictures = pictures_of(record)
+        key = record["prompt"], *pictures
         if key not in self._measured:
             if len(self._measured) == 2**16:  # some 100 MB
                 self._measured.clear()
-            self._measured[key] = self._measure(record)
+            self._measured[key] = self._measure(record, pictures)
         return self._measured[key]
 
-    def _measure(self, record):
-        where = record.get("_where", record["id"])
+    def _measure(self, record, pictures):
+        where = where_of(record)
         plain = self.tokenizer(self.chat(record), add_special_tokens=False)["input_ids"]
         others = set(self.forbidden) - {self.image_id}
         if plain.count(self.image_id) != len(record["images"]) or others & set(plain):
@@ -181,18 +197,23 @@ class Encoder:
         if max(plain, default=0) >= self.rows:
             raise DataError(f"{where}: the prompt holds a token that the model has no embedding for")
         counts = []
-        for path in record["images"]:
+        for shown, size in zip(pictures, record.get("_sizes") or self._sizes(pictures, where), strict=True):
             try:
-                grid = self.family.grid(*picture_size(path, self.max_image_pixels))
-            except PictureError as error:  # gone, or changed, since the records were read
-                raise DataError(f"{where}: {error}") from error
+                grid = self.family.grid(*size)
             except ValueError as error:  # too thin a strip
-                raise DataError(f'{where}: image "{path}" cannot be encoded ({error})') from error
+                raise DataError(f'{where}: image "{shown.path}" cannot be encoded ({error})') from error
             counts.append(self.family.tokens_per_picture(grid))
         length = len(self._expand(plain, counts))
         if length >= self.max_length:
             raise DataError(f"{where}: {length} prompt tokens, the model takes {self.max_length}; lower --max-pixels")
         return plain, counts
+
+    def _sizes(self, pictures, where):
+        """Sizes of pictures whose headers nobody has read yet."""
+        try:
+            return [sizes_of(shown, self.max_image_pixels)[shown.number] for shown in pictures]
+        except PictureError as error:
+            raise DataError(f"{where}: {error}") from error
 
     def _expand(self, plain, counts):
         """ids with one token per image -> ids with as many as its picture takes."""
@@ -220,21 +241,51 @@ class Encoder:
         for problem in sum(world.gather(problems), []):
             raise DataError(problem)
 
+    def replace_broken(self, records: list[dict], broken: dict[str, dict]) -> None:
+        """From now on, a record among these with a picture that cannot be decoded gives place to the next in the list.
+
+        So that one bad file among many ends no run, and every rank keeps its number of groups. broken: {"file:line":
+        what was wrong} of an earlier start; what is found is added to it (Run.share_broken tells the other ranks).
+        """
+        self._replaceable, self.broken = records, broken
+        self._places = {where_of(record): place for place, record in enumerate(records)}
+
     def prompt(self, record: dict) -> Prompt:
-        """Encode a record's question. DataError when text and images do not fit each other, or a picture is gone."""
+        """Encode a record's question, or that of the record which takes its place: Prompt.record says which.
+
+        Which one that is follows from the files alone. DataError when text and images do not fit each other, or when a
+        picture is broken and nothing may take its place.
+        """
+        first = where_of(record)
+        tries = max(1, min(MOST_REPLACED, len(self._replaceable)))
+        for _ in range(tries):
+            where = where_of(record)
+            if where not in self.broken:
+                try:
+                    return self._prompt(record)
+                except PictureError as error:
+                    if where not in self._places:
+                        raise DataError(f"{where}: {error}") from error
+                    self.broken[where] = {"where": where, "id": record["id"], "cause": str(error)}
+            record = self._replaceable[(self._places[where] + 1) % len(self._replaceable)]
+        cause = self.broken[first]["cause"]
+        raise DataError(f"{first}: {cause}; all {tries} records from there on have broken pictures")
+
+    def _prompt(self, record):
         plain, counts = self.measure(record)
         ids = torch.tensor(self._expand(plain, counts))
         pixels = grids = None
+        images = pictures_of(record)
         # Pixels only here: checks and lengths never read them.
-        if record["images"]:
-            try:
-                pictures = [self.picture(path) for path in record["images"]]
-            except PictureError as error:
-                raise DataError(f"{record.get('_where', record['id'])}: {error}") from error
+        if images:
+            pictures = [self.picture(shown) for shown in images]
+            for shown, count, (_, grid) in zip(images, counts, pictures, strict=True):
+                if self.family.tokens_per_picture(grid.tolist()) != count:
+                    raise PictureError(f'image "{shown.path}" is broken (its size is not what its header said)')
             pixels = torch.cat([pixels for pixels, _ in pictures])
             grids = torch.stack([grid for _, grid in pictures])
         positions = self.family.positions(self.hf, ids, grids)
-        return Prompt(ids, positions, int(positions.max()) + 1, pixels, grids, plain, record["images"])
+        return Prompt(ids, positions, int(positions.max()) + 1, pixels, grids, plain, images, record)
 
     def prompts(self, records: list[dict]) -> list[Prompt]:
         """Encode several questions, their pictures side by side in worker threads."""
@@ -256,6 +307,19 @@ class Encoder:
         if ids and ids[-1] == self.end_id:
             ids = ids[:-1]
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+MOST_REPLACED = 100  # broken records in a row, before it is no single file that is at fault
+
+
+def where_of(record: dict) -> str:
+    """What errors call a record: the file and line it was read from."""
+    return record.get("_where") or record["id"]
+
+
+def bytes_of(encoded: list[tuple]) -> int:
+    """Memory that encoded pictures take."""
+    return sum(pixels.nbytes + 3 * image.width * image.height for pixels, _, image in encoded)
 
 
 @contextmanager

@@ -284,6 +284,9 @@ def parse_args(argv=None):
     add("--data", required=True, nargs="+", help="records.jsonl files: prompts, images and gold answers")
     add("--skip-bad", action="store_true",
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
+    add("--strict-data", action="store_true",
+        help="end the run at a picture that turns out to be broken when it is needed, instead of taking the record "
+        "behind it in its place and saying so")  # fmt: skip
     add("--out", required=True, help="run directory; ends as a model directory for the next stage")
     add("--seed", type=integer("[0, 4294967295]"), default=0, help="fixes the order of the prompts and every sample")
 
@@ -510,12 +513,15 @@ def main(argv=None):
         raise DataError(f"--prompts {P} cannot be dealt evenly to {world.size} processes")
     # Input and run directory are checked before anything expensive: a typo must not cost a model's loading time.
     records = read_records(
-        args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels
-    )
+        args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels, world=world,
+        decode=False,
+    )  # fmt: skip
     run = Run.open(vars(args), world, vllm_sampler.MAY_CHANGE)
     options = training.load_options(args)
     policy, encoder = model.load(args.model, world, train=True, **options)
     encoder.check(world, records)
+    if not args.strict_data:
+        encoder.replace_broken(records, run.broken)
     # The reference exists only where a KL asks for it; it costs the memory of a second model.
     reference = model.load_reference(args.model, world, **options) if args.kl else None
     optimizer = training.adamw(policy, args.lr)
@@ -560,8 +566,9 @@ def main(argv=None):
         batch, empty, asked = {}, range(P), 0
         for _ in range(1 + args.max_refill):
             # 1. Sample: G replies to each of this rank's prompts
-            mine, seeds = questions(step, asked, empty)
-            prompts = encoder.prompts(mine)
+            chosen, seeds = questions(step, asked, empty)
+            prompts = encoder.prompts(chosen)
+            mine = [prompt.record for prompt in prompts]  # others, where a picture is broken
             encoder.prefetch(questions(step + 1)[0])
             timer.end("rest")
             replies = sample(policy, prompts, G, seeds=seeds, **sampling)
@@ -646,6 +653,7 @@ def main(argv=None):
             row["staleness"] = args.updates * sample.off_policy  # updates since the replies were sampled
         if args.max_refill:
             row["prompts_sampled"] = asked
+        row["broken_pictures"] = run.share_broken(step + 1)
         row |= timer.metrics(rollouts=asked * G, tokens=tokens)
         run.log(row, shown_replies(mine[0], texts[0], scores[0]))
         bar.set_postfix({label: f"{row[name]:.3g}" for label, name in BAR.items()})

@@ -122,7 +122,10 @@ class Encoder:
             self._begin(shown)
 
     def _encoded(self, shown):
-        return self._begin(shown).result()[shown.number]
+        encoded = self._begin(shown).result()
+        if isinstance(encoded, str):
+            raise PictureError(encoded)
+        return encoded[shown.number]
 
     def _begin(self, shown):
         key = shown.whole
@@ -133,15 +136,18 @@ class Encoder:
             return self._pictures[key]
 
     def _encode(self, key):
-        """[(pixels, grid (3,), resized image)] of a file, or of all pictures of a puzzle."""
+        """[(pixels, grid (3,), resized image)] of a file, or of all pictures of a puzzle; or why there are none."""
         # numpy: a torch operation in this thread would start a team of threads of its own, against the main one's.
         encoded = []
-        for picture in open_puzzle(key, self.max_image_pixels):
-            try:
+        try:
+            for picture in open_puzzle(key, self.max_image_pixels):
                 grid, image = self.family.grid(*picture.size), self.family.resize(picture)
-            except ValueError as error:  # a strip, in place of what was measured
-                raise PictureError(f'image "{key.path}" cannot be encoded ({error})') from error
-            encoded.append((torch.from_numpy(self.family.pixels(image)), torch.tensor(grid), image))
+                encoded.append((torch.from_numpy(self.family.pixels(image)), torch.tensor(grid), image))
+        except PictureError as error:
+            # As text: a future that holds an exception holds the frames it passed, and with them all that they hold.
+            encoded = str(error)
+        except ValueError as error:  # a strip, in place of what was measured
+            encoded = f'image "{key.path}" cannot be encoded ({error})'
         with self._lock:
             self._bytes_left -= bytes_of(encoded)
             self._forget_oldest(keep=key)
@@ -152,7 +158,7 @@ class Encoder:
             if self._bytes_left >= 0:
                 return
             if key != keep and future.done():
-                self._bytes_left += 0 if future.exception() else bytes_of(future.result())
+                self._bytes_left += bytes_of(future.result())
                 del self._pictures[key]
 
     # ---- questions
@@ -317,8 +323,10 @@ def where_of(record: dict) -> str:
     return record.get("_where") or record["id"]
 
 
-def bytes_of(encoded: list[tuple]) -> int:
-    """Memory that encoded pictures take."""
+def bytes_of(encoded: list[tuple] | str) -> int:
+    """Memory that encoded pictures take; none, where there is only a message."""
+    if isinstance(encoded, str):
+        return 0
     return sum(pixels.nbytes + 3 * image.width * image.height for pixels, _, image in encoded)
 
 

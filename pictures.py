@@ -62,10 +62,12 @@ def open_picture(
         image.load()
         # After loading: a TIFF is turned by Pillow itself then, and says so.
         turn = TURNS.get(orientation(image))
-        upright = as_seen(image if turn is None else image.transpose(turn))
+        upright = image if turn is None else image.transpose(turn)
         if size in (None, upright.size):
-            return upright
-        return upright.resize(size, RESAMPLE[resample], reducing_gap=2.0)
+            return as_seen(upright)
+        # What is RGB already is not copied first.
+        plain = upright.mode == "RGB" and "transparency" not in upright.info
+        return (upright if plain else as_seen(upright)).resize(size, RESAMPLE[resample], reducing_gap=2.0)
 
 
 def fitted(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from PIL import Image
 import files
 import training
 from files import DataError
-from records import open_picture
+from lazy_puzzles import Shown, check_lazy, is_lazy, open_puzzle, pictures_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -608,7 +608,12 @@ def pick_puzzles(results: dict[str, dict]) -> list[list[tuple[str, dict]]]:
 def puzzle_html(pairs: list[tuple[str, dict]]) -> str:
     """One card from a record's (stage, row) pairs: the pictures, the question, the gold answer, every stage's reply."""
     _, row = pairs[0]
-    pictures = "".join(picture_html(path, row["id"]) for path in row["images"][:MOST_IMAGES])
+    try:
+        if is_lazy(row):
+            check_lazy(row)
+        pictures = "".join(picture_html(shown, row["id"]) for shown in pictures_of(row)[:MOST_IMAGES])
+    except ValueError:
+        pictures = "<p>The puzzle cannot be made.</p>"
     replies = "".join(reply_html(*pair) for pair in pairs)
     return (
         f'<article class="puzzle"><div>{pictures}</div><div><div class="stage">'
@@ -618,8 +623,9 @@ def puzzle_html(pairs: list[tuple[str, dict]]) -> str:
     )
 
 
-def picture_html(path: str, question_id: str) -> str:
+def picture_html(shown: Shown, question_id: str) -> str:
     """A question's picture made small, or a note that it is gone or cannot be shown."""
+    path = shown.path
     name = escape(visible_name(os.path.basename(path)))
     # Not a pipe either, which would be waited for.
     if not os.path.isfile(path):
@@ -631,7 +637,7 @@ def picture_html(path: str, question_id: str) -> str:
                 width, height = image.size
         if width * height > MOST_PIXELS:
             return f"<p>The picture {name} is too large to be shown.</p>"
-        image = open_picture(path)
+        image = open_puzzle(shown)[shown.number]
     except Image.DecompressionBombError:
         return f"<p>The picture {name} is too large to be shown.</p>"
     except Exception:

@@ -13,10 +13,11 @@ GPUS=${GPUS:-8}
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 BASE=Qwen/Qwen2.5-VL-3B-Instruct
 
-# 1. Puzzles: 64,000 from the training images, and 1,000 of each size from images that no run has seen.
+# 1. Puzzles: 64,000 from the training images, and 1,000 of each size from images that no run has seen. Lazy: they are
+# made when they are needed, so that no 32 GB of pictures are written.
 puzzles() { # puzzles IMAGES COUNT SIZE OUT flags…
     python "$HERE/jigsaw.py" --images "$1" --count "$2" --rows "${3%x*}" --cols "${3#*x}" --question pair --split all \
-        --out "$4" "${@:5}"
+        --lazy --out "$4" "${@:5}"
 }
 for kind in think no-think; do
     puzzles "$COCO/train2014" 64000 2x1 "$OUT/data/$kind" "--$kind" --seed 0

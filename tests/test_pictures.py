@@ -321,7 +321,7 @@ def test_the_largest_picture_is_a_setting_of_reader_and_encoder(tmp_path, tiny_d
     policy, encoder = models["qwen2_5_vl"]
     small = model.Encoder(tiny_dirs["qwen2_5_vl"], policy.family, policy.hf, max_image_pixels=60 * 40 - 1)
     unread = {name: value for name, value in record.items() if name != "_sizes"}
-    for ask in (lambda: small.prompt(record), lambda: small.length(unread)):
+    for ask in (lambda: small.length(unread), lambda: small.prompt(record)):
         with pytest.raises(DataError, match="^.*r.jsonl:1: .*more than --max-image-pixels 2399$"):
             ask()
     with pytest.raises(PictureError):

@@ -37,7 +37,7 @@ SHARED = {
     "model": {"attention", "encoder", "families", "files", "model_directory", "pictures", "run_directory", "training"},
     "sampler": {"attention", "model", "training"},
     "vllm_sampler": {"model", "records", "sampler", "training"},
-    "report": {"files", "records", "training"},
+    "report": {"files", "lazy_puzzles", "training"},
     "claims": {"rewards"},
     "judge": {"claims", "rewards"},
     "scoring": {"judge", "rewards"},

@@ -39,7 +39,7 @@ class Prompt:
 
     ids (Lp,) with image tokens expanded; positions (A, Lp); next: the position of the first reply token; pixels fp32
     and grids (images, 3) of its pictures, or None; plain_ids: one token per image, what an engine with its own image
-    processor takes; images: the paths of its pictures.
+    processor takes; images: its pictures; record: what was encoded (Encoder.prompt may take another than it was given).
     """
 
     ids: torch.Tensor

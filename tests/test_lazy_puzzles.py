@@ -12,6 +12,7 @@ from test_jigsaw import read, run
 from test_puzzle_sets import fails, scenes_as_files
 
 import lazy_puzzles
+import report
 import rewards
 from lazy_puzzles import Shown, check_puzzle, open_puzzle, pictures_of, rebuilt_sizes
 from pictures import PictureError
@@ -229,3 +230,10 @@ def test_puzzles_of_one_photograph_are_told_apart_and_each_is_made_once_and_ahea
     assert len(opened) == 2
     first, second = encoder.prompts([record, other])
     assert len(opened) == 2 and not torch.equal(first.pixels, second.pixels)
+
+
+def test_the_report_shows_the_puzzle_and_not_its_photograph(lazy):
+    made, saved = (read_records(path, decode=False) for path in lazy)
+    for one, other in zip(made, saved, strict=True):
+        (shown,), (file,) = pictures_of(one), pictures_of(other)
+        assert report.picture_html(shown, "q") == report.picture_html(file, "q")

@@ -298,7 +298,9 @@ def test_a_size_is_known_before_any_pixel_is_decoded(tmp_path, monkeypatch):
     (tmp_path / "behind.png").write_bytes(behind)
     assert picture_size(tmp_path / "behind.png") == open_picture(tmp_path / "behind.png").size == (40, 60)
 
+    saved(tmp_path, "plain.png", Image.new("RGB", (60, 40)))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("pixels were decoded"))
+    assert picture_size(tmp_path / "plain.png") == (60, 40)
     for name in ("a.png", "a.jpg", "a.webp"):
         assert picture_size(tmp_path / name) == (40, 60)
 

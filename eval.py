@@ -344,6 +344,8 @@ def score_row(
             "replies": texts,
             "answers": [score["answer"] for score in scores],
         }
+        if "puzzle" in record:  # a lazy record's pictures are made of it
+            row["puzzle"] = record["puzzle"]
     return row
 
 

@@ -318,6 +318,9 @@ def parse_args(argv=None):
     add("--data", required=True, nargs="+", help="records.jsonl files: prompts, images and gold answers")
     add("--skip-bad", action="store_true",
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
+    add("--strict-data", action="store_true",
+        help="end the run at a picture that turns out to be broken when it is needed, instead of taking the record "
+        "behind it in its place and saying so")  # fmt: skip
     add("--out", required=True, help="run directory; ends as a model directory for the next stage")
     add("--seed", type=integer("[0, 4294967295]"), default=0, help="fixes the order of the prompts and every sample")
 
@@ -542,12 +545,15 @@ def main(argv=None):
         raise DataError(f"--prompts {P} cannot be dealt evenly to {world.size} processes")
     # Input and run directory are checked before anything expensive: a typo must not cost a model's loading time.
     records = read_records(
-        args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels
-    )
+        args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels, world=world,
+        decode=False,
+    )  # fmt: skip
     run = Run.open(vars(args), world, (*vllm_sampler.MAY_CHANGE, *endpoint.MAY_CHANGE))
     options = training.load_options(args)
     policy, encoder = model.load(args.model, world, train=True, **options)
     encoder.check(world, records)
+    if not args.strict_data:
+        encoder.replace_broken(records, run.broken)
     # The reference exists only where a KL asks for it; it costs the memory of a second model.
     reference = model.load_reference(args.model, world, **options) if args.kl else None
     optimizer = training.adamw(policy, args.lr)
@@ -575,8 +581,9 @@ def main(argv=None):
 
     def ask(step, asked, slots) -> dict[int, Rollout]:
         """{slot: Rollout} of this rank's prompts for some slots of a step's batch, after the first `asked` prompts."""
-        mine, seeds = stream.questions(step, asked, slots)
-        prompts = encoder.prompts(mine)
+        chosen, seeds = stream.questions(step, asked, slots)
+        prompts = encoder.prompts(chosen)
+        mine = [prompt.record for prompt in prompts]  # others, where a picture is broken
         # Whose pictures are decoded meanwhile: those that come next, in a further round of this step or the next step.
         encoder.prefetch(stream.questions(step, asked + len(slots))[0])
         timer.end("rest")
@@ -680,6 +687,7 @@ def main(argv=None):
             row["prompts_passed_over"] = passed_over
         if args.group_weights != "none":
             row["group_weight"] = world.sum(signal.sum() / P)[0]
+        row["broken_pictures"] = run.share_broken(step + 1)
         row |= timer.metrics(rollouts=asked * G, tokens=tokens)
         run.log(row, shown_replies(mine[0], texts[0], scores[0]))
         bar.set_postfix({label: f"{row[name]:.3g}" for label, name in BAR.items()})

@@ -14,7 +14,7 @@ import warnings
 
 from PIL import Image
 
-from pictures import open_picture
+from lazy_puzzles import Shown, check_lazy, is_lazy, open_puzzle, pictures_of
 
 MOST_PIXELS = 2**26  # of a picture that is decoded
 MOST_IMAGES = 4  # of a question
@@ -124,12 +124,18 @@ def figure_html(png: bytes, alt: str, caption: str) -> str:
 
 
 def pictures_html(record: dict) -> str:
-    """The first pictures of a question. record: "id", and "images" as absolute paths."""
-    return "".join(picture_html(path, record["id"]) for path in record["images"][:MOST_IMAGES])
+    """The first pictures of a question. record: "id", "images" as absolute paths, and a lazy one's "puzzle"."""
+    try:
+        if is_lazy(record):
+            check_lazy(record)
+        return "".join(picture_html(shown, record["id"]) for shown in pictures_of(record)[:MOST_IMAGES])
+    except ValueError:
+        return "<p>The puzzle cannot be made.</p>"
 
 
-def picture_html(path: str, question_id: str) -> str:
+def picture_html(shown: Shown, question_id: str) -> str:
     """A question's picture made small, or a note that it is gone or cannot be shown."""
+    path = shown.path
     name = escape(visible_name(os.path.basename(path)))
     # Not a pipe either, which would be waited for.
     if not os.path.isfile(path):
@@ -141,7 +147,7 @@ def picture_html(path: str, question_id: str) -> str:
                 width, height = image.size
         if width * height > MOST_PIXELS:
             return f"<p>The picture {name} is too large to be shown.</p>"
-        image = open_picture(path)
+        image = open_puzzle(shown)[shown.number]
     except Image.DecompressionBombError:
         return f"<p>The picture {name} is too large to be shown.</p>"
     except Exception:

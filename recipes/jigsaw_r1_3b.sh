@@ -31,7 +31,7 @@ run() { torchrun --standalone --nproc_per_node="$GPUS" "$HERE/$1" "${@:2}"; }
 # 1. Puzzles
 puzzles() { # puzzles IMAGES COUNT OUT flags…
     # Rows and cols are exchanged in half of them (5, question 1), the order may be the original one (code): our defaults.
-    python "$HERE/jigsaw.py" --images "$1" --split all --count "$2" --out "$3" --format jpeg "${@:4}" # ours: jpeg
+    python "$HERE/jigsaw.py" --images "$1" --split all --count "$2" --out "$3" --lazy "${@:4}" # ours: lazy, no pictures on the disk
 }
 for kind in think no-think; do
     # 4.1: train2014; code: one puzzle of each of 76,234 images. 1,000 steps read 64,000 of them, 2,000 read most twice.

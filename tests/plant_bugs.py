@@ -319,7 +319,7 @@ BUGS = [Bug(*entry) for entry in (
     ("windows are mixed up", "attention.py",
      "x.unflatten(1, (-1, size)).transpose(0, 1)", "x.unflatten(1, (size, -1)).permute(2, 0, 1, 3)", ATTENTION),
 
-    # ---- model.py: packed rows, log-probs, encoder, loading
+    # ---- model.py, encoder.py: packed rows, log-probs, prompts, loading
     ("replies start one position late", "model.py",
      "first_position.repeat_interleave(sizes) + number\n", "first_position.repeat_interleave(sizes) + number + 1\n",
      GROUPS),
@@ -346,7 +346,7 @@ BUGS = [Bug(*entry) for entry in (
     ("the end token is dropped from the mask", "model.py",
      "    mask = unpack(torch.ones_like(values, dtype=torch.bool), batch.cell, False)",
      "    mask = unpack(~torch.isin(batch.targets, torch.tensor(policy.end_ids)), batch.cell, False)", GROUPS),
-    ("replies are encoded without their end token", "model.py",
+    ("replies are encoded without their end token", "encoder.py",
      '["input_ids"] + [self.end_id]\n', '["input_ids"]\n', ENCODER),
     ("pictures of a batch are in the wrong order", "model.py",
      "torch.cat([prompt.pixels for prompt in seen])", "torch.cat([prompt.pixels for prompt in seen[::-1]])", GROUPS),
@@ -632,8 +632,9 @@ BUGS = [Bug(*entry) for entry in (
      some("test_pictures", "a_ramp_from_black_to_white_is_one_whatever_the_file_stores")),
     ("transparency is black", "pictures.py", 'image.size, "white")', 'image.size, "black")',
      some("test_pictures", "transparency_lies_on_white")),
-    ("a picture's size is not turned with it", "pictures.py", "return (height, width) if turned else (width, height)",
-     "return width, height", some("test_pictures", "a_picture_is_turned_as_its_camera_says_and_its_size_too")),
+    ("a picture's size is not turned with it", "pictures.py",
+     "return (image.height, image.width) if turned else image.size", "return image.size",
+     some("test_pictures", "a_picture_is_turned_as_its_camera_says_and_its_size_too")),
     ("a wish passed on by another rank counts as the first of two", "run_directory.py",
      "if self.asked is not None and now - self.asked > PATIENCE:", "if self.stop:",
      some("test_run_directory", "one_wish_to_stop_may_arrive_several_times_and_a_second_one_comes_seconds_later")),

@@ -281,7 +281,9 @@ REPLY_FORMAT_SENTENCE = {
     "boxed": "Reason first, then end with {it} inside \\boxed{{ }}.",
     "json": 'Give one JSON object with the keys "reason" and "answer"; in "answer" give only {it}.',
     "line": 'Reason first, then end with a last line "Answer: " and {it}.',
+    "template": "Reply in this form: {form}",  # of a template of replies.py, with words in place of its fields
 }
+REASON_WORDS = "reason"  # what stands for {reason} where a template is shown
 # answer type -> what the prompt calls the answer; of any other type: "the answer"
 ANSWER_WORDS = {"letter": "the letter", "grid": "the numbers", "digit": "the number", "box": "the four numbers"}
 
@@ -316,6 +318,14 @@ def our_words() -> dict[str, dict[str, str]]:
         "reply": REPLY_FORMAT_SENTENCE,
         "answer": ANSWER_WORDS,
     }
+
+
+def ask_for(form: str, reply_words: dict[str, str], it: str) -> str:
+    """The sentence that asks for a reply format. form: a name or a template; it: what the answer is called."""
+    if "{answer}" not in form:
+        return reply_words[form].format(it=it)
+    shown = form.replace("{reason}", REASON_WORDS).replace("{answer}", it.removeprefix("the "))
+    return reply_words["template"].format(form=shown)
 
 
 def write_prompt(
@@ -359,7 +369,7 @@ def write_prompt(
     options = fields.get("options", [])
     for letter, option in zip(LETTERS, options, strict=False):
         lines.append(f"{letter}. <image>" if separate and about == "patches" else f"{letter}. {option}")
-    lines.append(reply_words[form].format(it=answer_words.get(answer_type, "the answer")))
+    lines.append(ask_for(form, reply_words, answer_words.get(answer_type, "the answer")))
 
     prompt = "\n".join(lines)
     if dialogue:

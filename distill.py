@@ -40,6 +40,7 @@ import vllm_sampler
 from files import DataError, check_output, digest, read_json, write_text
 from journal import Journal, add_journal_flags
 from judge import contradicts, find_answer
+from pairs_page import edit_distance
 from records import jsonl_text, read_records
 from training import World, integer, real
 
@@ -256,6 +257,8 @@ def account(records: list[dict], outcomes: list[tuple[dict | None, str | None]])
         if lengths:
             told[f"{side}_characters"] = {"least": lengths[0], "mean": fmean(lengths), "most": lengths[-1]}
     if pairs:
+        distances = [edit_distance(pair["chosen"], pair["rejected"]) for pair in pairs]
+        told["edit_distance"] = fmean(distances)
         alike = [overlap(phrases_of(pair["chosen"]), phrases_of(pair["rejected"])) for pair in pairs]
         told["overlap"] = fmean(alike)
     return told | {"dropped": dropped}

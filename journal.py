@@ -35,6 +35,8 @@ NO_MATTER = (
     "report",
     "runs",
     "results",
+    "pairs",
+    "keep_pairs",
     "table",
 )
 

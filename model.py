@@ -588,10 +588,13 @@ class Policy(nn.Module):
         """What FSDP shards one by one: the decoder's blocks and the vision tower. The root holds the rest."""
         return [*self.family.decoder(self.hf).layers, self.family.vision(self.hf)[0]]
 
-    def forward(self, batch: Batch, temperature: float = 1.0, entropy: bool = False):
+    def forward(
+        self, batch: Batch, temperature: float = 1.0, entropy: bool = False, statistics: Callable | None = None
+    ):  # fmt: skip
         """Log-probs (N,) of batch.targets at `temperature`; without targets, logits (M, V) of the states read.
 
-        entropy: -> (log-probs, entropies (N,) of the distributions that the targets come from).
+        entropy: -> (log-probs, entropies (N,) of the distributions that the targets come from). statistics, a function
+        of some rows of logits (n, V) -> (n, K): -> instead what it says of those distributions, (N, K).
         """
         # In training the vision tower runs in every forward, on a blank picture where a batch has none: sharded ranks
         # must gather it together, and AdamW must move its weights alike however a batch is divided.
@@ -615,6 +618,9 @@ class Policy(nn.Module):
             return token_logits(hidden, weight, temperature, self.forbidden)
         # As many rows of fp32 logits as the budget allows: with 151,936 tokens a row is 0.6 MB.
         rows = max(1, self.chunk_bytes // (4 * len(weight)))
+        if statistics is not None:
+            chunks = (token_logits(part, weight, temperature, self.forbidden) for part in hidden.split(rows))
+            return torch.cat([statistics(logits) for logits in chunks])[batch.source]
         values = TokenLogProbs.apply(hidden, weight, batch.source, batch.targets, temperature, self.forbidden, rows)
         if not entropy:
             return values

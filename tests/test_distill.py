@@ -176,6 +176,8 @@ def test_the_account_says_who_was_dropped_why_and_how_the_pairs_look():
     assert (told["questions"], told["pairs"], told["corruptions"]) == (4, 1, {"malformed already": 1})
     assert told["dropped"] == {"policy never right": ["b", "d"], "base never right": ["c"]}
     assert told["chosen_characters"] == {"least": len(GOOD), "mean": len(GOOD), "most": len(GOOD)}
+    # 16 for <think> and </answer>, 10 for what becomes ".\nA" before "nswer", 2 for ": " behind it
+    assert told["edit_distance"] == 28
     assert told["overlap"] == 0.0 and distill.overlap({1, 2, 3}, {2, 3, 4}) == 0.5
 
 

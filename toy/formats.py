@@ -24,6 +24,7 @@ import random
 import re
 import sys
 from argparse import Namespace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +73,7 @@ class Shape(NamedTuple):
 TAGS = Shape("<>", True, "", "<>", True)
 
 
+@cache
 def words(part: str) -> list[str]:
     """Made-up words: the 1,000 of training ("train"), or 300 others ("test")."""
     everything = ["".join(pair) for pair in itertools.product(SYLLABLES, repeat=2)]
@@ -79,6 +81,7 @@ def words(part: str) -> list[str]:
     return {"train": everything[:TRAIN_WORDS], "test": everything[TRAIN_WORDS : TRAIN_WORDS + TEST_WORDS]}[part]
 
 
+@cache
 def shapes(part: str) -> list[Shape]:
     """The shapes of training ("train"), or those held out ("test"). TAGS is one of training."""
     everything = [

@@ -48,6 +48,8 @@ chain() {
     puzzles trained 60 test "$((SEED + 1))" "$D/test/trained"
     for format in tags seen unseen; do puzzles "$format" 60 test "$((SEED + 2000))" "$D/test/$format"; done
     puzzles tags 60 test "$((SEED + 3000))" "$D/test/ask" test
+    # Before anything else: does the model copy words and shapes that it has never seen?
+    evaluate "$D/results/follow.json" --model "$D/follow/model"
     # 2. GRPO-zero, and pairs
     grpo "$D/base" "$D/zero" 12
     evaluate "$D/results/zero.json" --checkpoints "$D/zero"
@@ -84,6 +86,8 @@ ablations() {
     done
 }
 
+mkdir -p "$OUT"
+git -C "$HERE" describe --always --abbrev=12 --exclude='*' --dirty=+ > "$OUT/commit" 2> /dev/null || true
 for SEED in "${@:2}"; do
     D=$OUT/$SEED
     if [ "${ABLATIONS:-0}" = 1 ]; then ablations; else chain; fi | python "$HERE/recipes/stages.py"

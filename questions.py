@@ -346,8 +346,8 @@ def write_prompt(
 ) -> str:
     """What was done and what is asked, then a line per option, then how to reply.
 
-    text, answer_type, fields, about: see `Question`. form: a reply format, by name or as a template. framed: a black frame hides
-    the edges. separate, dialogue, words: see `Choices`.
+    text, answer_type, fields, about: see `Question`. form: a reply format, by name or as a template. framed: a black
+    frame hides the edges. separate, dialogue, words: see `Choices`.
     """
     words = words or {}
     task_words = TASK_SENTENCES | words.get("task", {})

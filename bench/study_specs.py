@@ -1,11 +1,11 @@
 """The study of recipes/study_specs.sh: SPECS in miniature, from finished runs to the tables of docs/specs_study.md.
 
-    python bench/study_specs.py --collect runs/study_specs     # runs -> bench/results/study_specs.json, then the page
+    python bench/study_specs.py --collect runs/study_specs     # runs -> bench/results, then the page
     python bench/study_specs.py                                # that file -> the page's tables, and the figures
-    python bench/study_specs.py --check                        # exit 1 if the page does not say what the file says
+    python bench/study_specs.py --check                        # exit 1 if the page says something else
 
-A number in a table is a mean over seeds, in brackets the 95 % interval of a bootstrap over seeds: how far the mean would
-move with other seeds, and nothing about other models. The committed file names the commit and the machine.
+A number in a table is a mean over seeds, in brackets the 95 % interval of a bootstrap over seeds: how far the mean
+would move with other seeds, and nothing about other models. The committed file names the commit and the machine.
 
 Legend: seeds: {"0": run}; a run is what `collect_seed` keeps of one seed; gains and GF are percentage points.
 """
@@ -96,8 +96,8 @@ def curve_of(result: dict) -> list[dict]:
 def collect_seed(folder: Path) -> dict:
     """What the tables and figures need of one seed's runs. Refused if the chain has not finished."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))}
-    needed = ["follow", "zero", *(f"cold-{name}" for name in COLD), *(f"rl-{name}" for name in ("none", "sft", "specs"))]
-    needed += [f"explore-{name}" for name in EXPLORED]
+    needed = ["follow", "zero", "rl-none", "rl-sft", "rl-specs"]
+    needed += [f"cold-{name}" for name in COLD] + [f"explore-{name}" for name in EXPLORED]
     missing = [name for name in needed if name not in results]
     if missing:
         raise Refused(f"{folder}: {missing[0]} is missing; bash recipes/study_specs.sh {folder.parent} {folder.name}")
@@ -263,25 +263,28 @@ def whole(run: dict, name: str, key: str) -> float:
     return fmean(row[key] for row in run["logs"][f"rl-{name}"])
 
 
+def other_formats(formats: dict) -> float:
+    """Mean share of formats kept over those that were not trained."""
+    return fmean(values["format"] for key, values in formats.items() if key != "trained")
+
+
 def rl_table(found: dict) -> str:
     rows = []
     for name, title in RL.items():
         having = with_part(found["seeds"], "rl", name)
         if not having:
             continue
-        others = [key for key in FORMATS if key != "trained"]
         rows.append([
             title,
             f"{len(having)}",
             cell(over(having, lambda run, name=name: run["rl"][name]["trained"]["accuracy"])),
             cell(over(having, lambda run, name=name: run["rl"][name]["trained"]["format"])),
-            cell(over(having, lambda run, name=name: fmean(run["rl"][name][key]["format"] for key in others))),
+            cell(over(having, lambda run, name=name: other_formats(run["rl"][name]))),
             cell(over(having, lambda run, name=name: early(run, name, "format"))),
             cell(over(having, lambda run, name=name: whole(run, name, "reward")), 2),
         ])  # fmt: skip
-    return table(
-        ["GRPO from", "seeds", "accuracy", "format", "other formats", "format, first 25 steps", "mean reward of the run"], rows
-    )  # fmt: skip
+    titles = ["GRPO from", "seeds", "accuracy", "format", "other formats", "format, 25 steps", "reward, all steps"]
+    return table(titles, rows)
 
 
 def explore_table(found: dict) -> str:
@@ -318,7 +321,7 @@ def stability_table(found: dict) -> str:
             cell(over(having, lambda run: float(np.std(tail(run, "loss")))), 4),
             cell(over(having, lambda run: fmean(tail(run, "grad_norm"))), 2),
         ])  # fmt: skip
-    titles = ["GRPO from", "format reward (at most 0.5)", "its change a step", "spread of the policy loss", "gradient norm"]
+    titles = ["GRPO from", "format reward (most: 0.5)", "its change a step", "spread of the loss", "gradient norm"]
     return table(titles, rows)
 
 
@@ -383,8 +386,10 @@ def draw(found: dict) -> None:
         if name != "sft":
             rows = [run["logs"][f"cold-{name}"] for run in seeds.values()]
             steps = [row["step"] for row in rows[0]]
-            (line,) = panels[3].plot(steps, np.mean([[r["chosen_reward"] for r in log] for log in rows], 0), label=label)
-            rejected = np.mean([[r["rejected_reward"] for r in log] for log in rows], 0)
+            chosen, rejected = (
+                np.mean([[row[f"{side}_reward"] for row in log] for log in rows], 0) for side in ("chosen", "rejected")
+            )
+            (line,) = panels[3].plot(steps, chosen, label=label)
             panels[3].plot(steps, rejected, color=line.get_color(), ls="--")
     panels[3].set(title="implicit reward: chosen —, rejected - -", xlabel="update")
     panels[3].legend(fontsize=7)

@@ -4,7 +4,7 @@
 #
 #   bash recipes/study_specs.sh runs/study_specs 0 1 2 3 4       # seeds; killed at any moment it goes on where it was
 #   ABLATIONS=1 bash recipes/study_specs.sh runs/study_specs 0 1 2
-#   PART=0.01 bash recipes/study_specs.sh /tmp/smoke 0           # a hundredth of the updates: does everything run?
+#   PART=0.05 BASE=DIR bash recipes/study_specs.sh /tmp/smoke 0  # a twentieth of it, of a base you have: does it all run?
 #
 # One core is enough, and two seeds at a time are twice as fast on two. All settings were fixed on seed 100, which is in
 # no table.
@@ -15,7 +15,9 @@ export PART=${PART:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 share() { python3 -c "import math; print(max(2, math.ceil($1 * $PART)))"; }
 
 puzzles() { # puzzles FORMAT COUNT SPLIT SEED OUT [way of asking]
-    echo toy/formats.py questions --format "$1" --count "$2" --scenes "$2" --split "$3" --seed "$4" --out "$5" \
+    local count
+    count=$(share "$2")
+    echo toy/formats.py questions --format "$1" --count "$count" --scenes "$count" --split "$3" --seed "$4" --out "$5" \
         --ask "${6:-train}"
 }
 grpo() { # grpo FROM OUT STEPS: SPECS' clip and token mean; the KL is ours, without it four of five runs stay at chance
@@ -24,11 +26,11 @@ grpo() { # grpo FROM OUT STEPS: SPECS' clip and token mean; the KL is ours, with
         --seed "$SEED" --overwrite
 }
 pairs() { # pairs OUT flags…: the policy's replies against the base's
-    echo distill.py --base "$D/base" --data "$D/puzzles/records.jsonl" --limit "$(share 640)" --max-new-tokens 48 \
+    echo distill.py --base "${BASE:-$D/base}" --data "$D/puzzles/records.jsonl" --limit "$(share 640)" --max-new-tokens 48 \
         --seed "$SEED" --overwrite --out "$1" "${@:2}"
 }
 cold() { # cold PAIRS OUT flags…: the cold start, a checkpoint every sixth update
-    echo dpo.py --model "$D/base" --data "$1" --out "$2" --batch "$(share 64)" --steps 24 --lr 5e-5 --schedule constant \
+    echo dpo.py --model "${BASE:-$D/base}" --data "$1" --out "$2" --batch "$(share 64)" --steps 24 --lr 5e-5 --schedule constant \
         --save-every 6 --keep 100 --seed "$SEED" --overwrite "${@:3}"
 }
 evaluate() { # evaluate OUT flags…: format and accuracy at temperature 1, in the trained format and in four kinds of others
@@ -43,15 +45,15 @@ explore() { # explore OUT MODEL: pass@k up to 64, entropy, branching factor, in 
 
 chain() {
     # 1. The base, its puzzles, and the questions that nothing is trained on
-    bash "$HERE/recipes/specs_base.sh" "$D" "$SEED"
+    if [ -z "${BASE:-}" ]; then bash "$HERE/recipes/specs_base.sh" "$D" "$SEED"; fi
     puzzles trained 1600 train "$((SEED + 5000))" "$D/puzzles"
     puzzles trained 60 test "$((SEED + 1))" "$D/test/trained"
     for format in tags seen unseen; do puzzles "$format" 60 test "$((SEED + 2000))" "$D/test/$format"; done
     puzzles tags 60 test "$((SEED + 3000))" "$D/test/ask" test
     # Before anything else: does the model copy words and shapes that it has never seen?
-    evaluate "$D/results/follow.json" --model "$D/follow/model"
+    if [ -z "${BASE:-}" ]; then evaluate "$D/results/follow.json" --model "$D/follow/model"; fi
     # 2. GRPO-zero, and pairs
-    grpo "$D/base" "$D/zero" 12
+    grpo "${BASE:-$D/base}" "$D/zero" 12
     evaluate "$D/results/zero.json" --checkpoints "$D/zero"
     pairs "$D/pairs.jsonl" --policy "$D/zero"
     # 3. Cold starts of the base, each with its curve
@@ -62,16 +64,17 @@ chain() {
     for name in sft dpo half specs; do evaluate "$D/results/cold-$name.json" --checkpoints "$D/cold/$name"; done
     # 4. GRPO from a cold start, and from none with as many steps as zero, and the cold start, had
     for name in sft specs; do grpo "$D/cold/$name" "$D/rl/$name" 100; done
-    grpo "$D/base" "$D/rl/none" 112
+    grpo "${BASE:-$D/base}" "$D/rl/none" 112
     for name in none sft specs; do evaluate "$D/results/rl-$name.json" --model "$D/rl/$name"; done
-    for name in base zero cold/sft cold/specs rl/none rl/sft rl/specs; do
+    explore "$D/results/explore-base.json" "${BASE:-$D/base}"
+    for name in zero cold/sft cold/specs rl/none rl/sft rl/specs; do
         explore "$D/results/explore-${name/\//-}.json" "$D/$name"
     done
 }
 
 ablations() {
     # Where the pairs come from
-    pairs "$D/pairs-base.jsonl" --policy "$D/base"                                  # base against base
+    pairs "$D/pairs-base.jsonl" --policy "${BASE:-$D/base}"                                  # base against base
     pairs "$D/pairs-chosen.jsonl" --policy "$D/zero" --reject-from chosen           # the chosen reply itself, corrupted
     pairs "$D/pairs-coupled.jsonl" --policy "$D/zero" --coupled                     # the rejected reply may be wrong
     pairs "$D/pairs-unjudged.jsonl" --policy "$D/zero" --judge none                 # no judge

@@ -101,7 +101,9 @@ def test_training_and_test_share_no_word_and_no_shape():
     assert not set(formats.words("train")) & set(formats.words("test"))
     assert not set(formats.shapes("train")) & set(formats.shapes("test"))
     assert len(formats.words("train")) == 1000 and len(formats.words("test")) == 300
-    train, test = ({formats.template_of(shape, "x", "y") for shape in formats.shapes(part)} for part in ("train", "test"))
+    train, test = (
+        {formats.template_of(shape, "x", "y") for shape in formats.shapes(part)} for part in ("train", "test")
+    )
     assert not train & test  # two shapes may be one template
     assert len(train) == len(formats.shapes("train")) > 300 and len(test) == len(formats.shapes("test")) > 80
     assert formats.shapes("train")[0] == formats.TAGS

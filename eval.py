@@ -20,7 +20,7 @@ With --checkpoints all this is about the run's last model, and "curve" has one o
 first: {"step", "model", "overall", "sources", "gf"}. The first --keep-replies rows of each source also hold "prompt",
 "images", "gold", "replies" and "answers" (as read). Paths in it are relative to the result file's own folder. A
 "source" here is the record's source and the reply format it asks for ("jigsaw-pair-2x1:boxed"; nothing is added for
-think), because the same questions in another format are another test.
+think, and for templates), because the same questions in another format are another test.
 
 Legend: n replies a record, c of them right; accuracy, format and shares are fractions of 1; gains and GF are percentage
 points; lengths are tokens, the end token included; ID, the reply format a model was trained in; OOD, formats it was not
@@ -227,7 +227,8 @@ def read_files(
         whole = read_records(path, rewards.check_gold, skip_bad=skip_bad, max_image_pixels=max_image_pixels)
         for record in whole[:limit]:
             form = rewards.reply_format(record)
-            source = record["source"] if form == "think" else f"{record['source']}:{form}"
+            named = form != "think" and not rewards.is_template(form)
+            source = f"{record['source']}:{form}" if named else record["source"]
             records.append(record | {"_file": path, "_role": role, "_source": source})
     return records
 

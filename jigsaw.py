@@ -844,7 +844,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="ask for <think> and <answer> (the default), or for the bare answer",
     )
-    add("--reply-format", choices=list(REPLY_FORMAT_SENTENCE), help="ask for this form, in place of --think/--no-think")
+    add(
+        "--reply-format",
+        metavar="NAME",
+        help=f"ask for this form, in place of --think/--no-think: {', '.join(REPLY_FORMAT_SENTENCE)}, or a template "
+        "such as '<plan>{reason}</plan><final>{answer}</final>'",
+    )
     add("--dialogue", action="store_true", help="prompts begin a dialogue, for base models (default: no)")
     add("--prompts", metavar="FILE", help="a JSON file with other words for prompts (docs/formats.md; default: ours)")
     add(

@@ -48,6 +48,7 @@ from replies import (  # noqa: F401  also for those who look for them here
     closing_brace,
     fold,
     format_called,
+    is_template,
     read_bare,
     read_reply,
     reply_format,
@@ -777,7 +778,9 @@ def check_gold(record: dict) -> None:
     type_name, format_name = record.get("answer_type"), record.get("reply_format")
     if not isinstance(type_name, str) or type_name not in ANSWER_TYPES:
         raise ValueError(f"answer_type {shown(type_name)} is unknown (known: {', '.join(ANSWER_TYPES)})")
-    if format_name is not None and not (isinstance(format_name, str) and format_name in REPLY_FORMATS):
+    if is_template(format_name):
+        format_called(format_name)
+    elif format_name is not None and not (isinstance(format_name, str) and format_name in REPLY_FORMATS):
         raise ValueError(f"reply_format {shown(format_name)} is unknown (known: {', '.join(REPLY_FORMATS)})")
     check_options(record)
     ANSWER_TYPES[type_name].check(record)

@@ -4,10 +4,12 @@
 
 A model with random weights writes noise that no reward can tell apart. SFT on this teaches it to speak, and leaves the
 rest to RL: the replies name truly what can be seen, take the asked form only now and then (--follow), and guess at
-puzzles. Two questions are asked:
+puzzles. The questions:
 
     pair    the puzzle of jigsaw.py; the reply's reason is true, its verdict is sampled at random
     look    is piece k lighter or darker, warmer or cooler, than piece j? The reply is right
+    rank    (only with --ask) all pieces from the lightest to the darkest; the reply is right
+    inverse (only with --ask) jigsaw.py's question about all positions; as `pair`
 
 Each line is a whole pair record without `rejected`: what `dpo.py --loss sft` reads.
 
@@ -21,6 +23,7 @@ import random
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -41,6 +44,11 @@ CUES = {
     "warm": (("warm", "cool"), ("warmer", "cooler")),
 }
 LOOK_TEXT = "How does the piece now at position {pair[0]} look, compared with the piece now at position {pair[1]}?"
+
+RECHECK = "recheck"  # one of the words by which Jigsaw-R1 counts backtracking
+
+
+RANK_TEXT = "List the pieces from light to dark."
 
 
 def look(picture: Image.Image, rows: int, cols: int) -> dict[str, list[float]]:
@@ -67,15 +75,47 @@ def look_fields(cue: str, more: bool, k: int, j: int, rng: random.Random) -> dic
     return questions.letter_fields(words, words[0] if more else words[1], k, j, rng)
 
 
-def reason_about(cue: str, more: bool, k: int, j: int, verdict: str, letter: str) -> str:
+def level(luminance: float) -> int:
+    """A luminance as a digit: pieces of scenes lie between 65 and 205."""
+    return min(9, max(0, int((luminance - 65) / 14)))
+
+
+def list_levels(luminances: list[float]) -> str:
+    """[140.0, 90.0] -> "1 5, 2 1.": every position, and the light of the piece there."""
+    return ", ".join(f"{position} {level(value)}" for position, value in enumerate(luminances, 1)) + "."
+
+
+def levels_of_pair(luminances: list[float], k: int, j: int) -> str:
+    """[140.0, 90.0, 180.0], 3, 1 -> "1 5, 2 1, 3 8. 3 8, 1 5.": of all, and once more of the two asked about."""
+    return f"{list_levels(luminances)} {k} {level(luminances[k - 1])}, {j} {level(luminances[j - 1])}."
+
+
+def reason_of_list(luminances: list[float], answer: str, recheck: float, rng: random.Random) -> str:
+    """The reason of an answer that lists all pieces: their light, and the list. recheck: see Manner."""
+    said = list_levels(luminances)
+    if recheck and rng.random() < recheck:
+        first = rng.sample(luminances, len(luminances)) if rng.random() < 0.5 else luminances
+        said = f"{list_levels(first)} {RECHECK}: {said}"
+    return f"{said} so {answer}."
+
+
+def sight(cue: str, more: bool, k: int, j: int) -> str:
+    """What both pieces look like."""
+    words = CUES[cue][0]
+    first, second = words if more else reversed(words)
+    return f"{k} looks {first}, {j} looks {second}."
+
+
+def reason_about(cue: str, more: bool, k: int, j: int, verdict: str, letter: str, first: bool | None = None) -> str:
     """The one phrase of all replies: what both pieces look like, what is concluded, and at once the letter for it.
+
+    first: `more` as it seemed at a first look, before "recheck:"; None: there is no second look.
 
     The letter stands right behind the verdict's last word on purpose: a model of a few layers looks a word up among the
     options from that very word within 100 updates, and from one token further on it does not in 1,000.
     """
-    words = CUES[cue][0]
-    first, second = words if more else reversed(words)
-    return f"{k} looks {first}, {j} looks {second}. so {k} {verdict} {letter}."
+    before = "" if first is None else f"{sight(cue, first, k, j)} {RECHECK}: "
+    return f"{before}{sight(cue, more, k, j)} so {k} {verdict} {letter}."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,32 +157,76 @@ def render(reason: str, answer: str | list[int], form: str) -> str:
 # Questions with replies
 
 
-def primer_items(
-    mixed: jigsaw.Mixed,
-    count: int,
-    rng: random.Random,
-    follow: float = 0.4,
-    reply_format: str | None = None,
-) -> list[dict]:
+class Manner(NamedTuple):
+    """How questions are asked, and how the replies answer them."""
+
+    follow: float = 0.4  # probability that a reply has the asked form; else it has another one
+    reply_format: str | None = None  # the form that is asked for; None: any of the six, think twice as often
+    ask: tuple[str, ...] = ("pair", "look")  # names in QUESTIONS, equally likely
+    recheck: float = 0.0  # probability of a second look; half of the first looks before it are wrong
+    slip: float = 0.0  # probability that the answer is another letter than the reason's
+    words: dict | None = None  # other words for prompts: what questions.read_words returns
+    look_text: str = LOOK_TEXT
+    separate: bool = False  # every piece is a picture of its own
+    levels: bool = False  # a reason begins with the light of every piece, as a digit, and speaks of light only
+
+
+PLAIN = Manner()
+
+
+def primer_items(mixed: jigsaw.Mixed, count: int, rng: random.Random, manner: Manner = PLAIN) -> list[dict]:
     """`count` questions with replies about one mixed picture: records without `id` and `images`.
 
-    follow          probability that a reply has the asked form. Else it has another one; `form` in the record tells.
-    reply_format    the form that is asked for; None: any of the six, think twice as often.
-    `answer` is the true answer, whatever the reply says. ValueError if no two pieces differ in the cue that is needed.
+    `answer` is the true answer, whatever the reply says, and `form` the reply's form, whatever was asked. ValueError if
+    no two pieces differ in the cue that is needed.
     """
     measured = look(mixed.picture, mixed.rows, mixed.cols)
-    return [primer_item(mixed, measured, rng, follow, reply_format) for _ in range(count)]
+    return [primer_item(mixed, measured, rng, manner) for _ in range(count)]
+
+
+def ask_about(
+    mixed: jigsaw.Mixed, measured: dict, question: str, cue: str, more: bool, k: int, j: int, rng: random.Random,
+    manner: Manner,
+) -> tuple[str, str, dict, str, str]:
+    """(question's text, answer type, record's fields, verdict in words, what to write for it).
+
+    The verdict is sampled at random for a puzzle, and the truth for what can be seen.
+    """
+    texts = (manner.words or {}).get("question", {})
+    if question == "rank":
+        light = measured["light"]
+        answer = sorted(range(1, len(light) + 1), key=lambda position: -light[position - 1])
+        return RANK_TEXT, "grid", {"answer": answer}, "is", " ".join(map(str, answer))
+    if question == "inverse":
+        fields = questions.ask_inverse(mixed, rng)
+        verdict = " ".join(map(str, rng.sample(fields["answer"], len(fields["answer"]))))
+        return texts.get("inverse", jigsaw.QUESTIONS["inverse"].text), "grid", fields, "was", verdict
+    if question == "pair":
+        fields = questions.pair_fields(mixed, k, j, rng)
+        verdict, verb = rng.choice(fields["options"]), "was"
+        text = texts.get("pair", jigsaw.QUESTIONS["pair"].text)
+    else:
+        fields = look_fields(cue, more, k, j, rng)
+        verdict, verb = fields["direction"], "is"
+        text = manner.look_text
+    return text, "letter", fields, f"{verb} {verdict}", jigsaw.LETTERS[fields["options"].index(verdict)]
+
+
+def another_answer(answer: str, answer_type: str, fields: dict, rng: random.Random) -> str:
+    """A letter among the options, or an order of the same numbers, that is not `answer`."""
+    if answer_type == "letter":
+        return rng.choice([letter for letter in jigsaw.LETTERS[: len(fields["options"])] if letter != answer])
+    numbers, other = answer.split(), answer
+    while other == answer:
+        other = " ".join(rng.sample(numbers, len(numbers)))
+    return other
 
 
 def primer_item(
-    mixed: jigsaw.Mixed,
-    measured: dict[str, list[float]],
-    rng: random.Random,
-    follow: float,
-    reply_format: str | None,
+    mixed: jigsaw.Mixed, measured: dict[str, list[float]], rng: random.Random, manner: Manner
 ) -> dict:
     # 1. What the reply looks at. In a column the scenes' light tells the place, in a row their tint, in a grid both.
-    if mixed.cols == 1:
+    if mixed.cols == 1 or manner.levels:
         cue = "light"
     elif mixed.rows == 1:
         cue = "warm"
@@ -150,29 +234,32 @@ def primer_item(
         cue = rng.choice(list(CUES))
     k, j, more = sample_pair(measured[cue], cue, rng)
 
-    # 2. What is asked, and what the reply concludes: at random for a puzzle, the truth for what can be seen.
-    question = rng.choice(("pair", "look"))
-    if question == "pair":
-        text, verb = jigsaw.QUESTIONS["pair"].text, "was"
-        fields = questions.pair_fields(mixed, k, j, rng)
-        verdict = rng.choice(fields["options"])
+    # 2. What is asked, what the reply concludes, and how it gets there.
+    question = rng.choice(manner.ask)
+    text, answer_type, fields, verdict, answer = ask_about(mixed, measured, question, cue, more, k, j, rng, manner)
+    if answer_type == "grid":
+        reason = reason_of_list(measured["light"], answer, manner.recheck, rng)
     else:
-        text, verb = LOOK_TEXT, "is"
-        fields = look_fields(cue, more, k, j, rng)
-        verdict = fields["direction"]
-    letter = jigsaw.LETTERS[fields["options"].index(verdict)]
-    reason = reason_about(cue, more, k, j, f"{verb} {verdict}", letter)
+        first = None
+        if manner.recheck and rng.random() < manner.recheck:
+            first = rng.random() < 0.5
+        reason = reason_about(cue, more, k, j, verdict, answer, first)
+        if manner.levels:
+            reason = f"{levels_of_pair(measured['light'], k, j)} {reason}"
+    if manner.slip and rng.random() < manner.slip:
+        answer = another_answer(answer, answer_type, fields, rng)
 
     # 3. Which form is asked for, and which the reply has.
-    asked = reply_format or rng.choice(["think", *WELL_FORMED])
+    asked = manner.reply_format or rng.choice(["think", *WELL_FORMED])
     form = asked
-    if rng.random() >= follow:
+    if rng.random() >= manner.follow:
         form = rng.choice([name for name in (*WELL_FORMED, *MALFORMED) if name != asked])
 
+    shown = {"separate": manner.separate, "words": manner.words}
     return {
-        "prompt": jigsaw.write_prompt(mixed, text, "letter", fields, asked),
+        "prompt": jigsaw.write_prompt(mixed, text, answer_type, fields, asked, **shown),
         "answer": fields["answer"],
-        "answer_type": "letter",
+        "answer_type": answer_type,
         **fields,
         "think": asked == "think",
         "source": "primer",
@@ -182,7 +269,7 @@ def primer_item(
         "order": mixed.order,
         "reply_format": asked,
         "form": form,
-        "chosen": render(reason, letter, form),
+        "chosen": render(reason, answer, form),
         "chosen_from": "primer",
         "corruption": None,
     }
@@ -194,9 +281,8 @@ def write_primer(
     *,
     rows: int = 2,
     cols: int = 1,
-    follow: float = 0.4,
-    reply_format: str | None = None,
     per_picture: int = 4,
+    manner: Manner = PLAIN,
     swap: float = 0.5,
     derange: bool = False,
     split: str = "all",
@@ -207,7 +293,7 @@ def write_primer(
 
     `source` and the other choices are those of jigsaw.py's `write_puzzles`, and so are the errors.
     """
-    choices = questions.Choices(rows, cols, "pair", reply_format=reply_format, swap=swap, derange=derange)
+    choices = questions.Choices(rows, cols, "pair", reply_format=manner.reply_format, swap=swap, derange=derange)
     questions.check_choices(choices)
     pictures, open_picture = jigsaw.open_source(out, split=split, seed=seed, **source)
     folder = jigsaw.make_folder(out)
@@ -219,11 +305,11 @@ def write_primer(
         missing = count - len(records)
         with jigsaw.errors_name(pictures[number]):
             mixed = jigsaw.mix(open_picture(pictures[number]), rows, cols, rng, swap=swap, derange=derange)
-            items = primer_items(mixed, min(per_picture, missing), rng, follow, reply_format)
-        path = jigsaw.save_image(mixed.picture, folder, saved)
+            items = primer_items(mixed, min(per_picture, missing), rng, manner)
+        paths = [jigsaw.save_image(shown, folder, saved) for shown in jigsaw.pictures_shown(mixed, manner.separate)]
         for item in items:
             name = f"primer-{split}-{seed}-{len(records):06d}"
-            records.append({"id": name, "images": [path], **item})
+            records.append({"id": name, "images": paths, **item})
     return jigsaw.write_lines(folder / "primer.jsonl", records)
 
 
@@ -232,7 +318,7 @@ def write_primer(
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The arguments of `write_primer`, under the same names."""
+    """The arguments of `write_primer`, under the same names, but for those of its `manner`."""
     parser = jigsaw.Parser(__doc__)
     add = parser.add_argument
     add("--count", metavar="N", type=jigsaw.integer("[1, 1e8]"), required=True, help="how many questions to write")
@@ -252,15 +338,52 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         default=4,
         help="questions on each mixed picture (default %(default)s)",
     )
+    add(
+        "--ask",
+        nargs="+",
+        choices=["pair", "look", "rank", "inverse"],
+        default=["pair", "look"],
+        help="the questions, equally likely (default pair look)",
+    )
+    add(
+        "--recheck",
+        type=jigsaw.real("[0, 1]"),
+        default=0.0,
+        help="probability that a reason looks twice; half of these first looks are wrong (default 0: never)",
+    )
+    add(
+        "--slip",
+        type=jigsaw.real("[0, 1]"),
+        default=0.0,
+        help="probability that the answer is another letter than its reason's (default 0: never)",
+    )
+    add("--separate", action="store_true", help="pieces as pictures of their own (default: one picture)")
+    add(
+        "--levels",
+        action="store_true",
+        help="reasons begin with the light of every piece as a digit, and speak of light only (default: no)",
+    )
+    add("--prompts", metavar="FILE", help="a JSON file with other words for prompts (docs/formats.md; default: ours)")
+    add("--look-text", metavar="TEXT", default=LOOK_TEXT, help="other words for the look question (default: ours)")
     args = parser.parse_args(argv)
     jigsaw.check_common_flags(parser, args)
     return args
 
 
+def manner_of(args: Namespace) -> Manner:
+    """The flags that say how to ask and to answer. Raises as questions.read_words and check_placeholders do."""
+    words = questions.read_words(args.prompts) if args.prompts else None
+    questions.check_placeholders("--look-text", args.look_text, LOOK_TEXT, set())
+    flags = {name: getattr(args, name) for name in Manner._fields if name not in ("ask", "words")}
+    return Manner(ask=tuple(args.ask), words=words, **flags)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        path = write_primer(**vars(args))
+        manner = manner_of(args)
+        others = {name: value for name, value in vars(args).items() if name not in ("prompts", *Manner._fields)}
+        path = write_primer(**others, manner=manner)
     except ValueError as cause:
         jigsaw.Parser().error(jigsaw.one_line(cause))
     print(f"{args.count} questions with replies -> {path}")

@@ -195,12 +195,15 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(padded, window, mode="valid")
 
 
-def scene(rng: random.Random, size: int = 112) -> Image.Image:
+def scene(rng: random.Random, size: int = 112, contrary: bool = False) -> Image.Image:
     """A procedural picture of size x size pixels: sky, sun, clouds, hills, trees, houses, grain.
 
     Whatever is drawn, mean luminance falls strip by strip from top to bottom, and red minus blue from left to right,
     for up to 4 strips. Base brightness, tint and the strength of both slopes differ from scene to scene: comparing two
     pieces always tells which was higher, one piece alone tells its place in a 2x1 puzzle, less so on finer grids.
+
+    contrary: the light falls the other way, from below, and all that is drawn stays upright: whoever goes by the light
+    alone is wrong about such a picture, whoever goes by what is drawn is not.
     """
     pixels = np.asarray(draw_landscape(rng, size), dtype=np.float32)  # (H, W, 3)
     # RandomState, not default_rng: numpy promises that its stream never changes, so neither do the scenes.
@@ -209,7 +212,7 @@ def scene(rng: random.Random, size: int = 112) -> Image.Image:
 
     # What the mean of every row and of every column shall be.
     slope = np.linspace(0.5, -0.5, size, dtype=np.float32)
-    light = rng.uniform(122, 148) + rng.uniform(75, 115) * slope  # (H,), luminance
+    light = rng.uniform(122, 148) + rng.uniform(75, 115) * (-slope if contrary else slope)  # (H,), luminance
     warm = rng.uniform(-12, 12) + rng.uniform(55, 90) * slope  # (W,), red minus blue
 
     # The rows: their means are smoothed, so that objects leave no stripes, and the contrast within a row is calmed, so

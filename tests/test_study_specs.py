@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -54,17 +56,23 @@ def base(tmp_path_factory):
 
 
 def test_a_small_part_of_the_study_runs_and_makes_every_table(base, tmp_path, monkeypatch):
-    settings = os.environ | {"PART": "0.04", "BASE": str(base), "OMP_NUM_THREADS": "1"}
+    settings = os.environ | {"PART": "0.02", "BASE": str(base), "OMP_NUM_THREADS": "1"}
     settings["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{settings['PATH']}"
     command = ["bash", ROOT / "recipes/study_specs.sh", tmp_path / "study", "7"]
-    for further in ({}, {"ABLATIONS": "1"}, {}):
-        done = subprocess.run(command, env=settings | further, capture_output=True, text=True, timeout=600)
+    for _ in range(2):
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-2000:]
-    assert " done " in done.stdout and " s " not in done.stdout  # the third time there is nothing left to do
+    assert " done " in done.stdout and " s " not in done.stdout  # the second time there is nothing left to do
 
     folder = tmp_path / "study/7"
     result = json.loads((folder / "results/zero.json").read_text())
     (folder / "results/follow.json").write_text(json.dumps(result))  # what BASE leaves out
+    for name in ("base", "chosen", "coupled", "unjudged"):  # the ablations take as long again, and are the same stages
+        (folder / f"results/cold-{name}.json").write_text((folder / "results/cold-specs.json").read_text())
+        (folder / f"pairs-{name}.jsonl").write_text((folder / "pairs.jsonl").read_text())
+    for name in ("dpo", "coupled"):
+        (folder / f"results/rl-{name}.json").write_text((folder / "results/rl-specs.json").read_text())
+        shutil.copytree(folder / "rl/specs", folder / "rl" / name)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "study.json")
     study.collect(tmp_path / "study")
     found = json.loads((tmp_path / "study.json").read_text())
@@ -78,6 +86,21 @@ def test_a_small_part_of_the_study_runs_and_makes_every_table(base, tmp_path, mo
     assert (tmp_path / "specs_gf.png").stat().st_size > 10_000
 
 
-@pytest.mark.skipif(not study.RESULTS.exists(), reason="no run of the study is committed")
+@pytest.mark.parametrize("ablations", ["0", "1"])
+def test_every_line_of_the_study_is_one_that_its_stage_takes(ablations, tmp_path):
+    """The lines go to stages.py; here they go to a file, and each to the parser of its stage."""
+    recipe = (ROOT / "recipes/study_specs.sh").read_text()
+    assert recipe.count('| python "$HERE/recipes/stages.py"') == 1
+    printed = recipe.replace('| python "$HERE/recipes/stages.py"', "| cat").replace('$(dirname "$0")/..', str(ROOT))
+    (tmp_path / "study.sh").write_text(printed)
+    settings = os.environ | {"ABLATIONS": ablations}
+    done = subprocess.run(["bash", tmp_path / "study.sh", tmp_path / "out", "0"], env=settings, capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert len(lines) == (20 if ablations == "1" else 41)
+    for script, *flags in lines:
+        importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse_args(flags)
+
+
 def test_the_page_says_what_the_committed_runs_say():
     assert study.rebuilt(study.PAGE.read_text(), json.loads(study.RESULTS.read_text())) == study.PAGE.read_text()

@@ -73,10 +73,18 @@ def test_the_server_sees_the_tokens_of_the_trainer_and_says_what_the_model_says(
     _, encoder = model.load(str(place / "parrot"), CPU)
     assert [answer.prompt_tokens for answer in answers] == [encoder.length(record) for record in records]
     assert len({answer.prompt_tokens for answer in answers}) > 2  # pictures of three sizes, and none
-    (cut,) = server.sample([[endpoint.message_of(records[0], None, 10**6)]], 3, [5])
-    assert len(cut.texts) == 3
     server.parameters["max_completion_tokens"] = 2
     assert server.ask([{"messages": [endpoint.message_of(records[0], None, 10**6)]}])[0].finished == [False]
+
+
+def test_the_same_seed_gives_the_same_samples_and_another_seed_others(place, url):
+    record = read_records(place / "records.jsonl")[4]
+    server = endpoint.Endpoint(url, "big", parameters={"temperature": 2.0, "max_completion_tokens": 20}, retries=0)
+    one, same, other = (server.sample([[endpoint.message_of(record, None, 1)]], 4, [seed])[0] for seed in (5, 5, 9))
+    assert len(one.texts) == 4 and len(set(one.texts)) > 1
+    assert one.texts == same.texts != other.texts
+    (refused,) = server.ask([{"messages": [endpoint.message_of(record, None, 1)], "n": 0}])
+    assert refused.texts == [] and refused.refused
 
 
 def test_a_question_that_is_too_long_is_refused_and_the_others_are_answered(url):

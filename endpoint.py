@@ -347,23 +347,27 @@ def import_openai():
 
 def message_of(record: dict, max_pixels: int | None, max_image_pixels: int) -> dict:
     """The user's turn of a record: pictures first, or where its <image> markers stand."""
-    count, text = len(record["images"]), record["prompt"]
+    from lazy_puzzles import pictures_of  # who asks for verdicts only needs no Pillow
+
+    shown, text = pictures_of(record), record["prompt"]
+    count = len(shown)
     pieces = text.split("<image>") if "<image>" in text else [""] * count + [text]
     content = []
     for place, piece in enumerate(pieces):
         if piece:
             content.append({"type": "text", "text": piece})
         if place < count:
-            url = picture_url(record["images"][place], max_pixels, max_image_pixels)
+            url = picture_url(shown[place], max_pixels, max_image_pixels)
             content.append({"type": "image_url", "image_url": {"url": url}})
     return {"role": "user", "content": content if count else text}
 
 
-def picture_url(path: str, max_pixels: int | None, max_image_pixels: int) -> str:
-    """A picture as a data URL (PNG, base64), shrunk to at most max_pixels width x height; None: as it is."""
-    from pictures import open_picture  # who asks for verdicts only needs no Pillow
+def picture_url(shown, max_pixels: int | None, max_image_pixels: int) -> str:
+    """A picture (lazy_puzzles.Shown) as a data URL (PNG, base64), shrunk to at most max_pixels width x height; None: as
+    it is."""
+    from lazy_puzzles import open_puzzle
 
-    picture = open_picture(path, max_image_pixels)
+    picture = open_puzzle(shown, max_image_pixels)[shown.number]
     width, height = picture.size
     if max_pixels is not None and width * height > max_pixels:
         scale = math.sqrt(max_pixels / (width * height))

@@ -18,7 +18,8 @@ import training
 
 sys.path.append(str(ROOT / "recipes"))  # plan.py
 
-STAGES = ("grpo", "dpo", "distill", "eval", "jigsaw", "importers", "report", "toy.primer", "toy.tiny_model", "plan")
+STAGES = ("grpo", "dpo", "distill", "eval", "jigsaw", "importers", "report", "toy.primer", "toy.tiny_model")
+STAGES += ("toy.downstream", "toy.formats", "plan")
 # A command line that parses, to which a flag is added.
 NEEDED = {
     "grpo": ["--model", "m", "--data", "d", "--out", "o"],
@@ -30,6 +31,8 @@ NEEDED = {
     "report": ["--runs", "r", "--out", "o"],
     "toy.primer": ["--scenes", "4", "--count", "4", "--out", "o"],
     "toy.tiny_model": ["o"],
+    "toy.formats": ["words", "--count", "4", "--out", "o"],
+    "toy.downstream": ["--count", "4", "--split", "test", "--out", "o"],
     "plan": ["7B"],
 }
 TWINS = (training, jigsaw)  # jigsaw.py imports nothing of ours, so it has the same functions again

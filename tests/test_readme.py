@@ -48,10 +48,13 @@ def name_of(path):
 STUBBED = ("python", "python3", "torchrun", "make", "bash", "pip", "git", "diff")
 # One JSON list a call. What a recipe reads back from a stage is made empty, so that its loops find something.
 STUB = """#!{python} -IS
-import json, os, sys
+import json, os, shlex, sys
 words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+calls = [words]
+if words[-1].endswith("recipes/stages.py"):  # its input is command lines without "python"
+    calls += [["python", *shlex.split(line)] for line in sys.stdin]
 with open({noted!r}, "a") as file:
-    file.write(json.dumps(words) + "\\n")
+    file.writelines(json.dumps(call) + "\\n" for call in calls)
 out = words[words.index("--out") + 1] if "--out" in words[:-1] else None
 if out and any(word.endswith("photos.py") for word in words):
     for folder in ("train/one", "test/two"):

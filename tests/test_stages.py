@@ -602,7 +602,7 @@ def parser_of(monkeypatch):
     return caught
 
 
-@pytest.mark.parametrize("stage", [*stages(), "toy.primer", "toy.tiny_model"])
+@pytest.mark.parametrize("stage", [*stages(), "toy.primer", "toy.tiny_model", "toy.downstream"])
 def test_help_ends_with_0_and_explains_every_flag_of(stage, parser_of):
     parser = parser_of(stage)
     assert parser.allow_abbrev is False

@@ -33,7 +33,7 @@ SHARED = {
     "math_answers": {"expressions"},
     "training": {"pictures", "processes"},
     "run_directory": {"files", "processes", "records", "training"},
-    "endpoint": {"files", "pictures", "training"},
+    "endpoint": {"files", "lazy_puzzles", "training"},
     "journal": {"endpoint", "files", "processes", "run_directory"},
     "model_directory": {"files"},
     "families": {"attention", "files", "model_directory", "records"},
@@ -152,7 +152,7 @@ TORCHLESS = ("rewards", "jigsaw", "endpoint", "judge", "scoring")  # they are im
 
 def test_importing_every_file_reads_no_flags_prints_nothing_and_writes_nothing(tmp_path):
     names = [*TORCHLESS, *(name for name in FILES if name not in TORCHLESS)]
-    names += ["toy.scenes", "toy.primer", "toy.tiny_model"]
+    names += ["toy.scenes", "toy.primer", "toy.downstream", "toy.formats", "toy.tiny_model"]
     environment = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "", "HOME": str(tmp_path)}
     command = [sys.executable, "-c", f"TORCHLESS = {TORCHLESS}{IMPORT_ALL}", "--no-such-flag", *names]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

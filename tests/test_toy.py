@@ -336,3 +336,66 @@ def test_a_script_runs_from_any_folder_and_explains_itself(tmp_path, script):
     done = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     assert "--seed" in done.stdout
+
+
+# -------- what the study asks for besides
+
+
+def items_of(count=400, size=112, rows=3, cols=1, **manner):
+    mixed = jigsaw.mix(scene(random.Random(5), size), rows, cols, random.Random(4), swap=0, derange=False)
+    return mixed, warm_up.primer_items(mixed, count, random.Random(6), warm_up.Manner(**manner))
+
+
+def test_levels_are_the_light_of_every_piece_and_once_more_of_the_two_asked_about():
+    assert [warm_up.level(value) for value in (0, 65, 78.9, 79, 205, 255)] == [0, 0, 0, 1, 9, 9]
+    assert warm_up.levels_of_pair([140.0, 90.0, 180.0], 3, 1) == "1 5, 2 1, 3 8. 3 8, 1 5."
+    mixed, items = items_of(follow=1, reply_format="think", levels=True)
+    light = warm_up.look(mixed.picture, 3, 1)["light"]
+    for item in items:
+        found = re.fullmatch(r"<think>(.+?\. .+?\.) (\d) looks (\w+), (\d) looks \w+\. so .*", item["chosen"])
+        k, word, j = int(found[2]), found[3], int(found[4])
+        assert found[1] == warm_up.levels_of_pair(light, k, j) and (word == "light") == (light[k - 1] > light[j - 1])
+
+
+def test_a_second_look_is_true_and_the_first_is_wrong_half_of_the_time():
+    _, items = items_of(2000, follow=1, reply_format="think", ask=("look",), recheck=0.25)
+    twice = [re.findall(r"(\d looks \w+), (\d looks \w+)\.", item["chosen"]) for item in items]
+    twice = [looks for looks in twice if len(looks) == 2]
+    assert 0.2 < len(twice) / len(items) < 0.3
+    assert 0.4 < sum(first == second for first, second in twice) / len(twice) < 0.6
+    assert not any("recheck" in item["chosen"] for item in items_of(follow=1, reply_format="think")[1])
+
+
+def test_a_slip_answers_something_else_than_the_reason_concludes():
+    _, items = items_of(1000, follow=1, reply_format="think", ask=("pair", "inverse"), slip=0.3)
+    ends = r" (?:so )?([A-H1-9 ]+)\.</think><answer>(.*)</answer>"
+    same = [re.search(ends, item["chosen"]).groups() for item in items]
+    assert 0.25 < sum(said.strip() != answer for said, answer in same) / len(same) < 0.35
+
+
+def test_a_ranking_lists_the_pieces_from_light_to_dark_and_the_puzzle_is_answered_at_random():
+    mixed, items = items_of(1200, follow=1, reply_format="bare", ask=("rank", "inverse"))
+    light = warm_up.look(mixed.picture, 3, 1)["light"]
+    ranks = {item["chosen"] for item in items if item["question"] == "rank"}
+    assert ranks == {" ".join(map(str, sorted((1, 2, 3), key=lambda place: -light[place - 1])))}
+    guesses = collections.Counter(item["chosen"] for item in items if item["question"] == "inverse")
+    assert len(guesses) == 6 and min(guesses.values()) > 60
+    for item in items[:50]:
+        assert rewards.score(" ".join(map(str, item["answer"])), item)["accuracy"] == 1
+        if item["question"] == "inverse":  # by the definition: where the piece of each original position lies now
+            assert [mixed.order[place - 1] for place in item["answer"]] == [1, 2, 3]
+
+
+def test_pieces_may_be_pictures_of_their_own_and_prompts_have_other_words(tmp_path):
+    words = tmp_path / "words.json"
+    words.write_text('{"task": {"separate pieces": "{n} pieces."}, "reply": {"bare": "Just {it}."}}')
+    run("--scenes", 2, "--count", 4, "--rows", 3, "--swap", 0, "--separate", "--follow", 1, "--reply-format", "bare",
+        "--prompts", words, "--look-text", "Is {pair[0]} like {pair[1]}?", "--ask", "look",
+        "--out", tmp_path / "p")  # fmt: skip
+    for item in read(tmp_path / "p" / "primer.jsonl"):
+        assert len(item["images"]) == 3 and item["prompt"].count("<image>") == 3
+        assert "\n3 pieces. Is {} like {}?\n".format(*item["pair"]) in item["prompt"]
+        assert item["prompt"].endswith("\nJust the letter.")
+    with pytest.raises(SystemExit) as stop:
+        run("--scenes", 2, "--count", 4, "--look-text", "Is {pair[0]}?", "--out", tmp_path / "q")
+    assert stop.value.code == 2 and not (tmp_path / "q").exists()

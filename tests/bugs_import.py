@@ -69,7 +69,7 @@ BUGS = [
     ("a limit holds for each file", "importers.py", "rows = rows[: limit - number]", "rows = rows[: limit - in_file]",
      LIMIT),
     ("SFT data keeps wrong replies", "distill.py",
-     'if reply.right:\n            if judge == "none"', "if reply.well_formed:\n            if True", SFT),
+     "if reply.right:\n            why = objection", "if reply.well_formed:\n            why = objection", SFT),
     ("a gold point is the corner of its box", "distill.py",
      "answer = [(x1 + x2) / 2, (y1 + y2) / 2]", "answer = [x1 - 1, y1]", SFT),
     ("a gold answer is a reply to a prompt that asks for reasons", "distill.py",

@@ -38,6 +38,7 @@ RL = {
     "none": "no cold start",
     "sft": "SFT",
     "specs": "DPO + SFT",
+    "half": "DPO + 0.5 SFT",
     "dpo": "DPO",
     "coupled": "DPO + SFT on coupled pairs",
 }

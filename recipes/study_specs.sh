@@ -3,7 +3,8 @@
 # docs/specs_study.md; bench/study_specs.py rebuilds that page from the runs.
 #
 #   bash recipes/study_specs.sh runs/study_specs 0 1 2 3 4       # seeds; killed at any moment it goes on where it was
-#   ABLATIONS=1 bash recipes/study_specs.sh runs/study_specs 0 1 2
+#   RUNS=sources bash recipes/study_specs.sh runs/study_specs 0 1 2     # ablation: where the pairs come from
+#   RUNS=further bash recipes/study_specs.sh runs/study_specs 0 1 2     # GRPO from the other cold starts
 #   PART=0.05 BASE=DIR bash recipes/study_specs.sh /tmp/smoke 0  # a twentieth of it, of a base you have: does it all run?
 #
 # One core is enough, and two seeds at a time are twice as fast on two. All settings were fixed on seed 100, which is in
@@ -72,18 +73,19 @@ chain() {
     done
 }
 
-ablations() {
-    # Where the pairs come from
-    pairs "$D/pairs-base.jsonl" --policy "${BASE:-$D/base}"                                  # base against base
-    pairs "$D/pairs-chosen.jsonl" --policy "$D/zero" --reject-from chosen           # the chosen reply itself, corrupted
-    pairs "$D/pairs-coupled.jsonl" --policy "$D/zero" --coupled                     # the rejected reply may be wrong
-    pairs "$D/pairs-unjudged.jsonl" --policy "$D/zero" --judge none                 # no judge
+sources() { # where the pairs come from
+    pairs "$D/pairs-base.jsonl" --policy "${BASE:-$D/base}"               # base against base
+    pairs "$D/pairs-chosen.jsonl" --policy "$D/zero" --reject-from chosen # the chosen reply itself, corrupted
+    pairs "$D/pairs-coupled.jsonl" --policy "$D/zero" --coupled           # the rejected reply may be wrong
+    pairs "$D/pairs-unjudged.jsonl" --policy "$D/zero" --judge none       # no judge
     for name in base chosen coupled unjudged; do
         cold "$D/pairs-$name.jsonl" "$D/cold/$name" --loss dpo+sft --sft-weight 1
         evaluate "$D/results/cold-$name.json" --checkpoints "$D/cold/$name"
     done
-    # GRPO from what only the cold start tells apart
-    for name in dpo coupled; do
+}
+
+further() { # GRPO from the other cold starts
+    for name in dpo half coupled; do
         grpo "$D/cold/$name" "$D/rl/$name" 100
         evaluate "$D/results/rl-$name.json" --model "$D/rl/$name"
     done
@@ -93,5 +95,5 @@ mkdir -p "$OUT"
 git -C "$HERE" describe --always --abbrev=12 --exclude='*' --dirty=+ > "$OUT/commit" 2> /dev/null || true
 for SEED in "${@:2}"; do
     D=$OUT/$SEED
-    if [ "${ABLATIONS:-0}" = 1 ]; then ablations; else chain; fi | python "$HERE/recipes/stages.py"
+    "${RUNS:-chain}" | python "$HERE/recipes/stages.py"
 done

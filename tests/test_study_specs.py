@@ -86,18 +86,18 @@ def test_a_small_part_of_the_study_runs_and_makes_every_table(base, tmp_path, mo
     assert (tmp_path / "specs_gf.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("ablations", ["0", "1"])
-def test_every_line_of_the_study_is_one_that_its_stage_takes(ablations, tmp_path):
+@pytest.mark.parametrize("runs, count", [("chain", 40), ("sources", 12), ("further", 6)])
+def test_every_line_of_the_study_is_one_that_its_stage_takes(runs, count, tmp_path):
     """The lines go to stages.py; here they go to a file, and each to the parser of its stage."""
     recipe = (ROOT / "recipes/study_specs.sh").read_text()
     assert recipe.count('| python "$HERE/recipes/stages.py"') == 1
     printed = recipe.replace('| python "$HERE/recipes/stages.py"', "| cat").replace('$(dirname "$0")/..', str(ROOT))
     (tmp_path / "study.sh").write_text(printed)
-    settings = os.environ | {"ABLATIONS": ablations}
+    settings = os.environ | {"RUNS": runs}
     done = subprocess.run(["bash", tmp_path / "study.sh", tmp_path / "out", "0"], env=settings, capture_output=True,
                           text=True, check=True)  # fmt: skip
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert len(lines) == (20 if ablations == "1" else 41)
+    assert len(lines) == count
     for script, *flags in lines:
         importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse_args(flags)
 

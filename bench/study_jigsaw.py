@@ -190,7 +190,7 @@ def read_result(path: Path, tests: Path, kind: str) -> dict:
             "format": share(value for row in mine for value in row["format"]),
         }
         if kind == "think":
-            said = [(reply, records[row["id"]]) for row in mine for reply in row["replies"]]
+            said = [(reply, records[row["id"]]) for row in mine for reply in row.get("replies", [])]
             found[name]["thoughts"] = thoughts_of(said)
     downstream = [row for row in rows if row["source"].startswith("downstream-")]
     kinds = sorted({row["source"].removeprefix("downstream-").split(":")[0] for row in downstream})
@@ -336,20 +336,24 @@ def transfer_table(study: dict) -> str:
 
 
 def along_table(study: dict) -> str:
-    """Reasoning on the trained size: the base's test replies, parts of the run, test replies at the end."""
+    """Reasoning: the base's test replies, parts of the run, test replies at the end; then unseen columns."""
     names = ("consistent", "true", "licensed")
     runs = list(of_arm(study["curves"], "think-2x1").values())
-    ends = results_of(study, "think", "rl")
-    base = study["results"]["base-think"]["2x1"]
-    rows = [["base, test", f"{100 * base['accuracy']:.1f}", *(shown([base["thoughts"][name]]) for name in names)]]
+
+    def tested(size: str, method: str) -> list[str]:
+        ends = [result[size] for result in results_of(study, "think", method)]
+        cells = [shown([end["thoughts"][name] for end in ends]) for name in names]
+        title = f"test on {size}: {'base' if method == 'base' else 'after RL on 2x1'}"
+        return [title, shown([end["exact"] for end in ends]), *cells]
+
+    rows = [tested("2x1", "base")]
     for number in range(PARTS):
         parts = [run[number] for run in runs]
-        label = f"until step {parts[0]['until']}, sampled"
-        rows.append([label, shown([part["accuracy"] for part in parts]),
-                     *(shown([part["thoughts"][name] for part in parts]) for name in names)])  # fmt: skip
-    rows.append(["end, test", shown([end["2x1"]["accuracy"] for end in ends]),
-                 *(shown([end["2x1"]["thoughts"][name] for end in ends]) for name in names)])  # fmt: skip
-    head = ["think, 2x1", "accuracy", "answer is the reason's", "reason is true of the picture", "conclusion follows"]
+        cells = [shown([part["thoughts"][name] for part in parts]) for name in names]
+        rows.append([f"until step {parts[0]['until']}, sampled", shown([part["accuracy"] for part in parts]), *cells])
+    rows.append(tested("2x1", "rl"))
+    rows += [tested(size, method) for size in ("3x1", "4x1") for method in ("base", "rl")]
+    head = ["think", "accuracy", "answer is the reason's", "reason is true of the picture", "conclusion follows"]
     return table(head, rows)
 
 
@@ -378,6 +382,8 @@ def methods_table(study: dict) -> str:
             found = results_of(study, kind, method)
             if method == "rl":  # the same seeds as the others
                 found = found[: len(results_of(study, kind, "sft"))]
+            if not found:
+                continue
             cells = [shown([result[name]["exact"] for result in found]) for name in SIZES]
             rows.append([f"{kind}: {title}, {seeds(found)}", *cells, shown([downstream_mean(r) for r in found])])
     return table(["after", *SIZES, "downstream"], rows)
@@ -512,7 +518,7 @@ def draw_patterns(panels, study: dict) -> None:
 def draw_methods(panels, study: dict) -> None:
     for panel, kind in zip(panels, KINDS, strict=True):
         groups = {title: [[result[name]["exact"] for result in results_of(study, kind, method)] for name in SIZES]
-                  for method, title in METHODS.items()}  # fmt: skip
+                  for method, title in METHODS.items() if results_of(study, kind, method)}  # fmt: skip
         bars(panel, groups, list(SIZES))
         panel.set(title=f"{kind}: whole puzzles right, %", ylim=(0, 102))
     panels[1].legend(fontsize=7)

@@ -106,7 +106,7 @@ def published(size: str) -> tempfile.TemporaryDirectory:
     from toy.tiny_model import QWEN_MARKS, make_tokenizer, qwen_image_processor
 
     shape = SHAPES[size]
-    tokenizer = make_tokenizer(QWEN_MARKS, 0)
+    tokenizer = make_tokenizer(QWEN_MARKS, "primer", 0)
     picture, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     text = {
         "hidden_size": shape.hidden,

@@ -12,7 +12,6 @@ OUT=${1:-runs/study_jigsaw}
 SEEDS=("${@:2}")
 if [ ${#SEEDS[@]} = 0 ]; then SEEDS=(0 1 2 3 4); fi
 HERE=$(cd "$(dirname "$0")/.." && pwd)
-SIZES=(2x1 3x1 4x1 2x2)
 FURTHER=3 # seeds of all but the main table
 if [ "${SMOKE:-0}" = 1 ]; then
     WORDS=16 SEE=3 SPEAK=3 PUZZLES=8 TESTS=4 RL=2 P=4 G=2
@@ -21,7 +20,6 @@ else
 fi
 mkdir -p "$OUT"
 git -C "$HERE" describe --always --abbrev=12 --exclude='*' --dirty=+ > "$OUT/commit" 2> /dev/null || true
-stages() { python "$HERE/recipes/stages.py"; } # what it is fed, one line after the other
 
 # Pieces are pictures of their own, prompts are short: a model of half a million weights finds them then.
 COMMON="--separate --prompts $HERE/recipes/study_words.json --swap 0"
@@ -30,23 +28,22 @@ LOOK='"How does {pair[0]} look, compared with {pair[1]}?"'
 
 # 1. The base: sees at all sizes, guesses at puzzles of all sizes. First words and lists that are true; then the own
 # question of puzzles, answered at random, rechecks, slips, and the downstream questions.
-number=0
-for size in "${SIZES[@]}"; do
-    number=$((number + 1))
-    warm_up="toy/primer.py $COMMON $(grid "$size") --follow 1 --scenes $((WORDS / 8)) --per-picture 8 --count $WORDS"
-    warm_up+=" --split train"
-    echo "$warm_up --reply-format think --levels --look-text $LOOK --seed $((1000 + number)) --out $OUT/words/$size"
-    echo "$warm_up --reply-format bare --ask rank --seed $((1200 + number)) --out $OUT/ranks/$size"
-    echo "$warm_up --reply-format bare --ask rank inverse --seed $((1300 + number)) --out $OUT/grids/bare-$size"
-    echo "$warm_up --reply-format think --ask rank inverse --recheck 0.15 --slip 0.1 --seed $((1400 + number))" \
-        "--out $OUT/grids/think-$size"
-    for kind in think no-think; do
-        echo "jigsaw.py $COMMON $(grid "$size") --question inverse --$kind --scenes $TESTS --count $TESTS" \
-            "--split test --seed $((2000 + number)) --workers 1 --out $OUT/test/$kind-$size"
+data() {
+    local number=0 size kind warm_up
+    for size in 2x1 3x1 4x1 2x2; do
+        number=$((number + 1))
+        warm_up="toy/primer.py $COMMON $(grid "$size") --follow 1 --scenes $((WORDS / 8)) --per-picture 8"
+        warm_up+=" --count $WORDS --split train"
+        echo "$warm_up --reply-format think --levels --look-text $LOOK --seed $((1000 + number)) --out $OUT/words/$size"
+        echo "$warm_up --reply-format bare --ask rank --seed $((1200 + number)) --out $OUT/ranks/$size"
+        echo "$warm_up --reply-format bare --ask rank inverse --seed $((1300 + number)) --out $OUT/grids/bare-$size"
+        echo "$warm_up --reply-format think --ask rank inverse --recheck 0.15 --slip 0.1 --seed $((1400 + number))" \
+            "--out $OUT/grids/think-$size"
+        for kind in think no-think; do
+            echo "jigsaw.py $COMMON $(grid "$size") --question inverse --$kind --scenes $TESTS --count $TESTS" \
+                "--split test --seed $((2000 + number)) --workers 1 --out $OUT/test/$kind-$size"
+        done
     done
-done | stages
-
-{
     echo "toy/downstream.py --count $((3 * WORDS)) --split train --seed 1 --out $OUT/downstream"
     echo "toy/downstream.py --count $((2 * TESTS)) --split test --seed 2 --out $OUT/test/downstream"
     echo "bench/study_jigsaw.py --contrary $TESTS --out $OUT/contrary"
@@ -54,13 +51,18 @@ done | stages
         echo "jigsaw.py $COMMON --images $OUT/contrary --split all --count $TESTS --question inverse --$kind" \
             "--seed 3 --workers 1 --out $OUT/test/$kind-contrary"
     done
-    echo "toy/tiny_model.py $OUT/random"
-    sft="dpo.py --loss sft --batch 16 --lr 2e-3 --warmup 20 --schedule linear --save-every 0 --micro-tokens 6000"
+}
+base() {
+    local sft="dpo.py --loss sft --batch 16 --lr 2e-3 --warmup 20 --schedule linear --save-every 0 --micro-tokens 6000"
     sft+=" --overwrite"
-    echo "$sft --model $OUT/random --data" "$OUT"/{words,ranks}/*/primer.jsonl "--steps $SEE --out $OUT/seeing"
-    echo "$sft --model $OUT/seeing --data" "$OUT"/grids/*/primer.jsonl "$OUT/downstream/records.jsonl" \
-        "--steps $SPEAK --out $OUT/base"
-} | stages
+    echo "toy/tiny_model.py $OUT/random"
+    echo "$sft --model $OUT/random --data" "$OUT"/{words,ranks}/{2x1,2x2,3x1,4x1}/primer.jsonl \
+        "--steps $SEE --out $OUT/seeing"
+    echo "$sft --model $OUT/seeing --data" "$OUT"/grids/{bare,think}-{2x1,2x2,3x1,4x1}/primer.jsonl \
+        "$OUT/downstream/records.jsonl --steps $SPEAK --out $OUT/base"
+    evaluate base think base-think
+    evaluate base no-think base-no-think
+}
 
 # evaluate NAME KIND [RESULT]: at temperature 1, as in training; the greedy reply of a base that guesses is one guess
 evaluate() {
@@ -82,25 +84,32 @@ sft() { # sft TO KIND DATA SEED: as many prompts and updates as an RL run
     evaluate "$1" "$2"
 }
 
-# 2. The base, and the main table: RL on 2x1, with reasoning and without, every seed.
-{ evaluate base think base-think; evaluate base no-think base-no-think; } | stages
-for seed in "${SEEDS[@]}"; do
-    rl base "no-think-2x1-$seed" no-think 2x1 "$seed"
-    rl base "think-2x1-$seed" think 2x1 "$seed"
-done | stages
-
-# 3. Fewer seeds: SFT on the same puzzles, by the answers without reasoning, by right replies of the base with it; RL
-# from there; RL on other sizes.
-for seed in "${SEEDS[@]:0:FURTHER}"; do
-    echo "bench/study_jigsaw.py --answers $OUT/puzzles/no-think-2x1-$seed/records.jsonl --out $OUT/answers/$seed.jsonl"
-    sft "sft-no-think-$seed" no-think "$OUT/answers/$seed.jsonl" "$seed"
-    rl "sft-no-think-$seed" "sft-rl-no-think-$seed" no-think 2x1 "$seed"
-    for size in 3x1 2x2; do rl base "no-think-$size-$seed" no-think "$size" "$seed"; done
-done | stages
-for seed in "${SEEDS[@]:0:FURTHER}"; do
-    echo "distill.py --policy $OUT/base --data $OUT/puzzles/think-2x1-$seed/records.jsonl --samples 8" \
-        "--max-new-tokens 64 --judge none --reject-from chosen --seed $seed --overwrite --out $OUT/right/$seed.jsonl"
-    sft "sft-think-$seed" think "$OUT/right/$seed.jsonl" "$seed"
-    rl "sft-think-$seed" "sft-rl-think-$seed" think 2x1 "$seed"
-    rl base "think-3x1-$seed" think 3x1 "$seed"
-done | stages
+{
+    data
+    base
+    # 2. The main table: RL on 2x1, with reasoning and without, every seed.
+    for seed in "${SEEDS[@]}"; do
+        rl base "no-think-2x1-$seed" no-think 2x1 "$seed"
+        rl base "think-2x1-$seed" think 2x1 "$seed"
+    done
+    # 3. Fewer seeds: SFT on the same puzzles, by the answers without reasoning, by right replies of the base with it,
+    # and RL from there; RL on other sizes.
+    for seed in "${SEEDS[@]:0:FURTHER}"; do
+        echo "bench/study_jigsaw.py --answers $OUT/puzzles/no-think-2x1-$seed/records.jsonl" \
+            "--out $OUT/answers/$seed.jsonl"
+        sft "sft-no-think-$seed" no-think "$OUT/answers/$seed.jsonl" "$seed"
+        rl "sft-no-think-$seed" "sft-rl-no-think-$seed" no-think 2x1 "$seed"
+    done
+    for seed in "${SEEDS[@]:0:FURTHER}"; do rl base "no-think-3x1-$seed" no-think 3x1 "$seed"; done
+    for seed in "${SEEDS[@]:0:FURTHER}"; do
+        echo "distill.py --policy $OUT/base --data $OUT/puzzles/think-2x1-$seed/records.jsonl --samples 8" \
+            "--max-new-tokens 64 --judge none --reject-from chosen --seed $seed --overwrite" \
+            "--out $OUT/right/$seed.jsonl"
+        sft "sft-think-$seed" think "$OUT/right/$seed.jsonl" "$seed"
+        rl "sft-think-$seed" "sft-rl-think-$seed" think 2x1 "$seed"
+    done
+    for seed in "${SEEDS[@]:0:FURTHER}"; do
+        rl base "no-think-2x2-$seed" no-think 2x2 "$seed"
+        rl base "think-3x1-$seed" think 3x1 "$seed"
+    done
+} | python "$HERE/recipes/stages.py"

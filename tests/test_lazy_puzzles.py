@@ -11,8 +11,8 @@ from PIL import Image
 from test_jigsaw import read, run
 from test_puzzle_sets import fails, scenes_as_files
 
+import html_page
 import lazy_puzzles
-import report
 import rewards
 from lazy_puzzles import Shown, check_puzzle, open_puzzle, pictures_of, rebuilt_sizes
 from pictures import PictureError
@@ -236,4 +236,4 @@ def test_the_report_shows_the_puzzle_and_not_its_photograph(lazy):
     made, saved = (read_records(path, decode=False) for path in lazy)
     for one, other in zip(made, saved, strict=True):
         (shown,), (file,) = pictures_of(one), pictures_of(other)
-        assert report.picture_html(shown, "q") == report.picture_html(file, "q")
+        assert html_page.picture_html(shown, "q") == html_page.picture_html(file, "q")

@@ -575,12 +575,18 @@ def stages():
 # The groups of each stage's --help, in their order. What is said of the machine is said in one place.
 GROUPS = {
     "dpo": ["loss", "optimiser", "evaluation", "model and machine", "run directory"],
-    "grpo": ["sampling", "reward and advantage", "loss", "optimiser", "sampler", "model and machine", "run directory"],
-    "distill": ["pairs", "sampling", "sampler", "model and machine"],
-    "eval": ["what to evaluate", "generalization factor (GF)", "replies", "sampler", "model and machine", "report"],
+    "grpo": [
+        "sampling", "reward and advantage", "loss", "optimiser", "judge", "sampler", "model and machine",
+        "run directory",
+    ],
+    "distill": ["pairs", "sampling", "judge", "teacher, and servers", "sampler", "model and machine"],
+    "eval": [
+        "what to evaluate", "generalization factor (GF)", "replies", "judge", "sampler", "model and machine", "report",
+    ],
+    "importers": [],
     "jigsaw": [],
     "report": [],
-}
+}  # fmt: skip
 
 
 def test_all_stages_are_known():
@@ -602,7 +608,7 @@ def parser_of(monkeypatch):
     return caught
 
 
-@pytest.mark.parametrize("stage", [*stages(), "toy.primer", "toy.tiny_model", "toy.downstream"])
+@pytest.mark.parametrize("stage", [*stages(), "toy.primer", "toy.tiny_model", "toy.downstream", "toy.formats"])
 def test_help_ends_with_0_and_explains_every_flag_of(stage, parser_of):
     parser = parser_of(stage)
     assert parser.allow_abbrev is False
@@ -627,7 +633,7 @@ def test_help_shows_each_group_and_each_flag_once_of(stage, parser_of):
 # What add_training_flags gives both trainers: of args.json these are the machine's and the run directory's part.
 MACHINE = {"max_pixels", "max_image_pixels", "dtype", "attn", "freeze_vision", "micro_tokens", "gradient_checkpointing",
            "shard", "replicas", "offload", "accumulate", "measure_peak", "save_every", "keep", "timeout",
-           "max_skipped"}  # fmt: skip
+           "max_skipped", "strict_data"}  # fmt: skip
 COMMON = {"model", "data", "skip_bad", "out", "seed", "steps", "lr", "schedule", "warmup", "grad_clip"}
 SETTINGS = {
     "dpo": COMMON | MACHINE | {

@@ -203,7 +203,8 @@ def ask_about(
         return texts.get("inverse", jigsaw.QUESTIONS["inverse"].text), "grid", fields, "was", verdict
     if question == "pair":
         fields = questions.pair_fields(mixed, k, j, rng)
-        verdict, verb = rng.choice(fields["options"]), "was"
+        verdict = rng.choice(fields["options"])
+        verb = "was"
         text = texts.get("pair", jigsaw.QUESTIONS["pair"].text)
     else:
         fields = look_fields(cue, more, k, j, rng)

@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = [" ".join(line.split()) for line in sys.stdin]
     lines = [line for line in lines if line and not line.startswith("#")]
     try:
-        todo = any(not is_done(line, out_of(shlex.split(line))) for line in lines)
+        todo = [line for line in lines if not is_done(line, out_of(shlex.split(line)))]
     except ValueError as cause:
         print(f"error: {cause}", file=sys.stderr)
         return 2

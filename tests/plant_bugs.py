@@ -251,7 +251,7 @@ BUGS = [Bug(*entry) for entry in (
      'token_weights(lengths, "sequence",', GRPO_GRADIENT),
     ("each micro-batch is normalised by itself", "grpo.py",
      "weight = torch.cat([weights[p] for p in members]).to(device)",
-     "weight = torch.cat([weights[p] for p in members]).to(device)\n                weight = weight / weight.sum()",
+     "weight = torch.nn.functional.normalize(torch.cat([weights[p] for p in members]).to(device), p=1, dim=0)",
      MICRO_BATCHES),
     ("the old log-probs are those of now, so that nothing is ever clipped", "grpo.py",
      "old = old_logps.setdefault(number, logp.detach())", "old = logp.detach()", GRPO_UPDATES),

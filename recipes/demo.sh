@@ -12,6 +12,7 @@ source "$(dirname "$0")/study_specs.sh" "$OUT"
 stages() { python "$HERE/recipes/stages.py"; }
 step() { printf '\n== %s (%d s so far)\n' "$*" "$SECONDS"; }
 
+mkdir -p "$OUT"
 echo "What a stage prints while it runs lies beside what it writes: tail -f $OUT/base.log, $OUT/zero.log, …"
 step "1 a base that can follow the reply format in its prompt, and often does not: four SFT runs of one to two minutes"
 base_and_questions | stages

@@ -3,6 +3,7 @@
     python bench/study_specs.py --collect runs/study_specs     # runs -> bench/results, then the page
     python bench/study_specs.py                                # that file -> the page's tables, and the figures
     python bench/study_specs.py --check                        # exit 1 if the page says something else
+    python bench/study_specs.py --table runs/study_specs/0     # print the tables of one seed, as far as it is
 
 A number in a table is a mean over seeds, in brackets the 95 % interval of a bootstrap over seeds: how far the mean
 would move with other seeds, and nothing about other models. The committed file names the commit and the machine.
@@ -94,36 +95,40 @@ def curve_of(result: dict) -> list[dict]:
     return curve
 
 
-def collect_seed(folder: Path) -> dict:
-    """What the tables and figures need of one seed's runs. Refused if the chain has not finished."""
+def read_seed(folder: Path) -> dict:
+    """What the tables and figures need of one seed's runs, as far as they have finished."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))}
-    needed = ["follow", "zero", "rl-none", "rl-sft", "rl-specs"]
-    needed += [f"cold-{name}" for name in COLD] + [f"explore-{name}" for name in EXPLORED]
-    missing = [name for name in needed if name not in results]
-    if missing:
-        raise Refused(f"{folder}: {missing[0]} is missing; bash recipes/study_specs.sh {folder.parent} {folder.name}")
     pairs = {}
     for path in sorted(folder.glob("pairs*.jsonl")):
         pairs[path.stem.removeprefix("pairs").removeprefix("-") or "specs"] = len(path.read_text().splitlines())
     explored = {}
-    for name in EXPLORED:
+    for name in [name for name in EXPLORED if f"explore-{name}" in results]:
         overall = results[f"explore-{name}"]["overall"]
         explored[name] = {key: overall[key] for key in overall if key.startswith("pass@")}
         explored[name] |= {key: overall[key] for key in ("rbf", "entropy", "distinct")}
+    logs = {"zero": read_log(folder / "zero/log.jsonl", RL_KEYS)} if "zero" in results else {}
+    for part, names, keys in (("rl", RL, RL_KEYS), ("cold", COLD, COLD_KEYS)):
+        for name in [name for name in names if f"{part}-{name}" in results]:
+            logs[f"{part}-{name}"] = read_log(folder / part / name / "log.jsonl", keys)
     return {
-        "follow": by_format(results["follow"]),
-        "zero": curve_of(results["zero"]),
+        "follow": by_format(results["follow"]) if "follow" in results else {},
+        "zero": curve_of(results["zero"]) if "zero" in results else [],
         "cold": {name[5:]: curve_of(result) for name, result in results.items() if name.startswith("cold-")},
         "rl": {name[3:]: by_format(result) for name, result in results.items() if name.startswith("rl-")},
         "explore": explored,
         "pairs": pairs,
-        "logs": {
-            "zero": read_log(folder / "zero/log.jsonl", RL_KEYS),
-            **{f"rl-{name}": read_log(folder / "rl" / name / "log.jsonl", RL_KEYS) for name in RL
-               if (folder / "rl" / name / "log.jsonl").exists()},
-            **{f"cold-{name}": read_log(folder / "cold" / name / "log.jsonl", COLD_KEYS) for name in COLD},
-        },
-    }  # fmt: skip
+        "logs": logs,
+    }
+
+
+def collect_seed(folder: Path) -> dict:
+    """read_seed of a chain that has finished. Refused if it has not."""
+    needed = ["follow", "zero", "rl-none", "rl-sft", "rl-specs"]
+    needed += [f"cold-{name}" for name in COLD] + [f"explore-{name}" for name in EXPLORED]
+    missing = [name for name in needed if not (folder / f"results/{name}.json").exists()]
+    if missing:
+        raise Refused(f"{folder}: {missing[0]} is missing; bash recipes/study_specs.sh {folder.parent} {folder.name}")
+    return read_seed(folder)
 
 
 def collect(folder: Path) -> None:
@@ -199,7 +204,7 @@ def subject_table(found: dict) -> str:
     for key, title in FORMATS.items():
         rows.append([
             title,
-            cell(over(seeds, lambda run, key=key: run["follow"][key]["format"])),
+            cell(over(seeds, lambda run, key=key: run["follow"].get(key, {}).get("format"))),
             cell(over(seeds, lambda run, key=key: run["zero"][0]["formats"][key]["format"])),
             cell(over(seeds, lambda run, key=key: run["zero"][-1]["formats"][key]["format"])),
         ])  # fmt: skip
@@ -345,6 +350,25 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
     "stability": stability_table,
 }
 
+def aligned(markdown: str) -> str:
+    """A table with its cells padded, to be read on a terminal."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    rows[1] = ["-" * width for width in widths]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def print_tables(folder: Path) -> None:
+    """The page's main tables, of one seed whose chain need not be finished or whole."""
+    run = read_seed(folder)
+    if not run["zero"]:
+        raise Refused(f"{folder}: results/zero.json is missing: no seed of recipes/study_specs.sh or recipes/demo.sh")
+    for name in ("subject", "cold", "rl"):
+        text = BLOCKS[name]({"seeds": {folder.name: run}})
+        if text.count("\n") > 1:  # some of its rows have run
+            print("\n" + aligned(text))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
@@ -441,12 +465,16 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--collect", type=Path, metavar="DIR", help="the study's folder, to take over first")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is not up to date")
+    parser.add_argument("--table", type=Path, metavar="DIR", help="print the tables of one seed's folder, and no more")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
     try:
+        if args.table:
+            print_tables(args.table)
+            return 0
         if args.collect:
             collect(args.collect)
         found = json.loads(RESULTS.read_text())

@@ -7,8 +7,8 @@
 #   RUNS=further bash recipes/study_specs.sh runs/study_specs 0 1 2     # GRPO from the other cold starts
 #   PART=0.05 BASE=DIR bash recipes/study_specs.sh /tmp/smoke 0  # a twentieth of it, of a base you have: does it all run?
 #
-# One core is enough, and two seeds at a time are twice as fast on two. All settings were fixed on seed 100, which is in
-# no table.
+# One core is enough, and two seeds at a time are twice as fast on two. All settings were chosen in trials before the first
+# of these runs, on one seed and with other shapes. recipes/demo.sh takes its functions from here, so the demo's flags are the study's.
 set -euo pipefail
 OUT=${1:-runs/study_specs}
 HERE=$(cd "$(dirname "$0")/.." && pwd)
@@ -21,7 +21,7 @@ puzzles() { # puzzles FORMAT COUNT SPLIT SEED OUT [way of asking]
     echo toy/formats.py questions --format "$1" --count "$count" --scenes "$count" --split "$3" --seed "$4" --out "$5" \
         --ask "${6:-train}"
 }
-grpo() { # grpo FROM OUT STEPS: SPECS' clip and token mean; the KL is ours, without it four of five runs stay at chance
+grpo() { # grpo FROM OUT STEPS: SPECS' clip and token mean; the KL is ours: two trials without it stayed at chance
     echo grpo.py --model "$1" --data "$D/puzzles/records.jsonl" --out "$2" --steps "$(share "$3")" --prompts 16 \
         --group 8 --lr 2e-4 --kl 0.04 --clip-high 0.28 --normalizer token --max-new-tokens 48 --save-every 0 \
         --seed "$SEED" --overwrite
@@ -44,8 +44,7 @@ explore() { # explore OUT MODEL: pass@k up to 64, entropy, branching factor, in 
         --max-new-tokens 48 --seed 2 --overwrite --out "$1" --model "$2"
 }
 
-chain() {
-    # 1. The base, its puzzles, and the questions that nothing is trained on
+base_and_questions() { # the base, its puzzles, and the questions that nothing is trained on
     if [ -z "${BASE:-}" ]; then bash "$HERE/recipes/specs_base.sh" "$D" "$SEED"; fi
     puzzles trained 1600 train "$((SEED + 5000))" "$D/puzzles"
     puzzles trained 60 test "$((SEED + 1))" "$D/test/trained"
@@ -53,10 +52,17 @@ chain() {
     puzzles tags 60 test "$((SEED + 3000))" "$D/test/ask" test
     # Before anything else: does the model copy words and shapes that it has never seen?
     if [ -z "${BASE:-}" ]; then evaluate "$D/results/follow.json" --model "$D/follow/model"; fi
-    # 2. GRPO-zero, and pairs
+}
+zero_and_pairs() { # GRPO-zero, and the pairs that it makes; its curve begins with the base
     grpo "${BASE:-$D/base}" "$D/zero" 12
     evaluate "$D/results/zero.json" --checkpoints "$D/zero"
     pairs "$D/pairs.jsonl" --policy "$D/zero"
+}
+
+chain() {
+    # 1. and 2.
+    base_and_questions
+    zero_and_pairs
     # 3. Cold starts of the base, each with its curve
     cold "$D/pairs.jsonl" "$D/cold/sft" --loss sft
     cold "$D/pairs.jsonl" "$D/cold/dpo" --loss dpo
@@ -90,6 +96,9 @@ further() { # GRPO from the other cold starts
         evaluate "$D/results/rl-$name.json" --model "$D/rl/$name"
     done
 }
+
+# recipes/demo.sh sources this file, for the functions alone
+[ "${BASH_SOURCE[0]}" = "$0" ] || return 0
 
 mkdir -p "$OUT"
 git -C "$HERE" describe --always --abbrev=12 --exclude='*' --dirty=+ > "$OUT/commit" 2> /dev/null || true

@@ -86,20 +86,71 @@ def test_a_small_part_of_the_study_runs_and_makes_every_table(base, tmp_path, mo
     assert (tmp_path / "specs_gf.png").stat().st_size > 10_000
 
 
+def lines_of(recipe, out, folder, **settings):
+    """(command lines that a recipe hands to stages.py, other calls of python), nothing of which is run."""
+    noted = folder / "noted"
+    folder.mkdir()
+    (folder / "python").write_text(f'#!/bin/sh\ncase $1 in */stages.py) cat ;; *) echo "$*" ;; esac >> {noted}\n')
+    (folder / "python").chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["bash", ROOT / recipe, *out], env=os.environ | settings | {"PATH": path}, check=True)
+    lines = [line.removeprefix(f"{ROOT}/") for line in noted.read_text().splitlines()]
+    return lines, [line for line in lines if line.startswith(("report.py", "bench/"))]
+
+
+def out_of(line):
+    """Where a line writes."""
+    words = shlex.split(line)
+    return words[words.index("--out") + 1] if "--out" in words else words[1]
+
+
 @pytest.mark.parametrize("runs, count", [("chain", 40), ("sources", 12), ("further", 6)])
 def test_every_line_of_the_study_is_one_that_its_stage_takes(runs, count, tmp_path):
-    """The lines go to stages.py; here they go to a file, and each to the parser of its stage."""
-    recipe = (ROOT / "recipes/study_specs.sh").read_text()
-    assert recipe.count('| python "$HERE/recipes/stages.py"') == 1
-    printed = recipe.replace('| python "$HERE/recipes/stages.py"', "| cat").replace('$(dirname "$0")/..', str(ROOT))
-    (tmp_path / "study.sh").write_text(printed)
-    settings = os.environ | {"RUNS": runs}
-    done = subprocess.run(["bash", tmp_path / "study.sh", tmp_path / "out", "0"], env=settings, capture_output=True,
-                          text=True, check=True)  # fmt: skip
-    lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert len(lines) == count
-    for script, *flags in lines:
+    lines, others = lines_of("recipes/study_specs.sh", [tmp_path / "out", "0"], tmp_path / "bin", RUNS=runs)
+    assert len(lines) == count and not others
+    for line in lines:
+        script, *flags = shlex.split(line)
         importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse_args(flags)
+
+
+def test_the_demo_is_the_study_without_its_ablations_word_for_word(tmp_path):
+    study_lines, _ = lines_of("recipes/study_specs.sh", [tmp_path / "out", "3"], tmp_path / "study")
+    lines, shown = lines_of("recipes/demo.sh", [tmp_path / "out/3", "3"], tmp_path / "demo")
+    lines = [line for line in lines if line not in shown]
+    assert set(lines) < set(study_lines) and len(set(lines)) == len(lines)
+    left_out = {out_of(line).removeprefix(f"{tmp_path}/out/3/") for line in set(study_lines) - set(lines)}
+    explored = {f"results/explore-{name}.json" for name in study.EXPLORED}
+    assert left_out - explored == {"cold/dpo", "cold/half", "rl/none", "results/cold-dpo.json",
+                                   "results/cold-half.json", "results/rl-none.json"}  # fmt: skip
+    # Everything that the report shows, and the folder of the tables, is something that the demo has made.
+    made = {out_of(line) for line in lines}
+    report, table = (shlex.split(line) for line in shown)
+    inputs = [word.split("=")[-1] for word in report[report.index("--pairs") :] if not word.startswith("--")]
+    assert len(inputs) == 12 and set(inputs) <= made
+    assert table == ["bench/study_specs.py", "--table", str(tmp_path / "out/3")]
+
+
+def test_the_tables_of_an_unfinished_seed_have_the_rows_that_have_run(tmp_path, capsys):
+    def result(kept):
+        sources = {f"formats-{name}": {"format": kept, "accuracy": 0.25} for name in study.FORMATS}
+        return {"sources": sources, "gf": {"gain_id": 40.0, "gain_ood": 20.0, "gf": 22.2}}
+
+    folder = tmp_path / "3"
+    (folder / "results").mkdir(parents=True)
+    assert study.main(["--table", str(folder)]) == 1
+    assert "zero.json is missing" in capsys.readouterr().err
+    for run in ("zero", "cold/specs", "cold/half"):
+        (folder / run).mkdir(parents=True)
+        (folder / run / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    curve = {"curve": [{"step": 0, **result(0.3)}, {"step": 12, **result(0.9)}]}
+    for name in ("zero", "cold-specs"):
+        (folder / f"results/{name}.json").write_text(json.dumps(curve))
+    assert study.main(["--table", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "trained format                           –                        30.0  90.0" in lines
+    (row,) = [line for line in lines if line.startswith("DPO")]
+    assert row.split("  ")[0] == "DPO + SFT" and row.split()[3:] == ["+40.0", "+20.0", "22.2", "22.2", "at", "12"]
+    assert not any(line.startswith("GRPO from") for line in lines)  # none has run
 
 
 def test_the_page_says_what_the_committed_runs_say():

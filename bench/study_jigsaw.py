@@ -58,7 +58,7 @@ def falls(levels: list[int], order: list[int]) -> bool:
     return all(first >= second for first, second in zip(said, said[1:], strict=False))
 
 
-SHARES = ("consistent", "true", "licensed", "recheck", "verification", "backtracking")
+SHARES = ("consistent", "true", "licensed", "recheck", "verification", "backtracking", "ends_twice", "ends_once")
 
 
 def thoughts_of(replies: list[tuple[str, dict]]) -> dict[str, float | None]:
@@ -68,6 +68,7 @@ def thoughts_of(replies: list[tuple[str, dict]]) -> dict[str, float | None]:
     true           the levels said last put no two pieces of the column in the wrong order (of those that say levels)
     licensed       the conclusion is what these levels call for: light to dark, from above (of those that have both)
     recheck        looks twice; verification: and says the same; backtracking: and says something else
+    ends_twice     comes to an answer, of those that look twice; ends_once: of the others
     """
     found = {name: [] for name in SHARES}
     for reply, record in replies:
@@ -81,6 +82,7 @@ def thoughts_of(replies: list[tuple[str, dict]]) -> dict[str, float | None]:
             found["licensed"].append(falls(lists[-1], conclusion))
         again = RECHECK in reply and len(lists) >= 2
         found["recheck"].append(RECHECK in reply)
+        found["ends_twice" if RECHECK in reply else "ends_once"].append(answer is not None)
         found["verification"].append(again and lists[-1] == lists[-2])
         found["backtracking"].append(again and lists[-1] != lists[-2])
     return {name: round(float(np.mean(values)), 4) if values else None for name, values in found.items()}
@@ -306,19 +308,24 @@ def subject_table(study: dict) -> str:
     return table(["whole puzzles right, percent", *SIZES, "2x1, light from below"], rows)
 
 
+def size_cells(found: list[dict]) -> list[str]:
+    whole = [shown([result[name]["exact"] for result in found]) for name in SETS]
+    return whole + [shown([result[name]["accuracy"] for result in found]) for name in SIZES[1:3]]
+
+
 def main_table(study: dict) -> str:
     rows = []
     for kind in KINDS:
-        for method in ("base", "rl"):
-            found = results_of(study, kind, method)
-            cells = [shown([result[name]["exact"] for result in found]) for name in SETS]
-            pieces = [shown([result[name]["accuracy"] for result in found]) for name in SIZES[1:3]]
-            rows.append([f"{kind}: {METHODS[method]}, {seeds(found)}", *cells, *pieces])
+        rows.append([f"{kind}: base", *size_cells(results_of(study, kind, "base"))])
+        for size in SIZES:
+            found = list(of_arm(study["results"], f"{kind}-{size}").values())
+            if found:
+                rows.append([f"{kind}: RL on {size}, {seeds(found)}", *size_cells(found)])
     return table(["after", *SIZES, "2x1, light from below", "pieces right, 3x1", "4x1"], rows)
 
 
 def seeds(found: list) -> str:
-    return "one model" if len(found) == 1 else f"{len(found)} seeds"
+    return "1 seed" if len(found) == 1 else f"{len(found)} seeds"
 
 
 def transfer_table(study: dict) -> str:
@@ -358,7 +365,7 @@ def along_table(study: dict) -> str:
 
 
 def patterns_table(study: dict) -> str:
-    names = ("recheck", "verification", "backtracking")
+    names = ("recheck", "verification", "backtracking", "ends_twice", "ends_once")
     base = study["results"]["base-think"]
     rows = []
     for arm in ("2x1", "3x1"):
@@ -372,7 +379,9 @@ def patterns_table(study: dict) -> str:
         rows.append([f"test on {size}: base", *(shown([base[size]["thoughts"][name]]) for name in names)])
         cells = [shown([end[size]["thoughts"][name] for end in ends]) for name in names]
         rows.append([f"test on {size}: after RL on 2x1", *cells])
-    return table(["replies", "recheck", "of these, says the same", "says something else"], rows)
+    head = ["replies", "recheck", "says the same", "says something else", "has an answer, with a recheck",
+            "without"]  # fmt: skip
+    return table(head, rows)
 
 
 def methods_table(study: dict) -> str:
@@ -385,7 +394,8 @@ def methods_table(study: dict) -> str:
             if not found:
                 continue
             cells = [shown([result[name]["exact"] for result in found]) for name in SIZES]
-            rows.append([f"{kind}: {title}, {seeds(found)}", *cells, shown([downstream_mean(r) for r in found])])
+            title = title if method == "base" else f"{title}, {seeds(found)}"
+            rows.append([f"{kind}: {title}", *cells, shown([downstream_mean(result) for result in found])])
     return table(["after", *SIZES, "downstream"], rows)
 
 

@@ -14,7 +14,7 @@ if [ ${#SEEDS[@]} = 0 ]; then SEEDS=(0 1 2 3 4); fi
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 FURTHER=3 # seeds of all but the main table
 if [ "${SMOKE:-0}" = 1 ]; then
-    WORDS=16 SEE=3 SPEAK=3 PUZZLES=8 TESTS=4 RL=2 P=4 G=2
+    WORDS=16 SEE=2 SPEAK=2 PUZZLES=8 TESTS=2 RL=2 P=4 G=2
 else
     WORDS=1600 SEE=800 SPEAK=500 PUZZLES=320 TESTS=120 RL=40 P=16 G=8
 fi
@@ -102,10 +102,14 @@ sft() { # sft TO KIND DATA SEED: as many prompts and updates as an RL run
     done
     for seed in "${SEEDS[@]:0:FURTHER}"; do rl base "no-think-3x1-$seed" no-think 3x1 "$seed"; done
     for seed in "${SEEDS[@]:0:FURTHER}"; do
-        echo "distill.py --policy $OUT/base --data $OUT/puzzles/think-2x1-$seed/records.jsonl --samples 8" \
-            "--max-new-tokens 64 --judge none --reject-from chosen --seed $seed --overwrite" \
-            "--out $OUT/right/$seed.jsonl"
-        sft "sft-think-$seed" think "$OUT/right/$seed.jsonl" "$seed"
+        right=$OUT/right/$seed.jsonl
+        if [ "${SMOKE:-0}" = 1 ]; then
+            right=$OUT/grids/think-2x1/primer.jsonl # a base of a few updates says nothing right
+        else
+            echo "distill.py --policy $OUT/base --data $OUT/puzzles/think-2x1-$seed/records.jsonl --samples 8" \
+                "--max-new-tokens 64 --judge none --reject-from chosen --seed $seed --overwrite --out $right"
+        fi
+        sft "sft-think-$seed" think "$right" "$seed"
         rl "sft-think-$seed" "sft-rl-think-$seed" think 2x1 "$seed"
     done
     for seed in "${SEEDS[@]:0:FURTHER}"; do

@@ -49,6 +49,7 @@ def test_the_shares_of_replies_are_those_counted_by_hand():
     assert found == {
         "consistent": 0.6, "true": 0.8, "licensed": 0.8,
         "recheck": round(2 / 6, 4), "verification": round(1 / 6, 4), "backtracking": round(1 / 6, 4),
+        "ends_twice": 1, "ends_once": 0.75,
     }  # fmt: skip
     assert study.thoughts_of([("well", COLUMN)])["consistent"] is None
 

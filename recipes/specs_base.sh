@@ -11,7 +11,7 @@
 set -euo pipefail
 OUT=$1 SEED=${2:-0}
 PART=${PART:-1} # of the updates: a smoke test takes a small part of them
-updates() { python3 -c "import math, sys; print(max(2, math.ceil($1 * $PART)))"; }
+updates() { awk "BEGIN { n = $1 * $PART; n += n > int(n); print n < 2 ? 2 : int(n) }"; } # rounded up, and two at least
 sft() { # sft FROM OUT UPDATES RATE SCHEDULE data…
     echo dpo.py --loss sft --model "$1" --out "$2" --data "${@:6}" --batch 32 --steps "$(updates "$3")" --lr "$4" \
         --schedule "$5" --warmup 20 --save-every 0 --seed "$SEED" --overwrite

@@ -13,7 +13,7 @@ set -euo pipefail
 OUT=${1:-runs/study_specs}
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 export PART=${PART:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-share() { python3 -c "import math; print(max(2, math.ceil($1 * $PART)))"; }
+share() { awk "BEGIN { n = $1 * $PART; n += n > int(n); print n < 2 ? 2 : int(n) }"; } # rounded up, and two at least
 
 puzzles() { # puzzles FORMAT COUNT SPLIT SEED OUT [way of asking]
     local count

@@ -121,11 +121,11 @@ def main(argv: list[str] | None = None) -> int:
     lines = [" ".join(line.split()) for line in sys.stdin]
     lines = [line for line in lines if line and not line.startswith("#")]
     try:
-        todo = [line for line in lines if not is_done(line, out_of(shlex.split(line)))]
+        outs = [out_of(shlex.split(line)) for line in lines]
     except ValueError as cause:
         print(f"error: {cause}", file=sys.stderr)
         return 2
-    if todo:
+    if not all(map(is_done, lines, outs)):
         import_once()
     for line in lines:
         status = run(line)

@@ -675,7 +675,7 @@ def open_run(args, **changes):
 
 # Flags that a resumed run may be given anew: they change neither data nor weights, but how far, how safe and how fast.
 MAY_CHANGE = {"steps", "save_every", "keep", "timeout", "max_skipped", "measure_peak", "max_image_pixels",
-              "shard", "replicas", "offload", "accumulate", "vllm_tp",
+              "shard", "replicas", "offload", "accumulate", "vllm_tp", "strict_data",
               "vllm_memory", "parity_every", "judge_url", "judge_key", "judge_cache", "judge_price_in",
               "judge_price_out", "concurrency", "retries", "endpoint_timeout"}  # fmt: skip
 

@@ -70,7 +70,7 @@ def test_a_small_part_of_the_study_runs_and_makes_every_table(base, tmp_path, mo
     for name in ("base", "chosen", "coupled", "unjudged"):  # the ablations take as long again, and are the same stages
         (folder / f"results/cold-{name}.json").write_text((folder / "results/cold-specs.json").read_text())
         (folder / f"pairs-{name}.jsonl").write_text((folder / "pairs.jsonl").read_text())
-    for name in ("dpo", "coupled"):
+    for name in ("dpo", "half", "coupled"):
         (folder / f"results/rl-{name}.json").write_text((folder / "results/rl-specs.json").read_text())
         shutil.copytree(folder / "rl/specs", folder / "rl" / name)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "study.json")

@@ -207,7 +207,7 @@ def share(values) -> float:
 
 
 def read_run(folder: Path, puzzles: Path) -> list[dict]:
-    """A GRPO run in PARTS parts: means of the log, and the shares of the replies that samples.jsonl kept."""
+    """A GRPO run of PARTS steps or more, in PARTS parts: means of the log, shares of what samples.jsonl kept."""
     rows, samples = read_lines(folder / "log.jsonl"), read_lines(folder / "samples.jsonl")
     records = {record["id"]: record for record in read_lines(puzzles / "records.jsonl")}
     parts = []
@@ -219,7 +219,7 @@ def read_run(folder: Path, puzzles: Path) -> list[dict]:
             key: round(float(np.mean([row[key] for row in part])), 4)
             for key in ("accuracy", "format", "length", "kl", "seconds_sample", "seconds_learn")
         })  # fmt: skip
-        if "<think>" in said[0][0]:
+        if "no-think" not in folder.name:
             parts[-1]["thoughts"] = thoughts_of(said)
     return parts
 
@@ -251,7 +251,12 @@ def collect(folder: Path) -> dict:
 
 
 def interval(values: list[float], draws: int = 10_000) -> tuple[float, float, float]:
-    """(mean, low, high): the 95 % percentile interval of the mean over seeds, by bootstrap with a fixed seed."""
+    """(mean, low, high): the 95 % percentile interval of the mean over seeds, by bootstrap with a fixed seed.
+
+    NaN for no values.
+    """
+    if not values:
+        return np.nan, np.nan, np.nan
     values = np.array(values, dtype=float)
     chosen = np.random.RandomState(0).randint(len(values), size=(draws, len(values)))
     low, high = np.percentile(values[chosen].mean(1), [2.5, 97.5])
@@ -450,7 +455,7 @@ def bars(panel, groups: dict[str, list[list[float]]], labels: list[str]) -> None
     """Grouped bars: group -> for every label the values of its seeds; the interval over seeds as a line."""
     width = 0.8 / len(groups)
     for number, (title, cells) in enumerate(groups.items()):
-        numbers = [interval([100 * value for value in values]) for values in cells]
+        numbers = [interval([100 * value for value in values if value is not None]) for values in cells]
         places = np.arange(len(cells)) + (number - (len(groups) - 1) / 2) * width
         means, lows, highs = np.array(numbers).T
         panel.bar(places, means, width, label=title, yerr=[means - lows, highs - means], error_kw={"lw": 0.8})

@@ -14,7 +14,7 @@ if [ ${#SEEDS[@]} = 0 ]; then SEEDS=(0 1 2 3 4); fi
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 FURTHER=3 # seeds of all but the main table
 if [ "${SMOKE:-0}" = 1 ]; then
-    WORDS=16 SEE=2 SPEAK=2 PUZZLES=8 TESTS=2 RL=2 P=4 G=2
+    WORDS=16 SEE=2 SPEAK=2 PUZZLES=8 TESTS=2 RL=4 P=2 G=2
 else
     WORDS=1600 SEE=800 SPEAK=500 PUZZLES=320 TESTS=120 RL=40 P=16 G=8
 fi

@@ -33,9 +33,11 @@ exec 3>&1
 { branch sft --loss sft | stages >&3; } | { branch specs --loss dpo+sft --sft-weight 1 | stages; }
 
 step "4 report"
+results=("$D"/results/{zero,cold-sft,cold-specs,rl-sft,rl-specs}.json)
+if [ -z "${BASE:-}" ]; then results=("$D/results/follow.json" "${results[@]}"); fi
 python "$HERE/report.py" --out "$OUT/report.html" --pairs "$OUT/pairs.jsonl" \
     --runs zero="$D/zero" cold-sft="$D/cold/sft" cold-specs="$D/cold/specs" rl-sft="$D/rl/sft" rl-specs="$D/rl/specs" \
-    --results "$D"/results/{follow,zero,cold-sft,cold-specs,rl-sft,rl-specs}.json > "$OUT/report.log"
+    --results "${results[@]}" > "$OUT/report.log"
 
 step "5 the tables of docs/specs_study.md, of this seed alone"
 python "$HERE/bench/study_specs.py" --table "$D"

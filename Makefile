@@ -1,4 +1,5 @@
-# `make demo` runs the whole pipeline, `make test` the tests. Both make .venv first, if it is not there.
+# `make demo` runs the whole pipeline, or what of it has not finished yet (rm -r runs/demo: all of it anew); `make test`
+# the tests. Both make .venv first, if it is not there.
 # `make test-vllm` tests --sampler vllm with the real vLLM, in an environment of its own.
 PYTHON ?= python3
 VENV ?= .venv

@@ -171,7 +171,8 @@ def preference_metrics(margin, implicit, real_pairs, pairs: int) -> dict[str, fl
 def as_group(encoder, pair, loss) -> tuple[model.Prompt, list[torch.Tensor]]:
     """(Prompt, [chosen ids, rejected ids]): a group of two; of one for pure SFT."""
     names = ["chosen"] if loss == "sft" else ["chosen", "rejected"]
-    return encoder.prompt(pair), [encoder.encode_reply(pair[name]) for name in names]
+    prompt = encoder.prompt(pair)  # of another pair, where a picture is broken
+    return prompt, [encoder.encode_reply(prompt.record[name]) for name in names]
 
 
 @torch.no_grad()
@@ -264,6 +265,9 @@ def parse_args(argv=None):
     add("--data", required=True, nargs="+", help="pairs.jsonl files (distill.py writes them); SFT needs only `chosen`")
     add("--skip-bad", action="store_true",
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
+    add("--strict-data", action="store_true",
+        help="end the run at a picture that turns out to be broken when it is needed, instead of taking the record "
+        "behind it in its place and saying so")  # fmt: skip
     add("--out", required=True, help="run directory; ends as a model directory for the next stage")
     add("--seed", type=integer("[0, 4294967295]"), default=0, help="fixes the order of the pairs")
 
@@ -323,12 +327,10 @@ def main(argv=None):
 
     # 1. Read the pairs
     text_fields = ("chosen",) if args.loss == "sft" else ("chosen", "rejected")
-    pairs = read_records(args.data, rewards.check_gold, text_fields, args.skip_bad, args.max_image_pixels)
-    eval_pairs = []
-    if args.eval_data:
-        eval_pairs = read_records(
-            args.eval_data, rewards.check_gold, text_fields, args.skip_bad, args.max_image_pixels
-        )  # fmt: skip
+    reading = rewards.check_gold, text_fields, args.skip_bad, args.max_image_pixels, world
+    pairs = read_records(args.data, *reading, decode=False)
+    # Decoded now: a held-out loss of other pairs than those that were given would be no loss of theirs.
+    eval_pairs = read_records(args.eval_data, *reading) if args.eval_data else []
     steps = args.steps or math.ceil(len(pairs) / args.batch)
     total = args.steps * args.batch or len(pairs)  # one pass ends with the last pair, in a smaller batch
     order = epoch_order(args.seed, len(pairs), 0, total)
@@ -336,6 +338,8 @@ def main(argv=None):
     policy, encoder = model.load(args.model, world, train=True, **training.load_options(args))
     encoder.check(world, pairs)
     encoder.check(world, eval_pairs)
+    if not args.strict_data:
+        encoder.replace_broken(pairs, run.broken)
 
     # 2. Reference: log-probs of all pairs that will be seen, before the first update
     reference, eval_reference = {}, {}
@@ -347,6 +351,8 @@ def main(argv=None):
         eval_reference = complete_reference(
             run, policy, encoder, eval_pairs, everything, args.micro_tokens, "eval_reference"
         )
+    # Before the first step: a reference belongs to the pair that was read, and all ranks must read the same.
+    run.share_broken(run.step + 1)
     # In every checkpoint: the base's weights are gone then.
     kept = {"reference": reference, "eval_reference": eval_reference} if world.main else {}
     optimizer = training.adamw(policy, args.lr)
@@ -396,12 +402,13 @@ def main(argv=None):
         skipped = not math.isfinite(norm)
         row |= {"grad_norm": norm, "skipped": int(skipped), "lr": lr} | timer.metrics(samples=len(batch))
         row["seconds"] = row["seconds_learn"] + row["seconds_rest"]
+        row["broken_pictures"] = run.share_broken(step + 1)
         run.log(row)
         bar.set_postfix({label: f"{row[name]:.3f}" for label, name in BAR.items() if name in row})
         bar.update()
         if args.reward_shift == "mean" and not skipped:
             shift = running_mean(shift, step, (row["chosen_reward"] + row["rejected_reward"]) / 2)
-        run.count_skipped(step + 1, skipped, [name_of(pairs[index]) for index in mine], args.max_skipped)
+        run.count_skipped(step + 1, skipped, [name_of(prompt.record) for prompt, _ in groups], args.max_skipped)
         run.end_step(step + 1, steps, policy, optimizer, save_every=args.save_every, keep=args.keep, extra=state)
     bar.close()
     run.export(policy, encoder)

@@ -18,6 +18,10 @@ class DataError(Exception):
     """The user's input is wrong. `processes.run` prints the message as one line and exits with status 2."""
 
 
+class StageError(RuntimeError):
+    """The run cannot go on, and no input is to blame. `processes.run` prints one line and exits with status 1."""
+
+
 LARGEST_TEXT = 2**32  # bytes of a JSONL file
 LARGEST_JSON = 2**28  # bytes of any other file that is read at once
 

@@ -10,6 +10,7 @@ group, and takes clipped policy-gradient updates. The papers' recipes are settin
     SPECS (arXiv 2510.25801)      --prompts 128 --clip-high 0.28 --normalizer token --kl 0       (DAPO-like clipping)
     DAPO (arXiv 2503.14476)       the same, and --max-refill 3 --overlong-buffer 4096
     Jigsaw-R1 (arXiv 2505.23590)  --prompts 64 --kl 0.04 --normalizer sequence --top-k 50 --schedule linear
+    PuzzleCraft (2512.14944)      --group-weights dispersion --advantage-scale none --temperature 0.9 --top-p 0.95
 
 A prompt and its pictures are fed once for all replies of its group (attention.py).
 
@@ -20,19 +21,26 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import endpoint
+import judge
 import model
 import rewards
 import sampler
 import scoring
 import training
 import vllm_sampler
-from records import DataError, epoch_order, read_records
+from head import TokenFilter
+from prompt_stream import PromptStream
+from records import DataError, read_records
+from rollouts import Rollout, asked_and_said, batch_metrics, gather_rewards, shown_replies
 from run_directory import Run
 from training import integer, real
 
@@ -80,6 +88,32 @@ def accuracy_filter(accuracy: torch.Tensor, low: float, high: float) -> torch.Te
     """
     mean = accuracy.mean(1)
     return (mean >= low) & (mean <= high)
+
+
+def group_weights(accuracy: torch.Tensor, dispersion: torch.Tensor | None = None) -> torch.Tensor:
+    """What a group counts, by how much it can teach: (P, G) accuracies in [0, 1] -> (P,) weights in [0, 1].
+
+        w = 4 d (1 − d) √dispersion,  d: the mean accuracy of the group
+
+    Equation 1 of PuzzleCraft (arXiv 2512.14944): 1 where half is right and the answers are spread as far as can be, 0
+    where all are right or all are wrong. dispersion (P,): of answer_dispersion; None: difficulty alone, without √.
+    """
+    d = accuracy.mean(1)
+    weights = 4 * d * (1 - d)
+    return weights if dispersion is None else weights * dispersion.sqrt()
+
+
+def answer_dispersion(answers: list, options: int = 0) -> float:
+    """How far the answers of a group are spread, from 0, where all are the same, to 1 (PuzzleCraft, section 3.2).
+
+    Of a question that names its options: the entropy of the answers, over its largest value log(options). Of any other
+    (a grid, a number): (distinct answers − 1) / (G − 1). Replies that cannot be read, None, are one answer together.
+    """
+    counts = Counter(map(repr, answers)).values()
+    if options > 1:
+        entropy = -sum(count / len(answers) * math.log(count / len(answers)) for count in counts)
+        return min(1.0, entropy / math.log(options))
+    return (len(counts) - 1) / max(1, len(answers) - 1)
 
 
 def overlong_penalty(length: int, longest: int, buffer: int) -> float:
@@ -284,6 +318,9 @@ def parse_args(argv=None):
     add("--data", required=True, nargs="+", help="records.jsonl files: prompts, images and gold answers")
     add("--skip-bad", action="store_true",
         help="leave out records whose gold answer cannot be scored, and say how many, instead of stopping")  # fmt: skip
+    add("--strict-data", action="store_true",
+        help="end the run at a picture that turns out to be broken when it is needed, instead of taking the record "
+        "behind it in its place and saying so")  # fmt: skip
     add("--out", required=True, help="run directory; ends as a model directory for the next stage")
     add("--seed", type=integer("[0, 4294967295]"), default=0, help="fixes the order of the prompts and every sample")
 
@@ -294,10 +331,16 @@ def parse_args(argv=None):
     add("--max-refill", type=integer("[0, 1000]"), default=0,
         help="times a step may sample other prompts in place of those whose replies teach nothing (DAPO's dynamic "
         "sampling); 0: never")  # fmt: skip
+    add("--prompt-weights", default="none", choices=["none", "difficulty", "dispersion"],
+        help="how often a prompt is asked again, by its last group's weight (see --group-weights): one of weight 0.3 "
+        "is passed over in 7 of 10 epochs, none in more than 9; none: every prompt once an epoch")  # fmt: skip
     add("--temperature", type=real("[1e-4, 1e4]"), default=1.0,
         help="sampling temperature; log-probs are taken at the same")  # fmt: skip
     add("--top-k", type=integer("[0, 1e6]"), default=0, help="sample among the k likeliest tokens; 0: all")
     add("--top-p", type=real("(0, 1]"), default=1.0, help="sample among the likeliest tokens of this mass; 1: all")
+    add("--replay-filter", action="store_true",
+        help="take the trainer's log-probs among the tokens that --top-k and --top-p left to the sampler: ratios are "
+        "then those of the distribution that was sampled from; otherwise over the whole vocabulary")  # fmt: skip
     add("--max-new-tokens", type=integer("[1, 1e6]"), default=512, help="longest reply in tokens, end token included")
 
     add = parser.add_argument_group("reward and advantage").add_argument
@@ -314,6 +357,9 @@ def parse_args(argv=None):
         help="advantages divided by the std of the group, nothing (Dr. GRPO), or the std of the batch")  # fmt: skip
     add("--advantage-baseline", default="mean", choices=["mean", "loo"],
         help="what a reward is compared with: the mean of its group, or of the other replies (RLOO)")  # fmt: skip
+    add("--group-weights", default="none", choices=["none", "difficulty", "dispersion"],
+        help="weigh a group's advantages by its mean accuracy d: difficulty: 4 d (1 - d); dispersion: that times the "
+        "root of how far its answers are spread (PuzzleCraft); none: all groups alike")  # fmt: skip
 
     add = parser.add_argument_group("loss").add_argument
     add("--surrogate", default="clip", choices=["clip", "cispo", "sapo"],
@@ -334,7 +380,7 @@ def parse_args(argv=None):
     add("--importance", default="token", choices=["token", "sequence", "none"],
         help="weigh what was sampled by the trainer's probability over the sampler's: of each token, of its whole "
         "reply, or not. vLLM gives probabilities after --top-k and --top-p, so the weight undoes these filters too; "
-        "the builtin sampler gives those before")  # fmt: skip
+        "the builtin sampler gives those before. With --replay-filter all are after them")  # fmt: skip
     add("--importance-cap", type=real("[1, 1e6]"), default=2.0, help="largest such weight")
     add("--importance-floor", type=real("[0, 1]"), default=0.0, help="smallest such weight; 0: none")
     add("--importance-outside", default="truncate", choices=["truncate", "mask"],
@@ -349,11 +395,16 @@ def parse_args(argv=None):
     add("--updates", type=integer("[1, 1000]"), default=1,
         help="optimizer updates on each sampled batch; above 1 the clipping matters")  # fmt: skip
 
+    add = judge.add_judge_flags(parser, ["none", "model", "endpoint"], "none",
+        "who decides whether a short free answer (answer_type text) that no rule finds right says what the gold says: "
+        "a model of this machine, or one behind a server; none: nobody")  # fmt: skip
+    endpoint.add_endpoint_flags(add)
     vllm_sampler.add_sampler_flags(parser, train=True)
     training.add_training_flags(parser)
     argv = sys.argv[1:] if argv is None else argv
     embedded = not {"--model", "--data", "-h", "--help"} & {flag.split("=")[0] for flag in argv}
     args = parser.parse_args(EMBEDDED_FLAGS + argv if embedded else argv)
+    judge.check_judge_flags(parser, args)
     try:
         rewards.chosen_rewards(args.reward)
     except ValueError as error:
@@ -364,6 +415,12 @@ def parse_args(argv=None):
         parser.error("--one-step-off-policy: --importance token or sequence must correct for the older weights")
     if args.one_step_off_policy and args.max_refill:
         parser.error("--max-refill needs the scores of a step before it samples on: not with --one-step-off-policy")
+    if args.one_step_off_policy and args.prompt_weights != "none":
+        parser.error("--prompt-weights needs the scores of a step before the next: not with --one-step-off-policy")
+    if args.one_step_off_policy and args.replay_filter:
+        parser.error("--replay-filter needs the weights that sampled: not with --one-step-off-policy")
+    if args.replay_filter and not args.top_k and args.top_p == 1:
+        parser.error("--replay-filter needs --top-k or --top-p: without a filter there is nothing to replay")
     if args.overlong_buffer > args.max_new_tokens:
         parser.error(f"--overlong-buffer {args.overlong_buffer} is more than --max-new-tokens {args.max_new_tokens}")
     if args.accuracy_low > args.accuracy_high:
@@ -378,9 +435,7 @@ def score_replies(encoder, records, replies, scorer, progress, longest=0, overlo
     and "reward" is less by it. longest: tokens of a reply at most.
     """
     texts = [[encoder.decode(reply.ids) for reply in group] for group in replies]
-    scores = []
-    for record, group in zip(records, texts, strict=True):
-        scores.append([scorer.score(text, record, progress) for text in group])
+    scores = scorer.score_groups(records, texts, progress)
     if overlong_buffer:
         for group, group_scores in zip(replies, scores, strict=True):
             for reply, score in zip(group, group_scores, strict=True):
@@ -389,75 +444,55 @@ def score_replies(encoder, records, replies, scorer, progress, longest=0, overlo
     return texts, scores
 
 
-def mixed_groups(scores, low: float, high: float) -> torch.Tensor:
-    """Which groups of scores [record][reply] have rewards that differ, and a mean accuracy from low to high: bool."""
+def weights_of(rollouts, kind: str) -> torch.Tensor:
+    """(p,) group_weights of some rollouts, fp64; kind "none": 1, "difficulty" or "dispersion"."""
+    if kind == "none" or not rollouts:
+        return torch.ones(len(rollouts), dtype=torch.float64)
+    accuracy = [[score["accuracy"] for score in rollout.scores] for rollout in rollouts]
+    dispersion = None
+    if kind == "dispersion":
+        options = [len(rollout.record.get("options") or ()) for rollout in rollouts]
+        answers = [[score["answer"] for score in rollout.scores] for rollout in rollouts]
+        spread = [answer_dispersion(*group) for group in zip(answers, options, strict=True)]
+        dispersion = torch.tensor(spread, dtype=torch.float64)
+    return group_weights(torch.tensor(accuracy, dtype=torch.float64), dispersion)
+
+
+def signal_of(rollouts, low: float, high: float, kind: str) -> torch.Tensor:
+    """(p,) what each group counts, fp64: its weight of that kind; 0 where all rewards are equal, or where the mean
+    accuracy is not within low … high."""
     # fp32, as advantages are computed from; fp64: a mean of 0.8 must not lie above a bound of 0.8.
-    values = torch.tensor([[score["reward"] for score in group] for group in scores])
-    accuracy = torch.tensor([[score["accuracy"] for score in group] for group in scores], dtype=torch.float64)
-    return (values.amax(1) != values.amin(1)) & accuracy_filter(accuracy, low, high)
+    rewards = torch.tensor([[score["reward"] for score in rollout.scores] for rollout in rollouts])
+    accuracy = torch.tensor([[s["accuracy"] for s in rollout.scores] for rollout in rollouts], dtype=torch.float64)
+    mixed = (rewards.amax(1) != rewards.amin(1)) & accuracy_filter(accuracy, low, high)
+    return weights_of(rollouts, kind) * mixed
 
 
-def empty_slots(world, batch: dict, low: float, high: float) -> list[int]:
+def empty_slots(world, rollouts: dict, *teaching) -> list[int]:
     """The slots of the whole batch whose replies teach nothing, ascending, on every rank.
 
-    Dynamic sampling (DAPO, arXiv 2503.14476) asks other prompts in their place. batch: {slot: (…, scores)} of this
-    rank; slot p belongs to rank p % world.size.
+    Dynamic sampling (DAPO, arXiv 2503.14476) asks other prompts in their place. rollouts: {slot: Rollout} of this
+    rank; slot p belongs to rank p % world.size. teaching: low, high and kind of signal_of.
     """
-    mixed = mixed_groups([rollout[-1] for rollout in batch.values()], low, high)
-    own = [slot for slot, teaches in zip(batch, mixed.tolist(), strict=True) if not teaches]
+    signal = signal_of(rollouts.values(), *teaching).tolist()
+    own = [slot for slot, teaches in zip(rollouts, signal, strict=True) if not teaches]
     return sorted(sum(world.gather(own), []))
 
 
-def gather_rewards(world, scores, P, G) -> torch.Tensor:
-    """(P, G) rewards of the whole batch, on every rank: prompt p belongs to rank p % world.size."""
-    everyone = torch.zeros(P, G)
-    for rank, part in enumerate(world.gather([[score["reward"] for score in group] for group in scores])):
-        everyone[rank :: world.size] = torch.tensor(part)
-    return everyone
-
-
-def policy_log_probs(policy, groups, temperature, entropy_bonus):
+def policy_log_probs(policy, groups, temperature, token_filter, entropy_bonus):
     """(logp, mask, entropy) of the policy, all (B, T); entropy is None where no bonus asks for it."""
     # All logits once more, forward and backward: only where somebody wants it.
     if entropy_bonus:
-        return model.log_probs_and_entropies(policy, groups, temperature)
-    return *model.log_probs(policy, groups, temperature), None
+        return model.log_probs_and_entropies(policy, groups, temperature, token_filter)
+    return *model.log_probs(policy, groups, temperature, token_filter), None
 
 
-def reference_log_probs(reference, groups, temperature):
-    """(B, T) log-probs under the starting model; None if there is no reference."""
+def reference_log_probs(reference, groups, temperature, token_filter):
+    """(B, T) log-probs under the starting model, among the same tokens; None if there is no reference."""
     if reference is None:
         return None
     with torch.no_grad():
-        return model.log_probs(reference, groups, temperature)[0]
-
-
-def batch_metrics(world, scores, replies, tokens, signal, P, G) -> dict:
-    """Means over all replies of the batch, on every rank. tokens: of the whole batch; signal: groups that have one."""
-    # Sums first, then one division: ranks may hold different numbers of tokens.
-    flat_scores = [score for group in scores for score in group]
-    flat_replies = [reply for group in replies for reply in group]
-    names = [name for name in ("reward", "accuracy", "format", "overlong") if name in flat_scores[0]]
-    sums = {name: sum(score[name] for score in flat_scores) for name in names}
-    sums["length"] = sum(len(reply.ids) for reply in flat_replies)
-    sums["finished"] = sum(reply.finished for reply in flat_replies)
-    metrics = {name: total / (P * G) for name, total in zip(sums, world.sum(*sums.values()), strict=True)}
-    # The mean of −log p over sampled tokens is an unbiased estimate of the entropy.
-    surprise = -sum(reply.logps.sum().item() for reply in flat_replies)
-    metrics["entropy"], metrics["useful_groups"] = world.sum(surprise / tokens, signal / P)
-    return metrics
-
-
-def shown_replies(record, texts, scores, count=2) -> list[dict]:
-    """Some replies of a group, for samples.jsonl."""
-    pairs = list(zip(texts, scores, strict=True))[:count]
-    return [{"id": record["id"], "source": record["source"], "reply": text, **score} for text, score in pairs]
-
-
-def asked_and_said(records, texts) -> list[dict]:
-    """Every question of a step with all its replies, for skipped.jsonl."""
-    pairs = zip(records, texts, strict=True)
-    return [{"where": record["_where"], "id": record["id"], "replies": group} for record, group in pairs]
+        return model.log_probs(reference, groups, temperature, token_filter)[0]
 
 
 # What the progress bar shows: label and key of the log.
@@ -510,120 +545,120 @@ def main(argv=None):
         raise DataError(f"--prompts {P} cannot be dealt evenly to {world.size} processes")
     # Input and run directory are checked before anything expensive: a typo must not cost a model's loading time.
     records = read_records(
-        args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels
-    )
-    run = Run.open(vars(args), world, vllm_sampler.MAY_CHANGE)
+        args.data, rewards.check_gold, skip_bad=args.skip_bad, max_image_pixels=args.max_image_pixels, world=world,
+        decode=False,
+    )  # fmt: skip
+    run = Run.open(vars(args), world, (*vllm_sampler.MAY_CHANGE, *endpoint.MAY_CHANGE))
     options = training.load_options(args)
     policy, encoder = model.load(args.model, world, train=True, **options)
     encoder.check(world, records)
+    if not args.strict_data:
+        encoder.replace_broken(records, run.broken)
     # The reference exists only where a KL asks for it; it costs the memory of a second model.
     reference = model.load_reference(args.model, world, **options) if args.kl else None
     optimizer = training.adamw(policy, args.lr)
     pending = run.restore(policy, optimizer)
 
-    # Prompts that earlier steps took from the stream beyond P each, to replace others: --max-refill.
-    refilled = pending.get("refilled", 0)
-
-    def questions(step, asked=0, slots=range(P)):
-        """This rank's records for some slots of a step's batch, and a seed for each; of the first slot if none is its.
-
-        asked: prompts this step has taken before. Pure functions of (seed, step, asked, refilled, slots).
-        """
-        stream = epoch_order(args.seed, len(records), step * P + refilled + asked, len(slots))
-        first_seed = (args.seed * 10**6 + step) * 10**6 + asked
-        places = [place for place, slot in enumerate(slots) if slot % world.size == world.rank] or [0]
-        return [records[stream[place]] for place in places], [first_seed + place for place in places]
-
-    def sampler_state():
-        return {"refilled": refilled} if args.max_refill else {}
-
-    scorer = scoring.Scorer(format_weight=args.format_weight, chosen=rewards.chosen_rewards(args.reward))
-    sample = sampler.sample
+    stream = PromptStream(records, args.seed, P, world, pending, weighted=args.prompt_weights != "none")
+    sample, state = partial(sampler.sample, filtered_logps=args.replay_filter), stream.to_json
     if args.sampler == "vllm":
         sample = vllm_sampler.VLLM(
             args.model, policy, encoder, world, records[world.rank :: world.size], tp=args.vllm_tp, seed=args.seed,
             max_new_tokens=args.max_new_tokens, memory=args.vllm_memory, parity_every=args.parity_every,
         )  # fmt: skip
     if args.one_step_off_policy:
-        sample = vllm_sampler.OneStepOffPolicy(sample, encoder, questions, run.step, args.steps, pending)
-        sampler_state = sample.to_json
+        sample = vllm_sampler.OneStepOffPolicy(sample, encoder, stream.questions, run.step, args.steps, pending)
+        state = sample.to_json
+    scorer = scoring.Scorer(format_weight=args.format_weight, chosen=rewards.chosen_rewards(args.reward))
+    scorer.judge = judge.open_judge(args, world)
     # What the loop hands on unchanged.
     sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
     clipping = {name: getattr(args, name) for name in ("surrogate", "clip_low", "clip_high", "ratio")}
     bounds = {"cap": args.importance_cap, "floor": args.importance_floor}
+    teaching = args.accuracy_low, args.accuracy_high, args.group_weights
     timer = training.PhaseTimer(world, policy.compute_dtype if args.measure_peak else None)
     cost = model.Cost(policy)
+
+    def ask(step, asked, slots) -> dict[int, Rollout]:
+        """{slot: Rollout} of this rank's prompts for some slots of a step's batch, after the first `asked` prompts."""
+        chosen, seeds = stream.questions(step, asked, slots)
+        prompts = encoder.prompts(chosen)
+        mine = [prompt.record for prompt in prompts]  # others, where a picture is broken
+        # Whose pictures are decoded meanwhile: those that come next, in a further round of this step or the next step.
+        encoder.prefetch(stream.questions(step, asked + len(slots))[0])
+        timer.end("rest")
+        replies = sample(policy, prompts, G, seeds=seeds, **sampling)
+        groups = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
+        timer.end("sample", sum(cost.forward(groups)))
+        texts, scores = score_replies(
+            encoder, mine, replies, scorer, step / args.steps, args.max_new_tokens, args.overlong_buffer
+        )
+        # A rank without a slot of its own has sampled along with the others, for nothing.
+        own = [slot for slot in slots if slot % world.size == world.rank]
+        rollouts = dict(zip(own, map(Rollout, mine, groups, replies, texts, scores), strict=False))
+        weights = weights_of(rollouts.values(), args.prompt_weights).tolist()
+        stream.weigh(step, asked, slots, dict(zip(own, weights, strict=True)))
+        timer.end("score")
+        return rollouts
+
     bar = tqdm(total=args.steps, initial=run.step, desc="grpo", disable=not world.main)
     for step in range(run.step, args.steps):
-        # batch: {slot of this rank: (record, group, replies, texts, scores)}; empty: slots of all ranks still to be
-        # filled; asked: prompts so far. Without --max-refill the first round is the only one.
-        batch, empty, asked = {}, range(P), 0
-        for _ in range(1 + args.max_refill):
-            # 1. Sample: G replies to each of this rank's prompts
-            mine, seeds = questions(step, asked, empty)
-            prompts = encoder.prompts(mine)
-            encoder.prefetch(questions(step + 1)[0])
-            timer.end("rest")
-            replies = sample(policy, prompts, G, seeds=seeds, **sampling)
-            groups = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
-            timer.end("sample", sum(cost.forward(groups)))
-
-            # 2. Score: rules give each reply a reward, the group gives it an advantage
-            texts, scores = score_replies(
-                encoder, mine, replies, scorer, step / args.steps, args.max_new_tokens, args.overlong_buffer
-            )
-            own = [slot for slot in empty if slot % world.size == world.rank]
-            # Not strict: a rank without an empty slot has sampled along with the others, for nothing.
-            batch |= dict(zip(own, zip(mine, groups, replies, texts, scores, strict=True), strict=False))
-            asked += len(empty)
-            empty = empty_slots(world, batch, args.accuracy_low, args.accuracy_high) if args.max_refill else []
-            timer.end("score")
+        # 1. Sample: G replies to each of this rank's prompts, and by rule a reward for each reply
+        rollouts, asked = ask(step, 0, range(P)), P
+        for _ in range(args.max_refill):
+            empty = empty_slots(world, rollouts, *teaching)
             if not empty:
                 break
-        refilled += asked - P
-        mine, groups, replies, texts, scores = zip(*(batch[slot] for slot in sorted(batch)), strict=True)
+            rollouts |= ask(step, asked, empty)
+            asked += len(empty)
+        passed_over = stream.end_step(step, asked)
+
+        # 2. Score: the rewards of a group give each of its replies an advantage
+        batch = [rollouts[slot] for slot in sorted(rollouts)]
+        mine, groups, replies, texts, scores = zip(*batch, strict=True)
         # Every rank sees all rewards: --advantage-scale batch needs the spread of the whole batch.
         advantages = group_advantages(
             gather_rewards(world, scores, P, G), args.advantage_scale, baseline=args.advantage_baseline
         )
-        advantages = advantages[world.rank :: world.size]
-        teaches = mixed_groups(scores, args.accuracy_low, args.accuracy_high)
+        signal = signal_of(batch, *teaching)
         counted = torch.tensor([[reply.finished or not args.mask_truncated for reply in group] for group in replies])
-        advantages = advantages.masked_fill(~(teaches[:, None] & counted), 0.0)
+        advantages = advantages[world.rank :: world.size] * signal[:, None].float() * counted
         lengths = torch.tensor([[len(reply.ids) for reply in group] for group in replies]).float()
         # Counted before the first backward, over all ranks: the loss must not depend on how the batch is divided.
         tokens, loss_tokens = world.sum(lengths.sum(), (lengths * counted).sum())
+        weights = token_weights(lengths, args.normalizer, P * G, max(1.0, loss_tokens), args.max_new_tokens)
+        # The advantage of a reply that does not count is 0 already; the KL must let go of it too.
+        weights = weights * counted
         timer.end("score")
 
         # 3. Learn: clipped updates on the groups that carry a signal
-        signal = [p for p in range(len(groups)) if advantages[p].any()]
+        taught = [p for p in range(len(groups)) if advantages[p].any()]
         # KL and entropy pull at every group.
-        useful = list(range(len(groups))) if args.kl or args.entropy_bonus else signal
+        useful = list(range(len(groups))) if args.kl or args.entropy_bonus else taught
         learned_groups = [groups[p] for p in useful]
         filler = (groups[0][0], [replies[0][0].ids[:1]])  # keeps ranks in step, at weight 0
         micros = training.micro_batches(world, model.group_sizes(learned_groups), args.micro_tokens)
         # A function of the step alone, so that a resumed run has the same.
         lr = training.learning_rate(step, args.steps, args.lr, args.schedule, args.warmup)
-        old_logps, norm, skipped, sums = {}, 0.0, 0, dict.fromkeys(TOKEN_SUMS, 0.0)
+        # The old policy is that of the weights that sampled: of the first update.
+        old_logps, filters = {}, [TokenFilter(args.top_k, args.top_p) if args.replay_filter else None for _ in micros]
+        norm, skipped, sums = 0.0, 0, dict.fromkeys(TOKEN_SUMS, 0.0)
         for _ in range(args.updates if any(world.gather(len(useful))) else 0):
             for number, micro in enumerate(micros):
                 last = number == len(micros) - 1
                 rows = [learned_groups[i] for i in micro] or [filler]
-                logp, mask, entropy = policy_log_probs(policy, rows, args.temperature, args.entropy_bonus)
+                among = args.temperature, filters[number]
+                logp, mask, entropy = policy_log_probs(policy, rows, *among, args.entropy_bonus)
                 # For a filler too: the ranks gather the weights of a sharded reference together.
-                ref = reference_log_probs(reference, rows, args.temperature)
+                ref = reference_log_probs(reference, rows, *among)
                 if not micro:
                     training.backward(policy, world, 0.0 * logp.sum(), last)
                     continue
                 members, device = [useful[i] for i in micro], logp.device
                 advantage = torch.cat([advantages[p] for p in members]).to(device)
-                length = torch.cat([lengths[p] for p in members]).to(device)
-                weight = token_weights(length, args.normalizer, P * G, max(1.0, loss_tokens), args.max_new_tokens)
-                # Their advantage is 0 already; the KL must let go of them too.
-                weight = weight * torch.cat([counted[p] for p in members]).to(device)
-                # The old log-probs are those of the weights that sampled: of the first update.
-                old = old_logps.setdefault(number, logp.detach())
+                weight = torch.cat([weights[p] for p in members]).to(device)
                 sampled = pad_sequence([reply.logps for p in members for reply in replies[p]], True).to(device)
+                old = old_logps.setdefault(number, logp.detach())
                 correction = importance_weights(
                     old, sampled, mask, args.importance, outside=args.importance_outside, **bounds
                 )
@@ -640,20 +675,25 @@ def main(argv=None):
         timer.end("learn", args.updates * cost.learn(learned_groups, reference=args.kl > 0))
 
         # 4. Record
-        row = {"step": step + 1} | batch_metrics(world, scores, replies, tokens, len(signal), P, G)
+        row = {"step": step + 1} | batch_metrics(world, scores, replies, tokens, len(taught), P, G)
         row |= learning_metrics(world, sums, tokens, args.updates) | {"grad_norm": norm, "skipped": skipped, "lr": lr}
         if args.one_step_off_policy:
             row["staleness"] = args.updates * sample.off_policy  # updates since the replies were sampled
         if args.max_refill:
             row["prompts_sampled"] = asked
+        if args.judge != "none":
+            row |= scoring.judge_metrics(world, scores)
+        if args.prompt_weights != "none":
+            row["prompts_passed_over"] = passed_over
+        if args.group_weights != "none":
+            row["group_weight"] = world.sum(signal.sum() / P)[0]
+        row["broken_pictures"] = run.share_broken(step + 1)
         row |= timer.metrics(rollouts=asked * G, tokens=tokens)
         run.log(row, shown_replies(mine[0], texts[0], scores[0]))
         bar.set_postfix({label: f"{row[name]:.3g}" for label, name in BAR.items()})
         bar.update()
         run.count_skipped(step + 1, skipped > 0, asked_and_said(mine, texts), args.max_skipped)
-        run.end_step(
-            step + 1, args.steps, policy, optimizer, save_every=args.save_every, keep=args.keep, extra=sampler_state
-        )
+        run.end_step(step + 1, args.steps, policy, optimizer, save_every=args.save_every, keep=args.keep, extra=state)
     bar.close()
     run.export(policy, encoder)
     if world.main:

@@ -34,6 +34,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from lazy_puzzles import describe, open_puzzle, pictures_of, rebuilt_sizes
 from mixing import (
     Ambiguous,
     Mixed,
@@ -41,15 +42,13 @@ from mixing import (
     hide_edges,
     hide_patches,
     mix,
-    pieces_of,
+    pictures_shown,
+    pieces_of,  # noqa: F401, toy/ asks this file for everything about puzzles
     swap_rectangles,
     turn,
-    with_patches_below,
 )
 from picture_files import (
     JPEG_QUALITY,
-    MAX_IMAGE_PIXELS,
-    RESAMPLE,
     SUFFIXES,
     all_or_nothing,
     list_pictures,
@@ -57,6 +56,7 @@ from picture_files import (
     one_line,
     save_image,
 )
+from pictures import MAX_IMAGE_PIXELS, RESAMPLE
 from questions import LETTERS, QUESTIONS, REPLY_FORMAT_SENTENCE, Choices, check_choices, read_words, write_prompt
 
 SPLITS = ("train", "test", "all")
@@ -83,17 +83,8 @@ def change(image: Image.Image, choices: Choices, rng: random.Random) -> Mixed:
     return hide_edges(mixed, choices.mask_ratio) if choices.mask_ratio else mixed
 
 
-def pictures_shown(mixed: Mixed, separate: bool) -> list[Image.Image]:
-    """The pictures of the record: one, or with `separate` the pieces one by one, or a picture and its patches."""
-    if mixed.patches:
-        return [mixed.picture, *mixed.patches] if separate else [with_patches_below(mixed)]
-    if separate:
-        return [Image.fromarray(piece) for piece in pieces_of(mixed.picture, mixed.rows, mixed.cols)]
-    return [mixed.picture]
-
-
-def make_pictures(image: Image.Image, choices: Choices, rng: random.Random) -> tuple[list[Image.Image], dict]:
-    """One puzzle: (its pictures, record without `id` and `images`). The same state of rng gives the same puzzle.
+def make_mixed(image: Image.Image, choices: Choices, rng: random.Random) -> tuple[Mixed, dict]:
+    """One puzzle: (the mixed picture, record without `id` and `images`). The same state of rng gives the same puzzle.
 
     Raises ValueError for choices that cannot be and for an image too small for the grid; Ambiguous, a ValueError too,
     for an image with which the question has two right answers, such as two identical pieces.
@@ -134,6 +125,12 @@ def make_pictures(image: Image.Image, choices: Choices, rng: random.Random) -> t
     }
     if choices.reply_format is not None:
         record["reply_format"] = choices.reply_format
+    return mixed, record
+
+
+def make_pictures(image: Image.Image, choices: Choices, rng: random.Random) -> tuple[list[Image.Image], dict]:
+    """As `make_mixed`, with the pictures that are shown."""
+    mixed, record = make_mixed(image, choices, rng)
     return pictures_shown(mixed, choices.separate), record
 
 
@@ -314,14 +311,15 @@ def errors_name(picture: Picture) -> Iterator[None]:
         raise type(cause)(f"{name}: {cause}") from cause
 
 
-def make_folder(out: str | Path) -> Path:
+def make_folder(out: str | Path, lazy: bool = False) -> Path:
     folder = Path(out)
+    last = folder if lazy else folder / "images"
     try:
-        (folder / "images").mkdir(parents=True, exist_ok=True)
+        last.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
-        raise ValueError(f"cannot make the folder {folder / 'images'}: {cause.strerror}") from cause
-    if not os.access(folder / "images", os.W_OK):
-        raise ValueError(f"cannot write into {folder / 'images'}")
+        raise ValueError(f"cannot make the folder {last}: {cause.strerror}") from cause
+    if not os.access(last, os.W_OK):
+        raise ValueError(f"cannot write into {last}")
     # What a run that was killed (SIGKILL, power) had begun; one that still lives may go on.
     for unfinished in [*folder.glob("*.jsonl.*.partial"), *(folder / "images").glob("*.partial")]:
         writer = unfinished.suffixes[-2][1:]
@@ -371,6 +369,7 @@ class Job(NamedTuple):
     split: str
     seed: int
     image_format: str
+    lazy: dict | None = None  # how pictures were opened; with it no picture is saved, and records say how to make them
 
 
 def make_record(job: Job, index: int, number: int, saved: set[str]) -> tuple[dict, int]:
@@ -383,7 +382,7 @@ def make_record(job: Job, index: int, number: int, saved: set[str]) -> tuple[dic
         picture = job.pictures[number]
         try:
             with errors_name(picture):
-                images, record = make_pictures(job.open_picture(picture), choices, rng)
+                mixed, record = make_mixed(job.open_picture(picture), choices, rng)
             break
         except Ambiguous as cause:
             if left_out == TRIES - 1:
@@ -391,6 +390,13 @@ def make_record(job: Job, index: int, number: int, saved: set[str]) -> tuple[dic
             number = rng.randrange(len(job.pictures))
 
     name = f"{record['source']}-{job.split}-{job.seed}-{index:06d}"
+    if job.lazy is not None:
+        puzzle = describe(mixed, QUESTIONS[choices.question].about, choices.mask_ratio, choices.separate) | job.lazy
+        # Relative, so that photographs and records can move together.
+        path = os.path.relpath(os.path.realpath(picture), os.path.realpath(job.folder))
+        shown = len(rebuilt_sizes(mixed.picture.size, puzzle))
+        return {"id": name, "images": [path] * shown, **record, **stage, "puzzle": puzzle}, left_out
+    images = pictures_shown(mixed, choices.separate)
     paths = [save_image(image, job.folder, saved, job.image_format) for image in images]
     return {"id": name, "images": paths, **record, **stage}, left_out
 
@@ -515,6 +521,7 @@ def write_puzzles(
     curriculum: str | None = None,
     prompts: str | Path | None = None,
     image_format: str = "png",
+    lazy: bool = False,
     preview: str | Path | None = None,
     workers: int = 1,
     split: str = "all",
@@ -525,6 +532,7 @@ def write_puzzles(
 
     mixture, curriculum    texts as for --mix and --curriculum.
     prompts                a JSON file with other words.
+    lazy                   save no images: records say how each puzzle is made of its photograph (lazy_puzzles.py).
     preview                a PNG file that gets the first puzzles with their answers.
     `further`: fields of `questions.Choices`, and keywords of `open_source`, `images` or `scenes` among them.
     Raises ValueError for bad input. records.jsonl is written last: without it nothing of the run counts.
@@ -542,7 +550,13 @@ def write_puzzles(
     kinds.check()
     check_files(Path(out), preview, further.get("images"))
     pictures, open_picture = open_source(out, split=split, seed=seed, **further)
-    job = Job(make_folder(out), count, kinds, pictures, open_picture, split, seed, image_format)
+    if lazy and further.get("images") is None:
+        raise ValueError("lazy puzzles are made of the pictures of a folder")
+    opened_by = {} if lazy else None
+    if lazy and further.get("max_side"):
+        opened_by = {"max_side": further["max_side"], "resample": further.get("resample", "lanczos")}
+    folder = make_folder(out, lazy)
+    job = Job(folder, count, kinds, pictures, open_picture, split, seed, image_format, opened_by)
 
     workers = max(1, min(workers, count // PER_PROCESS))
     made = make_share(job, 0, 1) if workers == 1 else make_parallel(job, workers)
@@ -575,9 +589,9 @@ def tile(record: dict, folder: Path) -> Image.Image:
     """One puzzle of the sheet, (THUMB + CAPTION) x THUMB pixels: its pictures side by side, and the answer."""
     square = Image.new("RGB", (THUMB, THUMB + CAPTION), "white")
     across = math.ceil(math.sqrt(len(record["images"])))
-    for number, name in enumerate(record["images"]):
-        with Image.open(folder / name) as image:
-            picture = image.convert("RGB")
+    paths = [str(folder / name) for name in record["images"]]
+    for number, shown_one in enumerate(pictures_of(record | {"images": paths})):
+        picture = open_puzzle(shown_one)[shown_one.number]
         pen = ImageDraw.Draw(picture)
         if record["answer_type"] == "box":
             line = max(1, picture.width // 80)
@@ -830,7 +844,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="ask for <think> and <answer> (the default), or for the bare answer",
     )
-    add("--reply-format", choices=list(REPLY_FORMAT_SENTENCE), help="ask for this form, in place of --think/--no-think")
+    add(
+        "--reply-format",
+        metavar="NAME",
+        help=f"ask for this form, in place of --think/--no-think: {', '.join(REPLY_FORMAT_SENTENCE)}, or a template "
+        "such as '<plan>{reason}</plan><final>{answer}</final>'",
+    )
     add("--dialogue", action="store_true", help="prompts begin a dialogue, for base models (default: no)")
     add("--prompts", metavar="FILE", help="a JSON file with other words for prompts (docs/formats.md; default: ours)")
     add(
@@ -843,8 +862,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--format",
         dest="image_format",
         choices=list(SUFFIXES),
-        default="png",
-        help=f"of the images; jpeg has quality {JPEG_QUALITY} and is 20 times faster (default %(default)s)",
+        help=f"of the images; jpeg has quality {JPEG_QUALITY} and is 20 times faster (default png)",
+    )
+    add(
+        "--lazy",
+        action="store_true",
+        help="images only: save no pictures; each record says how its puzzle is made of its photograph, and whoever "
+        "reads it makes it when it is needed (default: no)",
     )
     add("--preview", metavar="FILE.png", help=f"gets the first {ON_SHEET} puzzles with their answers (default: no)")
     add(
@@ -860,6 +884,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.reply_format and args.think is not None:
         parser.error("give --reply-format or --think/--no-think, not both")
     args.think = args.think is not False
+    if args.lazy and args.scenes:
+        parser.error("--lazy is for --images")
+    if args.lazy and args.image_format:
+        parser.error("--format would not be read: --lazy saves no images")
+    args.image_format = args.image_format or "png"
     return args
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import files
+from endpoint import MAY_CHANGE
 from files import DataError
 from processes import Terminated, World
 from run_directory import check_inputs, input_digests
@@ -35,7 +36,10 @@ NO_MATTER = (
     "report",
     "runs",
     "results",
+    "pairs",
+    "keep_pairs",
     "table",
+    *MAY_CHANGE,
 )
 
 OURS = re.compile(r"args\.json(\.partial)?|lock|result|[a-z]+\.\d+\.jsonl")  # names of files in the folder
@@ -85,6 +89,7 @@ class Journal:
             try:
                 journal._check_output(inputs, models, pictures)
                 free = [str(path) for name in later for path in inputs.get(name, [])]
+                free += [path for name in later for path in input_digests({"model": models.get(name)})]
                 journal._prepare(settings, digests | digest_pictures(pictures), later, free)
             except DataError as error:
                 problem = str(error)
@@ -106,7 +111,7 @@ class Journal:
         read = {f"--{name.replace('_', '-')}": paths for name, paths in inputs.items()}
         for name, path in models.items():
             if path is not None and os.path.isdir(path):
-                read[f"--{name}"] = [entry.path for entry in os.scandir(path)]
+                read[f"--{name.replace('_', '-')}"] = [entry.path for entry in os.scandir(path)]
         files.check_output(self.out, "--out", read | {"the picture of a record": pictures})
         if self.folder.is_symlink():
             raise DataError(f"{self.folder}: is a link; the replies of {self.out} are kept there until it is whole")

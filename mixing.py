@@ -114,6 +114,11 @@ def mix(
     trimmed = trim(image, rows, cols)
     order = shuffled(rows * cols, rng, derange)
 
+    return Mixed(arranged(trimmed, rows, cols, order), rows, cols, order, deranged=derange)
+
+
+def arranged(trimmed: Image.Image, rows: int, cols: int, order: list[int]) -> Image.Image:
+    """The pieces of a trimmed picture, each in its new place."""
     h, w = trimmed.height // rows, trimmed.width // cols
     picture = Image.new("RGB", trimmed.size)
     for position, original in enumerate(order):
@@ -122,7 +127,7 @@ def mix(
         piece = trimmed.crop((col * w, row * h, col * w + w, row * h + h))
         row, col = divmod(position, cols)
         picture.paste(piece, (col * w, row * h))
-    return Mixed(picture, rows, cols, order, deranged=derange)
+    return picture
 
 
 def twins(pieces: np.ndarray | list[np.ndarray]) -> tuple[int, int] | None:
@@ -140,6 +145,8 @@ def twins(pieces: np.ndarray | list[np.ndarray]) -> tuple[int, int] | None:
 
 def check_pieces(mixed: Mixed, mask_ratio: float) -> None:
     """Raise Ambiguous if two pieces are identical where no frame hides them."""
+    if middles_differ(mixed, mask_ratio):
+        return
     pieces = pieces_of(mixed.picture, mixed.rows, mixed.cols)
     top = int(pieces.shape[1] * mask_ratio)
     left = int(pieces.shape[2] * mask_ratio)
@@ -147,6 +154,18 @@ def check_pieces(mixed: Mixed, mask_ratio: float) -> None:
     found = twins(visible)
     if found:
         raise Ambiguous(f"the pieces at positions {found[0]} and {found[1]} of the mixed picture are identical")
+
+
+def middles_differ(mixed: Mixed, mask_ratio: float) -> bool:
+    """Whether one line of pixels tells all pieces apart: it nearly always does, and spares a copy of the picture."""
+    h, w = mixed.picture.height // mixed.rows, mixed.picture.width // mixed.cols
+    left = int(w * mask_ratio)
+    lines = set()
+    for number in range(mixed.rows * mixed.cols):
+        row, col = divmod(number, mixed.cols)
+        x, y = col * w, row * h + h // 2  # no frame reaches the middle
+        lines.add(mixed.picture.crop((x + left, y, x + w - left, y + 1)).tobytes())
+    return len(lines) == mixed.rows * mixed.cols
 
 
 def hide_edges(mixed: Mixed, mask_ratio: float) -> Mixed:
@@ -192,9 +211,9 @@ def swap_rectangles(
 ) -> Mixed:
     """One rectangle in each region, and they change places: at least two of them, with `derange` all."""
     rows, cols = sample_grid(rows, cols, rng, swap)
-    picture = trim(image, rows, cols).copy()  # it is drawn on
-    boxes = sample_boxes(picture, rows, cols, RECTANGLE_SIDES, rng)
-    parts = [picture.crop(box) for box in boxes]
+    trimmed = trim(image, rows, cols)
+    boxes = sample_boxes(trimmed, rows, cols, RECTANGLE_SIDES, rng)
+    parts = [trimmed.crop(box) for box in boxes]
     found = twins([np.asarray(part) for part in parts])
     if found:
         raise Ambiguous(f"the rectangles {boxes[found[0] - 1]} and {boxes[found[1] - 1]} are identical")
@@ -202,9 +221,16 @@ def swap_rectangles(
     order = shuffled(len(boxes), rng, derange)
     while order == sorted(order):  # nothing moved: nothing to ask
         order = shuffled(len(boxes), rng, derange)
+    return Mixed(with_rectangles(trimmed, boxes, order), rows, cols, order, boxes)
+
+
+def with_rectangles(trimmed: Image.Image, boxes: tuple[Box, ...], order: list[int]) -> Image.Image:
+    """The picture, its rectangles in their new places."""
+    parts = [trimmed.crop(box) for box in boxes]
+    picture = trimmed.copy()
     for box, original in zip(boxes, order, strict=True):
         picture.paste(parts[original - 1], box)
-    return Mixed(picture, rows, cols, order, boxes)
+    return picture
 
 
 def hide_patches(image: Image.Image, rows: int, cols: int, rng: random.Random, *, swap: float = 0.0) -> Mixed:
@@ -214,33 +240,56 @@ def hide_patches(image: Image.Image, rows: int, cols: int, rng: random.Random, *
     the one that cannot, and nobody would have to look at what fits.
     """
     rows, cols = sample_grid(rows, cols, rng, swap)
-    picture = trim(image, rows, cols).copy()  # it is drawn on
-    boxes = sample_boxes(picture, rows, cols, PATCH_SIDES, rng)
-    parts = [picture.crop(box) for box in boxes]
+    trimmed = trim(image, rows, cols)
+    boxes = sample_boxes(trimmed, rows, cols, PATCH_SIDES, rng)
+    parts = [trimmed.crop(box) for box in boxes]
     found = twins([np.asarray(part) for part in parts])
     if found:
         raise Ambiguous(f"the patches {boxes[found[0] - 1]} and {boxes[found[1] - 1]} are identical")
 
     order = shuffled(len(boxes), rng, derange=False)
     asked = rng.randint(1, len(boxes))
+    picture, patches = with_holes(trimmed, boxes, order, asked)
+    return Mixed(picture, rows, cols, order, boxes, patches, asked)
+
+
+def with_holes(
+    trimmed: Image.Image, boxes: tuple[Box, ...], order: list[int], asked: int
+) -> tuple[Image.Image, tuple[Image.Image, ...]]:
+    """(the picture with its holes, the patches in the order in which they are shown)."""
+    picture = trimmed.copy()
     for position, box in enumerate(boxes, 1):
         picture.paste(BLACK if position == asked else GREY, box)
-    patches = tuple(parts[original - 1] for original in order)
-    return Mixed(picture, rows, cols, order, boxes, patches, asked)
+    return picture, tuple(trimmed.crop(boxes[original - 1]) for original in order)
 
 
 def with_patches_below(mixed: Mixed) -> Image.Image:
     """The picture and, below it on white, the patches row by row: as many in a row as there is room for."""
     width, height = mixed.picture.size
     w, h = mixed.patches[0].size
-    in_row = min(len(mixed.patches), max(1, (width + GAP) // (w + GAP)))
-    lines = -(-len(mixed.patches) // in_row)  # rounded up
-    sheet = Image.new("RGB", (width, height + lines * (GAP + h)), WHITE)
+    in_row, sheet_height = sheet_of(width, height, w, h, len(mixed.patches))
+    sheet = Image.new("RGB", (width, sheet_height), WHITE)
     sheet.paste(mixed.picture)
     for number, patch in enumerate(mixed.patches):
         line, place = divmod(number, in_row)
         sheet.paste(patch, (place * (w + GAP), height + GAP + line * (h + GAP)))
     return sheet
+
+
+def sheet_of(width: int, height: int, w: int, h: int, patches: int) -> tuple[int, int]:
+    """(patches in a row, height of the whole) of a picture with patches of w x h pixels below it."""
+    in_row = min(patches, max(1, (width + GAP) // (w + GAP)))
+    lines = -(-patches // in_row)  # rounded up
+    return in_row, height + lines * (GAP + h)
+
+
+def pictures_shown(mixed: Mixed, separate: bool) -> list[Image.Image]:
+    """The pictures of a puzzle: one, or with `separate` the pieces one by one, or a picture and its patches."""
+    if mixed.patches:
+        return [mixed.picture, *mixed.patches] if separate else [with_patches_below(mixed)]
+    if separate:
+        return [Image.fromarray(piece) for piece in pieces_of(mixed.picture, mixed.rows, mixed.cols)]
+    return [mixed.picture]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,22 +318,33 @@ def disc(square: Image.Image) -> Image.Image:
     return Image.fromarray(np.asarray(square) * inside[:, :, None].astype(np.uint8))
 
 
+def central_square(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.convert("RGB").crop((left, top, left + side, top + side))
+
+
+def angles_of(count: int) -> tuple[int, ...]:
+    """So many evenly spaced angles in degrees, 0 first."""
+    return tuple(360 * number // count for number in range(count))
+
+
+def view(square: Image.Image, angle: int, possible: tuple[int, ...]) -> Image.Image:
+    """What is shown of a square picture turned by `angle`, one of the possible ones."""
+    whole = all(other % 90 == 0 for other in possible)
+    return turned(square, angle) if whole else disc(turned(square, angle))
+
+
 def turn(image: Image.Image, angles: int, rng: random.Random) -> Mixed:
     """The picture turned by one of `angles` evenly spaced angles, 0 among them.
 
     Only the central square is shown, and of other angles than quarter turns only its disc: the shape of a whole
     picture, and the corners, would tell the angle without a look at what is in it.
     """
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    square = image.convert("RGB").crop((left, top, left + side, top + side))
-    possible = tuple(360 * number // angles for number in range(angles))
-    whole = all(angle % 90 == 0 for angle in possible)
-
-    views = [turned(square, angle) for angle in possible]
-    if not whole:
-        views = [disc(view) for view in views]
+    square = central_square(image)
+    possible = angles_of(angles)
+    views = [view(square, angle, possible) for angle in possible]
     found = twins([np.asarray(view) for view in views])
     if found:
         same = f"{possible[found[0] - 1]} and {possible[found[1] - 1]}"

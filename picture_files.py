@@ -5,7 +5,6 @@ Legend: `max_side` is the longest side of a picture in pixels; `split` is "train
 
 import hashlib
 import io
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +15,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from files import sync
-from pictures import MAX_IMAGE_PIXELS, TURNS, PictureError, as_seen, opened, orientation
+from pictures import MAX_IMAGE_PIXELS, PictureError, open_picture, opened
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
-
-RESAMPLE = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
 
 
 def one_line(cause: Exception) -> str:
@@ -76,26 +73,11 @@ def list_pictures(
 def load_picture(
     path: Path, max_side: int | None, resample: str = "lanczos", max_image_pixels: int = MAX_IMAGE_PIXELS
 ) -> Image.Image:
-    """RGB as the trainer will see it, shrunk so that neither side is longer than max_side pixels.
-
-    resample    "lanczos": sharpest. "box": the mean of the pixels that fall together, and JPEG files are decoded at a
-                half, a quarter or an eighth where that is enough: several times faster.
-    """
+    """`pictures.open_picture`, with the errors of this file."""
     try:
-        with opened(path, max_image_pixels) as image:
-            shrink = max_side is not None and max(image.size) > max_side
-            if shrink and resample == "box":
-                part = max_side / max(image.size)
-                image.draft(None, (math.ceil(image.width * part), math.ceil(image.height * part)))
-            image.load()
-            # After loading: a TIFF is turned by Pillow itself then, and says so.
-            turn = TURNS.get(orientation(image))
-            picture = as_seen(image if turn is None else image.transpose(turn))
+        return open_picture(path, max_image_pixels, max_side, resample)
     except PictureError as cause:
         raise ValueError(str(cause)) from cause
-    if shrink:
-        picture.thumbnail((max_side, max_side), RESAMPLE[resample])
-    return picture
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,13 +22,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from files import DataError
+from files import DataError, StageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, the largest file
-
-
-class StageError(RuntimeError):
-    """The run cannot go on, and no input is to blame. `run` prints the message as one line and exits with status 1."""
 
 
 class Terminated(BaseException):
@@ -277,18 +273,17 @@ def run(main: Callable[[], None]) -> None:
 
 def last_words(error: BaseException, first_rank: bool) -> tuple[int, str | None]:
     """(exit status, what to print) for whatever ended a stage. What all ranks know, the first one says."""
-    if isinstance(error, DataError):
+    if isinstance(error, DataError | StageError):
+        status = 2 if isinstance(error, DataError) else 1
         if first_rank:
-            return 2, f"error: {one_line(error)}"
+            return status, f"error: {one_line(error)}"
         # Mostly rank 0 says the same, and torchrun ends this process before it can repeat it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-        return 2, f"\nerror: {one_line(error)}"  # rank 0's progress bar may stand on this line
+        return status, f"\nerror: {one_line(error)}"  # rank 0's progress bar may stand on this line
     if isinstance(error, OSError) and error.errno in FULL:
         # A log or a result could not be written, wherever that was.
         return 1, f"error: {one_line(error)}; make room, then go on with --resume"
-    if isinstance(error, StageError):
-        return 1, f"error: {one_line(error)}" if first_rank else None
     if isinstance(error, KeyboardInterrupt):
         return 130, (str(error) or "stopped") if first_rank else None
     if isinstance(error, Terminated):

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import files
 from mixing import Mixed, shuffled
+from replies import is_template, template_format
 
 LETTERS = "ABCDEFGH"  # as many as the longest list of options
 WHOLE_ORDERS = 4  # options of `multiple`, where there are as many orders
@@ -225,7 +226,7 @@ class Choices(NamedTuple):
     cols: int
     question: str  # a name in QUESTIONS
     think: bool = True  # True asks for <think> and <answer>, False for the bare answer
-    reply_format: str | None = None  # a name in REPLY_FORMAT_SENTENCE; overrides `think`
+    reply_format: str | None = None  # a name in REPLY_FORMAT_SENTENCE, or a template (replies.py); overrides `think`
     mask_ratio: float = 0.0  # width of a black frame around picture and pieces, as a part of a piece's side; 0: none
     swap: float = 0.0  # probability that rows and cols are exchanged if they differ (the paper: 0.5)
     derange: bool = False  # everything moves; otherwise any order, the original one included, is equally likely (paper)
@@ -240,7 +241,9 @@ def check_choices(choices: Choices) -> None:
     rows, cols, question = choices.rows, choices.cols, choices.question
     if question not in QUESTIONS:
         raise ValueError(f"question {question!r} is not one of {', '.join(QUESTIONS)}")
-    if choices.reply_format is not None and choices.reply_format not in REPLY_FORMAT_SENTENCE:
+    if is_template(choices.reply_format):
+        template_format(choices.reply_format)
+    elif choices.reply_format is not None and choices.reply_format not in REPLY_FORMAT_SENTENCE:
         raise ValueError(f"reply format {choices.reply_format!r} is not one of {', '.join(REPLY_FORMAT_SENTENCE)}")
     if not 0 <= choices.mask_ratio < 0.5:  # half a side from both ends would hide the whole piece
         raise ValueError(f"mask ratio {choices.mask_ratio} is not in [0, 0.5)")
@@ -282,6 +285,8 @@ REPLY_FORMAT_SENTENCE = {
     "json": 'Give one JSON object with the keys "reason" and "answer"; in "answer" give only {it}.',
     "line": 'Reason first, then end with a last line "Answer: " and {it}.',
 }
+# How a template of replies.py is asked for: it is shown, with "reason" and "letter" in place of its fields.
+TEMPLATE_SENTENCE = {"template": "Reply in this form: {form}"}
 # answer type -> what the prompt calls the answer; of any other type: "the answer"
 ANSWER_WORDS = {"letter": "the letter", "grid": "the numbers", "digit": "the number", "box": "the four numbers"}
 
@@ -313,9 +318,17 @@ def our_words() -> dict[str, dict[str, str]]:
     return {
         "task": TASK_SENTENCES,
         "question": {name: question.text for name, question in QUESTIONS.items()},
-        "reply": REPLY_FORMAT_SENTENCE,
+        "reply": REPLY_FORMAT_SENTENCE | TEMPLATE_SENTENCE,
         "answer": ANSWER_WORDS,
     }
+
+
+def ask_for(form: str, reply_words: dict[str, str], it: str) -> str:
+    """The sentence that asks for a reply format. form: a name or a template; it: what the answer is called."""
+    if not is_template(form):
+        return reply_words[form].format(it=it)
+    shown = form.replace("{reason}", "reason").replace("{answer}", it.removeprefix("the "))
+    return reply_words["template"].format(form=shown)
 
 
 def write_prompt(
@@ -333,12 +346,12 @@ def write_prompt(
 ) -> str:
     """What was done and what is asked, then a line per option, then how to reply.
 
-    text, answer_type, fields, about: see `Question`. form: a name in REPLY_FORMAT_SENTENCE. framed: a black frame hides
-    the edges. separate, dialogue, words: see `Choices`.
+    text, answer_type, fields, about: see `Question`. form: a reply format, by name or as a template. framed: a black
+    frame hides the edges. separate, dialogue, words: see `Choices`.
     """
     words = words or {}
     task_words = TASK_SENTENCES | words.get("task", {})
-    reply_words = REPLY_FORMAT_SENTENCE | words.get("reply", {})
+    reply_words = REPLY_FORMAT_SENTENCE | TEMPLATE_SENTENCE | words.get("reply", {})
     answer_words = ANSWER_WORDS | words.get("answer", {})
     n = len(mixed.order)
     known = {"n": n, "width": mixed.picture.width, "height": mixed.picture.height}
@@ -359,7 +372,7 @@ def write_prompt(
     options = fields.get("options", [])
     for letter, option in zip(LETTERS, options, strict=False):
         lines.append(f"{letter}. <image>" if separate and about == "patches" else f"{letter}. {option}")
-    lines.append(reply_words[form].format(it=answer_words.get(answer_type, "the answer")))
+    lines.append(ask_for(form, reply_words, answer_words.get(answer_type, "the answer")))
 
     prompt = "\n".join(lines)
     if dialogue:

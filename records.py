@@ -10,11 +10,11 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from pathlib import Path
 
 from files import LARGEST_TEXT, DataError, read_bytes, write_text
-from pictures import MAX_IMAGE_PIXELS, PictureError, open_picture, picture_size
+from lazy_puzzles import Shown, check_lazy, is_lazy, open_puzzle, pictures_of, sizes_of
+from pictures import MAX_IMAGE_PIXELS, PictureError
 
 FIELDS = {  # of every record, and what each must be
     "id": str,
@@ -73,18 +73,23 @@ def read_records(
     text_fields: tuple = (),
     skip_bad: bool = False,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    world=None,
+    decode: bool = True,
 ) -> list[dict]:
     """Read and validate records.jsonl files. Everything is checked, pictures included, before it returns.
 
     paths: one path or a list. check(record): raises ValueError with a cause when the stage cannot use the record
     (rewards.check_gold). text_fields: further fields that must be non-empty text ("chosen", "rejected" for pairs).
     skip_bad: leave out the records that `check` refuses, and say on stderr how many and why the first; every other
-    mistake in a file still ends the run. max_image_pixels: the largest width x height of an image file.
-    Returns a list of dicts; `images` holds absolute paths, `_where` is "file:line". Raises DataError.
+    mistake in a file still ends the run. max_image_pixels: the largest width x height of an image file. world: the
+    processes that read the same files together; each looks at a part of the pictures and tells the others. decode:
+    pictures are decoded wholly; False: their headers are read, and Encoder.prompt finds what is broken behind them.
+    Returns a list of dicts; `images` holds absolute paths, `_where` is "file:line", `_sizes` the (width, height) of
+    each picture. Raises DataError.
     """
     records = []
     first_seen = {}  # id -> where
-    pictures = {}  # absolute path -> where it is named first
+    pictures = {}  # each picture, those of one puzzle as one -> where it is named first
     skipped = []  # "file:line: cause" of each record left out
     for path in [paths] if isinstance(paths, str | Path) else paths:
         before = len(records)
@@ -106,18 +111,17 @@ def read_records(
 
             folder = Path(path).parent
             record["images"] = [os.path.realpath(folder / name) for name in record["images"]]
-            for name in record["images"]:
-                pictures.setdefault(name, where)
+            for shown in pictures_of(record):
+                pictures.setdefault(shown.whole, where)
             records.append({**record, "_where": where})
         if len(records) == before:
             raise DataError(f"{path}: no records" + (f" left; {skipped[-1]}" if skipped else ""))
     if skipped and os.environ.get("RANK", "0") == "0":  # every rank reads the same
         print(f"skipped {len(skipped)} records: first {skipped[0]}", file=sys.stderr)
 
-    with ThreadPoolExecutor(8) as pool:
-        for problem in pool.map(problem_with_picture, pictures, pictures.values(), repeat(max_image_pixels)):
-            if problem:
-                raise DataError(problem)
+    sizes = check_pictures(pictures, max_image_pixels, world, decode)
+    for record in records:
+        record["_sizes"] = [sizes[shown.whole][shown.number] for shown in pictures_of(record)]
     return records
 
 
@@ -139,19 +143,43 @@ def check_fields(record: dict, where: str, text_fields: tuple) -> None:
         raise DataError(f"{where}: {marks} <image> markers in the prompt, {len(record['images'])} images")
     if not all(isinstance(name, str) and "\0" not in name for name in record["images"]):
         raise DataError(f'{where}: "images" must be a list of paths')
+    if is_lazy(record):
+        try:
+            check_lazy(record)
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from error
 
 
-def problem_with_picture(path: str, where: str, max_pixels: int = MAX_IMAGE_PIXELS) -> str | None:
-    """Why an image file cannot be used, or None. It is decoded wholly: a truncated file passes every shorter check."""
+def check_pictures(
+    pictures: dict[Shown, str], max_pixels: int, world, decode: bool
+) -> dict[Shown, list[tuple[int, int]]]:
+    """{picture: the sizes of what it shows}. pictures: {picture: where it is named}. DataError for the first bad."""
+    rank, ranks = (world.rank, world.size) if world else (0, 1)
+    names = list(pictures)
+    # Threads: what takes time is a slow disk, or decoding, which lets other threads run.
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda shown: size_or_problem(shown, max_pixels, decode), names[rank::ranks]))
+    sizes = {}
+    for part, everyone in enumerate(world.gather(found) if world else [found]):
+        sizes |= zip(names[part::ranks], everyone, strict=True)
+    for shown, where in pictures.items():
+        if isinstance(sizes[shown], str):
+            raise DataError(f"{where}: {sizes[shown]}")
+    return sizes
+
+
+def size_or_problem(shown: Shown, max_pixels: int, decode: bool) -> list[tuple[int, int]] | str:
+    """The sizes of what a picture shows, or why it cannot be used."""
     try:
-        size = open_picture(path, max_pixels).size
-        # The size in the header decides how many tokens a picture takes, long before it is decoded.
-        header = picture_size(path, max_pixels)
-        if header != size:
-            return f'{where}: image "{path}" is broken (its header says {header}, its content is {size})'
+        sizes = sizes_of(shown, max_pixels)
+        # A truncated file passes every shorter check.
+        decoded = [image.size for image in open_puzzle(shown, max_pixels)] if decode else sizes
     except PictureError as error:
-        return f"{where}: {error}"
-    return None
+        return str(error)
+    # The size in the header decides how many tokens a picture takes, long before it is decoded.
+    if decoded != sizes:
+        return f'image "{shown.path}" is broken (its header says {sizes}, its content is {decoded})'
+    return sizes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,12 +3,15 @@ r"""Replies: the formats a prompt may ask for, and what may stand around an answ
     read_reply("<think>R</think><answer>B</answer>", "think")     ("R", "B")
     unwrap("The answer is \\boxed{B}.")                           "B"
 
-A format that is extended is one entry of REPLY_FORMATS. Reading a shape is a full match, never a search, and takes
-linear time. What an answer means is rewards.py's business; nothing here knows a type of answer.
+A format that is extended is one entry of REPLY_FORMATS; one that only a data set needs is a template in its records.
+Reading a shape is a full match, never a search, and takes linear time. What an answer means is rewards.py's business;
+nothing here knows a type of answer.
 
 Legend
 reply     the whole text a model wrote; a reply format splits it into a reason and an answer text
-frame     marks around a whole answer: \\boxed{B}, $B$, **B**
+template  a reply format as a text: "<plan>{reason}</plan><final>{answer}</final>"
+mark      what a template is known by: a tag, or a piece of its text with a sign that is no full stop or comma
+frame     what may stand around a whole answer: \\boxed{B}, $B$, **B**
 lead      words in front of one: "The answer is"
 """
 
@@ -17,6 +20,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 MAX_REPLY = 100_000  # characters; a longer reply is not read at all
 
@@ -162,15 +166,78 @@ REPLY_FORMATS = {
 }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Templates: formats that a record brings along
+
+MAX_TEMPLATE = 500  # characters
+FIELD = re.compile(r"\{(reason|answer)\}")
+PIECE = re.compile(r"<[^<>]*>|\[[^\[\]]*\]|[^\s<>\[\]]+|[<>\[\]]")
+
+
+def is_template(name: object) -> bool:
+    """Whether a `reply_format` is a template and no name."""
+    return isinstance(name, str) and "{answer}" in name
+
+
+@lru_cache(maxsize=4096)
+def template_format(template: str) -> ReplyFormat:
+    """The format that a template says. {answer} stands in it once, {reason} once or not at all, in any order.
+
+    A reply is well-formed if it is the template with something in place of the fields, and if no mark occurs more often
+    than the template has it. ValueError for what is no template.
+    """
+    literals = FIELD.split(template)[::2]  # what stands before, between and behind the fields
+    names = FIELD.findall(template)
+    if len(template) > MAX_TEMPLATE:
+        raise ValueError(f"a template of {len(template)} characters is longer than {MAX_TEMPLATE}")
+    if names.count("answer") != 1 or names.count("reason") > 1:
+        raise ValueError("a template needs {answer} once, and {reason} at most once")
+    if any(not literal.strip(SPACE) for literal in literals[1:-1]):
+        raise ValueError("a template needs something between {reason} and {answer} that tells them apart")
+    return ReplyFormat(partial(read_template, literals, names), reason_may_be_empty="reason" not in names)
+
+
+def marks_of(literal: str) -> list[str]:
+    """ "</plan> so <final>" -> ["</plan>", "<final>"]: plain words and stops may stand in a reason as well."""
+    pieces = PIECE.findall(literal)
+    return [piece for piece in pieces if piece.strip(".,;:!?") and not piece.strip(".,;!?").isalnum()]
+
+
+def read_template(literals: list[str], names: list[str], reply: str) -> tuple[str, str] | None:
+    """Literals and fields in turn, to the end of the reply; each mark as often as the literals have it."""
+    for mark in {mark for literal in literals for mark in marks_of(literal)}:
+        if reply.count(mark) != sum(literal.count(mark) for literal in literals):
+            return None
+    first, *between, last = literals
+    first, last = first.lstrip(SPACE), last.rstrip(SPACE)  # the reply comes stripped
+    if not reply.startswith(first) or not reply.endswith(last) or len(reply) < len(first) + len(last):
+        return None
+    rest = reply[len(first) : len(reply) - len(last)]
+    values = []
+    for literal in between:
+        value, found, rest = rest.partition(literal)
+        if not found:
+            return None
+        values.append(value)
+    found = dict(zip(names, [*values, rest], strict=True))
+    return found.get("reason", ""), found["answer"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any format
+
+
 def reply_format(record: dict) -> str:
     """The format the prompt asks for: the record's `reply_format`, otherwise `think` or `bare` as its `think` says."""
     return record.get("reply_format") or ("think" if record.get("think") else "bare")
 
 
 def format_called(name: str) -> ReplyFormat:
-    """The entry of REPLY_FORMATS. ValueError for a name it does not have."""
+    """The entry of REPLY_FORMATS, or the format of a template. ValueError for a name it does not have."""
+    if is_template(name):
+        return template_format(name)
     if not isinstance(name, str) or name not in REPLY_FORMATS:
-        raise ValueError(f"unknown reply_format {name!r}")
+        raise ValueError(f"unknown reply_format {name!r:.80}")
     return REPLY_FORMATS[name]
 
 

@@ -1,7 +1,9 @@
-"""Report: one HTML page with tables, training curves, and the replies of models side by side. No model is run.
+"""Report: one HTML page with tables, training curves, replies and pairs to read. No model is run.
 
     python report.py --out report.html --runs runs/grpo --results base=base.json grpo=tuned.json
     python report.py --out report.html --runs first=runs/a second=runs/b --table table.md
+    python report.py --out gf.html --results sft=sft.json dpo=dpo.json     results of eval.py --checkpoints: GF by step
+    python report.py --out pairs.html --pairs pairs.jsonl                  pairs, what differs marked (pairs_page.py)
 
 The page needs no network and no scripts: pictures travel inside it, and a content policy forbids the rest. The curves
 are also written beside it as PNG files. `python eval.py --report report.html …` does the same.
@@ -12,14 +14,11 @@ the right answer. Accuracy and format are fractions of 1, lengths are tokens.
 """
 
 import argparse
-import base64
 import hashlib
-import html
 import io
 import json
 import os
 import re
-import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -30,9 +29,21 @@ from typing import NamedTuple
 from PIL import Image
 
 import files
+import pairs_page
 import training
 from files import DataError
-from records import open_picture
+from html_page import (
+    NAME_CHARACTERS,
+    document,
+    escape,
+    figure_html,
+    pictures_html,
+    png_bytes,
+    table_html,
+    visible,
+    visible_name,
+)
+from training import integer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -123,15 +134,13 @@ def problem_with_result(result: object) -> str | None:
     for name, kind in (("model", str), ("overall", dict), ("sources", dict), ("rows", list)):
         if not isinstance(result[name], kind):
             return f'"{name}" must be {kind.__name__}'
-    for source, metrics in result["sources"].items():
-        if not has_numbers(metrics, CELL):
-            return f"source {visible(source, 60)!r} must have the numbers {', '.join(CELL)}"
-    gains = result["gf"]
-    if gains is not None:
-        # The factor itself is null where it is not defined.
-        defined = isinstance(gains, dict) and (gains.get("gf", "") is None or has_numbers(gains, ("gf",)))
-        if not (defined and has_numbers(gains, ("gain_id", "gain_ood"))):
-            return '"gf" must be null or have the numbers gain_id, gain_ood and gf'
+    points = result.get("curve") or []
+    if not is_list(points, lambda point: isinstance(point, dict) and is_step(point.get("step"))):
+        return '"curve" must be null or a list of objects with a step'
+    for point in [result, *points]:
+        problem = problem_with_metrics(point)
+        if problem:
+            return problem
 
     seen = set()
     for number, row in enumerate(result["rows"], 1):
@@ -141,6 +150,22 @@ def problem_with_result(result: object) -> str | None:
         if problem:
             return f"row {number} {problem}"
         seen.add((row["file"], row["id"]))
+    return None
+
+
+def problem_with_metrics(point: dict) -> str | None:
+    """What keeps an object from telling the sources and the GF of a model, or None."""
+    if not isinstance(point.get("sources"), dict):
+        return '"sources" must be dict'
+    for source, metrics in point["sources"].items():
+        if not has_numbers(metrics, CELL):
+            return f"source {visible(source, 60)!r} must have the numbers {', '.join(CELL)}"
+    gains = point.get("gf")
+    if gains is not None:
+        # The factor itself is null where it is not defined.
+        defined = isinstance(gains, dict) and (gains.get("gf", "") is None or has_numbers(gains, ("gf",)))
+        if not (defined and has_numbers(gains, ("gain_id", "gain_ood"))):
+            return '"gf" must be null or have the numbers gain_id, gain_ood and gf'
     return None
 
 
@@ -243,110 +268,48 @@ Sets whose name ends in a colon and a word ask for another reply format.""",
 <strong>GF</strong>, the generalization factor 5·ID·OOD / (4·ID + OOD). It is high only when both gained, and leans
 towards the untrained formats: a cold start that learns one format by heart has a low GF. A dash: not defined, because a
 gain is negative.""",
+    "steps": """The same questions, asked of a run's models step by step (eval.py --checkpoints). Gains are percentage
+points of format over step 0; where one is negative GF is not defined, and its curve has no point.""",
     "curves": """What each run logged, step by step. Where a curve has a pale copy behind it, the pale line is what was
 logged and the strong line its moving mean.""",
     "puzzles": """The same question as each stage answered it, in the order of the table: the picture, then every reply
 word for word, with the answer that was read from it and its score. Read the reasoning too: a right answer after
 reasoning that does not lead to it is luck. These are the first questions of each set; nobody picked them.""",
+    "pairs": pairs_page.WORDS,
 }
-STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem 1rem 4rem; background: #fcfcfa; color: #1d2733;
-  font: 16px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 1rem 0 .5rem; }
-h2 { font-size: 1.3rem; margin: 2.5rem 0 .3rem; border-bottom: 2px solid #d9dee5; padding-bottom: .2rem; }
-h3 { font-size: 1.05rem; margin: 1.5rem 0 .4rem; overflow-wrap: anywhere; }
-p { max-width: 46rem; margin: .4rem 0; }
-nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
-a { color: #005a9c; }
-.wide { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; background: #fff; }
-th, td { padding: .35rem .7rem; border: 1px solid #d9dee5; text-align: right; white-space: nowrap; }
-th { background: #eef2f6; font-weight: 600; }
-tr > :first-child { text-align: left; position: sticky; left: 0; }
-.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: .8rem; }
-figure { margin: 0; padding: .5rem; background: #fff; border: 1px solid #d9dee5; border-radius: 6px; }
-figure img { display: block; width: 100%; height: auto; }
-figcaption { font-size: .85rem; color: #4a5664; }
-.puzzle { margin: 1rem 0; padding: .8rem; background: #fff; border: 1px solid #d9dee5; border-radius: 6px;
-  display: grid; grid-template-columns: minmax(0, 1fr); gap: .8rem; }
-.puzzle img { max-width: 100%; width: 224px; height: auto; image-rendering: auto; border: 1px solid #d9dee5; }
-@media (min-width: 48rem) { .puzzle { grid-template-columns: 240px minmax(0, 1fr); } }
-pre { margin: .2rem 0 .7rem; padding: .5rem .6rem; background: #f4f6f8; border-left: 4px solid #9aa7b5;
-  border-radius: 3px; white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate;
-  font: .85rem/1.45 ui-monospace, Consolas, monospace; }
-pre.right { border-color: #009e73; } pre.wrong { border-color: #d55e00; }
-.stage { font-size: .9rem; overflow-wrap: anywhere; }
-.score { color: #4a5664; }
-.right-word { color: #00694d; font-weight: 600; }
-.wrong-word { color: #a34700; font-weight: 600; }
-summary { cursor: pointer; color: #005a9c; font-size: .9rem; }
-"""
+
+
+class SideBySide(NamedTuple):
+    """A figure of a key of several runs' logs."""
+
+    key: str
+    marker: str  # a key that only runs of the kind have that is meant
+    title: str
+    words: str
+
+
+WHILE_TRAINING = "On the questions being trained on, while training."
+SIDE_BY_SIDE = [SideBySide(*fields) for fields in (
+    ("accuracy", "accuracy", "Accuracy, all runs", WHILE_TRAINING),
+    ("format", "format", "Format, all runs", WHILE_TRAINING + " A cold start that holds keeps it near 1."),
+    ("loss", "reward", "Policy loss, GRPO runs", "Near zero by design: look for drift and for spikes."),
+    ("grad_norm", "reward", "Gradient norm, GRPO runs", "Before clipping. Spikes are unstable steps."),
+    ("chosen_reward", "chosen_reward", "Reward of chosen replies, DPO runs",
+     "β × how many nats likelier than under the reference. Below zero the chosen replies sink too."),
+    ("rejected_reward", "rejected_reward", "Reward of rejected replies, DPO runs",
+     "β × how many nats likelier than under the reference; it falls. How deep says how much is unlearned."),
+)]  # fmt: skip
+
 # These keep the page small whatever comes in, and the time it takes short. What they leave out is named on the page.
 MOST_RUNS = 40
 MOST_RESULTS = 40
+MOST_PAIR_FILES = 10
 MOST_FIGURES = 40  # of a run
 MOST_POINTS = 2000  # of a curve: a figure is about 500 pixels wide
 MOST_PUZZLES = 12
-MOST_IMAGES = 4  # of a question
-MOST_PIXELS = 2**26  # of a picture that is decoded
-IMAGE_SIDE = 224  # pixels of a picture on the page
-REPLY_CHARACTERS = 1500
+MOST_SOURCES = 14  # of a figure of a run's evaluations
 SETTINGS_CHARACTERS = 6000
-NAME_CHARACTERS = 120  # of a cell, a heading, a file's name
 TITLE_CHARACTERS = 40  # of a figure's title, of a curve's name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text and pictures as HTML
-
-
-def visible(value: object, most: int = REPLY_CHARACTERS) -> str:
-    """Text that shows what it holds: invisible characters spelled out, truncated at `most` characters.
-
-    Replies are whatever a model produced, names whatever a file holds: half a surrogate pair, which no file can be
-    written with; marks that turn the line's direction; sequences that clear a terminal.
-    """
-    text = value if isinstance(value, str) else json.dumps(value)
-    more = f" … ({len(text) - most} more characters)" if len(text) > most else ""
-    shown = []
-    for character in text[:most]:
-        # Category C: control, format, surrogate and unassigned characters.
-        if unicodedata.category(character)[0] == "C" and character not in "\n\t":
-            character = f"⟨U+{ord(character):04X}⟩"
-        shown.append(character)
-    return "".join(shown) + more
-
-
-def visible_name(text: str, most: int = NAME_CHARACTERS) -> str:
-    """A name on one line."""
-    return " ".join(visible(text, most).split())
-
-
-def escape(value: object, most: int = REPLY_CHARACTERS) -> str:
-    """`visible` text for the page: its markup is made harmless."""
-    return html.escape(visible(value, most), quote=True)
-
-
-def png_bytes(image: Image.Image, colours: int = 0) -> bytes:
-    """PNG bytes; with `colours` > 0 reduced to that many: a line drawing loses nothing by it."""
-    if colours:
-        image = image.convert("RGB").quantize(colours)
-    stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
-    return stream.getvalue()
-
-
-def img_tag(png: bytes, alt: str) -> str:
-    """An <img> with the picture inside it, as a data URI. alt: plain text, escaped here."""
-    data = base64.b64encode(png).decode("ascii")
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
-
-
-def figure_html(png: bytes, alt: str, caption: str) -> str:
-    """A curve's figure. alt and caption: plain text, escaped here."""
-    return f"<figure>{img_tag(png, alt)}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,16 +358,6 @@ def markdown_table(table: list[list[str]]) -> str:
         lines.append(f"| {' | '.join(padded)} |")
     rule = "|".join("-" * (width + 2) for width in widths)
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
-
-
-def table_html(table: list[list[str]]) -> str:
-    """The same cells as an HTML table."""
-    head = "".join(f'<th scope="col">{escape(visible_name(cell))}</th>' for cell in table[0])
-    body = ""
-    for title, *cells in table[1:]:
-        values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        body += f'<tr><th scope="row">{escape(visible_name(title))}</th>{values}</tr>'
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -511,7 +464,7 @@ def draw_plain(curves: list[Curve], title: str, fractions: bool) -> tuple[bytes,
             color=colour,
             linewidth=1.8,
             label=label,
-            marker="o" if len(values) < 3 else None,
+            marker="o" if len(values) < 15 else None,
             linestyle=("-", "--", "-.", ":")[i // len(COLOURS) % 4],
         )
         told.append(f"{label} from {mean[0]:.3g} to {mean[-1]:.3g}")
@@ -542,16 +495,80 @@ def curves_html(runs: dict[str, RunLog], save: Save) -> str:
     """All curves: what several runs have in common side by side, then run by run."""
     # One run beside itself says nothing: from two runs on.
     shared = ""
-    for key, title in (("accuracy", "Accuracy, all runs"), ("format", "Format, all runs")):
-        curves = [curve(run.log, key, label=name) for name, run in runs.items()]
-        curves = [each for each in curves if each.steps]
-        if len(curves) > 1:
-            png, alt = draw(curves, title, fractions=True)
-            save(f"all-{key}", png)
-            shared += figure_html(png, alt, "On the questions being trained on, while training.")
+    for key, marker, title, words in SIDE_BY_SIDE:
+        logs = {name: run.log for name, run in runs.items() if any(is_number(entry.get(marker)) for entry in run.log)}
+        curves = [curve(log, key, label=name) for name, log in logs.items()]
+        if sum(bool(each.steps) for each in curves) > 1:
+            shared += figure_of(curves, title, words, f"all-{key}", save, fractions=key in FRACTIONS)
     parts = [f'<h3>Side by side</h3><div class="curves">{shared}</div>'] if shared else []
     parts += [run_html(name, run, save) for name, run in runs.items()]
     return "".join(parts)
+
+
+def figure_of(curves: list[Curve], title: str, words: str, part: str, save: Save, fractions: bool = False) -> str:
+    """A figure for the page, kept beside it too; "" if no curve has a point."""
+    curves = [each for each in curves if each.steps]
+    if not curves:
+        return ""
+    png, alt = draw(curves, title, fractions)
+    save(part, png)
+    return figure_html(png, alt, words)
+
+
+# Of a result's "gf", and what a figure of it is called.
+GAINS = {"gf": "Generalization factor (GF)", "gain_id": "Gain ID", "gain_ood": "Gain OOD"}
+
+
+def steps_html(results: dict[str, dict], save: Save) -> str:
+    """The models of a run step by step, of each result that has a curve; several results side by side."""
+    followed = {name: result["curve"] for name, result in results.items() if result.get("curve")}
+    shared = ""
+    for key, title in GAINS.items():
+        curves = [step_curve(name, points, gains_of(points, key)) for name, points in followed.items()]
+        if sum(bool(each.steps) for each in curves) > 1:
+            words = "Percentage points of format over step 0."
+            shared += figure_of(curves, title, words, f"steps-{key}", save)
+    parts = [f'<h3>Side by side</h3><div class="curves">{shared}</div>'] if shared else []
+    for name, points in followed.items():
+        figures = step_figures(name, points, save)
+        parts.append(f'<h3>{escape(visible_name(name))}</h3><div class="curves">{figures}</div>')
+    return "".join(parts)
+
+
+def step_figures(name: str, points: list[dict], save: Save) -> str:
+    """The figures of one result's curve: gains and GF, the gain of each OOD source, and the metrics of each source."""
+    every = dict.fromkeys(source for point in points for source in point["sources"])  # in the order they are named
+    sources, left = list(every)[:MOST_SOURCES], len(every) - MOST_SOURCES
+    words = f"{left} more sources are left out." if left > 0 else ""
+    gains = [step_curve(key, points, gains_of(points, key)) for key in GAINS]
+    figures = figure_of(gains, "Gains and GF", "", f"{name}-steps-gains", save)
+    ood = gains_of(points, "ood_gains")
+    by_source = [step_curve(source, points, [field(gain, source) for gain in ood]) for source in sources]
+    figures += figure_of(by_source, "Gain OOD by source", words, f"{name}-steps-ood", save)
+    for key in ("format", "accuracy"):
+        curves = []
+        for source in sources:
+            metrics = [field(point["sources"].get(source), key) for point in points]
+            curves.append(step_curve(source, points, metrics))
+        title = f"{key.capitalize()} by source"
+        figures += figure_of(curves, title, words, f"{name}-steps-{key}", save, fractions=True)
+    return figures
+
+
+def gains_of(points: list[dict], key: str) -> list[object]:
+    """What the "gf" of each point says under a key; None where it has none."""
+    return [field(point.get("gf"), key) for point in points]
+
+
+def field(found: object, key: str) -> object:
+    """found[key], or None if that is nothing."""
+    return found.get(key) if isinstance(found, dict) else None
+
+
+def step_curve(label: str, points: list[dict], values: list[object]) -> Curve:
+    """The values that are numbers by the steps of their points."""
+    found = {point["step"]: value for point, value in zip(points, values, strict=True) if is_number(value)}
+    return Curve(label, sorted(found), [float(found[step]) for step in sorted(found)])
 
 
 def notes_html(notes: list[str]) -> str:
@@ -608,38 +625,13 @@ def pick_puzzles(results: dict[str, dict]) -> list[list[tuple[str, dict]]]:
 def puzzle_html(pairs: list[tuple[str, dict]]) -> str:
     """One card from a record's (stage, row) pairs: the pictures, the question, the gold answer, every stage's reply."""
     _, row = pairs[0]
-    pictures = "".join(picture_html(path, row["id"]) for path in row["images"][:MOST_IMAGES])
     replies = "".join(reply_html(*pair) for pair in pairs)
     return (
-        f'<article class="puzzle"><div>{pictures}</div><div><div class="stage">'
+        f'<article class="puzzle"><div>{pictures_html(row)}</div><div><div class="stage">'
         f"<strong>{escape(row['source'])}</strong> · {escape(row['id'])} · gold answer “{escape(row['gold'])}”</div>"
         f"<details open><summary>The question</summary><pre>{escape(row['prompt'])}</pre></details>"
         f"{replies}</div></article>"
     )
-
-
-def picture_html(path: str, question_id: str) -> str:
-    """A question's picture made small, or a note that it is gone or cannot be shown."""
-    name = escape(visible_name(os.path.basename(path)))
-    # Not a pipe either, which would be waited for.
-    if not os.path.isfile(path):
-        return f"<p>The picture {name} is no longer there.</p>"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                width, height = image.size
-        if width * height > MOST_PIXELS:
-            return f"<p>The picture {name} is too large to be shown.</p>"
-        image = open_picture(path)
-    except Image.DecompressionBombError:
-        return f"<p>The picture {name} is too large to be shown.</p>"
-    except Exception:
-        # Pillow's readers raise whatever their parsing meets, on a file that anybody may have made.
-        return f"<p>The picture {name} cannot be read.</p>"
-    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-    alt = f"Picture of question {visible_name(question_id)}, {image.width} by {image.height} pixels as shown"
-    return img_tag(png_bytes(image), alt)
 
 
 def reply_html(stage: str, row: dict) -> str:
@@ -664,42 +656,45 @@ def reply_html(stage: str, row: dict) -> str:
 # The page
 
 
-def page_html(runs: dict[str, RunLog], results: dict[str, dict], save: Save, notes: list[str] = ()) -> str:
-    """The whole page. results: as read_result gives them. notes: sentences about what is not on it."""
+def page_html(
+    runs: dict[str, RunLog], results: dict[str, dict], save: Save, notes: list[str] = (),
+    pairs: dict[str, list[dict]] | None = None, keep_pairs: int = 5,
+) -> str:  # fmt: skip
+    """The whole page. results, pairs: as read_result and read_pairs give them. notes: what is not on it."""
     sections = []  # (anchor, title, HTML)
     if results:
         table = stage_table(results)
-        note = f"<p>{WORDS['gf']}</p>" if table[-1][0] == "GF" else ""
+        note = f"<p>{WORDS['gf']}</p>" if any(line[0] == "GF" for line in table) else ""
         sections.append(("results", "Results", table_html(table) + note))
+        steps = steps_html(results, save)
+        if steps:
+            sections.append(("steps", "Along a run", steps))
     if runs:
         sections.append(("curves", "Training curves", curves_html(runs, save)))
-    cards = "".join(puzzle_html(pairs) for pairs in pick_puzzles(results))
+    cards = "".join(puzzle_html(group) for group in pick_puzzles(results))
     if cards:
         sections.append(("puzzles", "Questions and replies", cards))
-
-    links, body = "", ""
-    for anchor, title, content in sections:
-        links += f'<a href="#{anchor}">{title}</a>'
-        body += f'<h2 id="{anchor}">{title}</h2><p>{WORDS[anchor]}</p>{content}'
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        # Even if some reply got past the escaping: the page may load nothing and run nothing.
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Training report</title>'
-        f"<style>{STYLE}</style></head><body><h1>Training report</h1>"
-        f"<p>{WORDS['top']}</p>{notes_html(notes)}<nav>{links}</nav>{body}</body></html>\n"
-    )
+    if pairs:
+        sections.append(("pairs", "Preference pairs", pairs_page.pairs_html(pairs, keep_pairs)))
+    top = f"<p>{WORDS['top']}</p>{notes_html(notes)}"
+    told = [(anchor, title, WORDS[anchor], content) for anchor, title, content in sections]
+    return document("Training report", top, told, pairs_page.STYLE if pairs else "")
 
 
-def write_report(path: Path, runs: dict[str, Path], results: dict[str, Path], table_file: Path | None = None) -> None:
+def write_report(
+    path: Path, runs: dict[str, Path], results: dict[str, Path], table_file: Path | None = None,
+    pairs: dict[str, Path] | None = None, keep_pairs: int = 5,
+) -> None:  # fmt: skip
     """Write the page, its curves as PNG files beside it, and with `table_file` the table as Markdown. Prints the table.
 
-    runs and results: {name: path}. Raises DataError, before anything is written, for what cannot be read.
+    runs, results and pairs: {name: path}. keep_pairs: pairs shown of each kind and file. Raises DataError, before
+    anything is written, for what cannot be read.
     """
+    pairs = pairs or {}
     inputs = {
         "--runs": [folder / name for folder in runs.values() for name in RUN_FILES],
         "--results": list(results.values()),
+        "--pairs": list(pairs.values()),
     }
     for flag, output in (("the page", path), ("--table", table_file)):
         if output:
@@ -710,6 +705,8 @@ def write_report(path: Path, runs: dict[str, Path], results: dict[str, Path], ta
     shown_results, result_note = first_of(results, MOST_RESULTS, "result files")
     logs = {name: read_run(folder) for name, folder in shown_runs.items()}
     read = {name: read_result(file) for name, file in shown_results.items()}
+    shown_pairs, pairs_note = first_of(pairs, MOST_PAIR_FILES, "files of pairs")
+    read_pairs = {name: pairs_page.read_pairs(file) for name, file in shown_pairs.items()}
 
     taken = Counter()
 
@@ -725,11 +722,14 @@ def write_report(path: Path, runs: dict[str, Path], results: dict[str, Path], ta
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{path}: its folder cannot be made ({error})") from error
-    page = page_html(logs, read, save, [run_note, result_note])
+    page = page_html(logs, read, save, [run_note, result_note, pairs_note], read_pairs, keep_pairs)
     write(path, page.encode())
-    print(f"{visible(str(path))}: {len(page.encode()) / 1e6:.2f} MB, {len(logs)} runs, {len(read)} result files")
+    told = f"{len(logs)} runs, {len(read)} result files" + (f", {len(read_pairs)} files of pairs" if read_pairs else "")
+    print(f"{visible(str(path))}: {len(page.encode()) / 1e6:.2f} MB, {told}")
     table = markdown_table(stage_table(read)) if read else ""
     print(table)
+    for name, rows in read_pairs.items():
+        print(f"{visible_name(name)}:\n{markdown_table(pairs_page.statistics_table(rows))}")
     if table_file:
         write(table_file, f"{table}\n".encode())
 
@@ -773,7 +773,7 @@ def named_path(text: str) -> tuple[str, Path]:
     name, _, path = text.partition("=")
     if path and name and "/" not in name:
         return name, Path(path)
-    return Path(os.path.abspath(text)).name.removesuffix(".json"), Path(text)
+    return re.sub(r"\.jsonl?$", "", Path(os.path.abspath(text)).name), Path(text)
 
 
 def add_report_flags(add: Callable) -> None:
@@ -781,14 +781,17 @@ def add_report_flags(add: Callable) -> None:
     add("--runs", nargs="+", type=named_path, default=[], metavar="[NAME=]DIR", help="run directories, for the curves")
     add("--results", nargs="+", type=named_path, default=[], metavar="[NAME=]FILE.json",
         help="result files in the order of the stages, for the table and the replies")  # fmt: skip
+    add("--pairs", nargs="+", type=named_path, default=[], metavar="[NAME=]FILE.jsonl",
+        help="pairs of distill.py: their statistics, and the first of each kind to read")  # fmt: skip
+    add("--keep-pairs", type=integer("[1, 1000]"), default=5, metavar="N", help="pairs shown of each kind and file")
     add("--table", type=Path, metavar="FILE.md", help="also write the table as Markdown")
 
 
 def check_report_flags(parser: training.Parser, args: argparse.Namespace) -> None:
     """End with an error unless there is something to show and every name is used once."""
-    if not args.runs and not args.results:
-        parser.error("a report needs --runs or --results")
-    for flag, pairs in (("--runs", args.runs), ("--results", args.results)):
+    if not (args.runs or args.results or args.pairs):
+        parser.error("a report needs --runs or --results or --pairs")
+    for flag, pairs in (("--runs", args.runs), ("--results", args.results), ("--pairs", args.pairs)):
         names = {name for name, _ in pairs}
         if len(names) < len(pairs):
             parser.error(f"{flag}: two are called the same; give them names, as in first=DIR second=DIR")
@@ -805,7 +808,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    write_report(args.out, dict(args.runs), dict(args.results), args.table)
+    write_report(args.out, dict(args.runs), dict(args.results), args.table, dict(args.pairs), args.keep_pairs)
 
 
 if __name__ == "__main__":

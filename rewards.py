@@ -48,6 +48,7 @@ from replies import (  # noqa: F401  also for those who look for them here
     closing_brace,
     fold,
     format_called,
+    is_template,
     read_bare,
     read_reply,
     reply_format,
@@ -575,7 +576,9 @@ def type_of(record: dict) -> AnswerType:
 
 GRADED_DISCOUNT = 0.2
 IOU_FOUND = 0.5
-# (from this progress on, smallest IoU that counts)
+# (from this progress on, smallest IoU that counts): the first 10 % of the steps, the next 15 %, and the rest (V-Triune,
+# section 3.4). Its public code counts steps from 1 and changes after step / steps = 0.1: at the same step as here, or
+# one earlier where a tenth of the steps is no whole number.
 IOU_RISES = ((0.0, 0.85), (0.1, 0.95), (0.25, 0.99))
 
 
@@ -637,7 +640,7 @@ def box_found(answer: list[float], record: dict, progress: float = 0.0) -> float
 
 
 def box_rising(answer: list[float], record: dict, progress: float = 0.0) -> float:
-    """The IoU if it reaches a threshold that rises over training, else 0 (V-Triune, 2505.18129: 0.85, 0.95, 0.99)."""
+    """The IoU if it is at or above a threshold that rises over training, else 0 (V-Triune, 2505.18129, equation 5)."""
     threshold = max(smallest for start, smallest in IOU_RISES if progress >= start)
     overlap = iou(answer, record["answer"])
     return overlap if overlap >= threshold else 0.0
@@ -775,7 +778,9 @@ def check_gold(record: dict) -> None:
     type_name, format_name = record.get("answer_type"), record.get("reply_format")
     if not isinstance(type_name, str) or type_name not in ANSWER_TYPES:
         raise ValueError(f"answer_type {shown(type_name)} is unknown (known: {', '.join(ANSWER_TYPES)})")
-    if format_name is not None and not (isinstance(format_name, str) and format_name in REPLY_FORMATS):
+    if is_template(format_name):
+        format_called(format_name)
+    elif format_name is not None and not (isinstance(format_name, str) and format_name in REPLY_FORMATS):
         raise ValueError(f"reply_format {shown(format_name)} is unknown (known: {', '.join(REPLY_FORMATS)})")
     check_options(record)
     ANSWER_TYPES[type_name].check(record)

@@ -1,7 +1,8 @@
 """The run directory: log, lock, --resume, Ctrl-C, checkpoints, and the Hugging Face model at the end.
 
     args.json       every flag, and a digest of every input
-    log.jsonl       one object a step; samples.jsonl: some replies; skipped.jsonl: what gave no finite gradient
+    log.jsonl       one object a step; samples.jsonl: some replies; skipped.jsonl: what gave no finite gradient;
+                    broken.jsonl: records whose picture could not be decoded
     checkpoints/    step_000050/: weights and optimizer state in safetensors, SHA256SUMS over all of it
     LATEST          the name of the last whole checkpoint
     config.json, …  the model. It is there only when the run has finished: a directory of a run is a model or is not
@@ -40,7 +41,7 @@ PATIENCE = 2.0  # seconds between two signals that are two wishes
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1: what sbatch --signal sends before a job's time is up
 
 # What a run leaves in its directory beside the model, and what --overwrite removes.
-RUN_FILES = ("args.json", "log.jsonl", "samples.jsonl", "skipped.jsonl", "LATEST", "checkpoints")
+RUN_FILES = ("args.json", "log.jsonl", "samples.jsonl", "skipped.jsonl", "broken.jsonl", "LATEST", "checkpoints")
 # config.json first: without it the directory is no model, whatever else is still there.
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "model*.safetensors")
 
@@ -53,14 +54,13 @@ IDENTIFYING = ("*.safetensors", "config.json", "*processor_config.json", "tokeni
 
 
 def input_digests(settings: dict) -> dict[str, str]:
-    """{path: digest} of the files that a run reads: its data, held-out data and starting model (not pictures).
+    """{path: digest} of the files that a run reads: its data, held-out data, starting model, judge (not pictures).
 
     A hub id has no files here; a file that is missing is named by whoever reads it.
     """
     paths = [Path(name) for flag in ("data", "eval_data") for name in settings.get(flag) or []]
-    folder = Path(settings.get("model") or "")
-    if settings.get("model") and folder.is_dir():
-        names = sorted(path for path in folder.iterdir() if path.is_file())
+    for folder in [Path(settings[flag]) for flag in ("model", "judge_model") if settings.get(flag)]:
+        names = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
         paths += [path for path in names if any(fnmatch.fnmatch(path.name, pattern) for pattern in IDENTIFYING)]
     return {str(path): files.identity(path) for path in paths if path.is_file()}
 
@@ -92,6 +92,8 @@ class Run:
     stop: bool = False  # somebody asked for it: a signal to this process, or to another rank
     asked: float | None = None  # when this process itself got its first signal, by time.monotonic
     skipped: int = 0  # steps in a row without a finite gradient
+    broken: dict = field(default_factory=dict)  # {"file:line": row of broken.jsonl} of records that others stand in for
+    named: set = field(default_factory=set)  # those of `broken` that all ranks know and broken.jsonl has
     lock: object = None  # the open lock file
     group: object = None  # process group of the thread that writes checkpoints
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
@@ -123,7 +125,8 @@ class Run:
         if world.main:
             write_text(run.out / "args.json", json.dumps(run.settings, indent=1) + "\n")
             run._drop_unfinished()
-        run.skipped = world.gather(run.skipped)[0]
+        run.skipped, run.broken = world.gather((run.skipped, run.broken))[0]
+        run.named = set(run.broken)
         for number in SIGNALS:
             signal.signal(number, run._ask_to_stop)
         return run
@@ -191,9 +194,9 @@ class Run:
 
     def _drop_unfinished(self):
         """Remove what a killed run wrote after its last checkpoint: those steps are repeated."""
-        for name in ("log.jsonl", "samples.jsonl", "skipped.jsonl"):
+        for name in ("log.jsonl", "samples.jsonl", "skipped.jsonl", "broken.jsonl"):
             path = self.out / name
-            if name == "skipped.jsonl" and not path.exists():
+            if name in ("skipped.jsonl", "broken.jsonl") and not path.exists():
                 continue
             rows, damaged = whole_rows(path)
             kept = [row for row in rows if row["step"] <= self.step]
@@ -201,6 +204,8 @@ class Run:
             if damaged or lost > 0:
                 warn(f"{path}: {damaged} damaged lines left out" + (f", {lost} steps are missing" if lost > 0 else ""))
             write_jsonl(path, kept)
+            if name == "broken.jsonl":
+                self.broken = {row["where"]: row for row in kept}
             if name == "log.jsonl":
                 for row in kept:
                     self.skipped = self.skipped + 1 if row.get("skipped") else 0
@@ -248,6 +253,22 @@ class Run:
                 f"{self.out}: {self.skipped} steps in a row without a finite gradient (--max-skipped {most}). They "
                 "changed no weight. Look at skipped.jsonl; start anew with a lower --lr or with --dtype fp32"
             )
+
+    def share_broken(self, step: int) -> int:
+        """Tell all ranks which records each has found broken during `step`, name them, and count all so far.
+
+        From then on all ranks replace them without looking, and so does a resumed run, whatever happens to the files.
+        """
+        found = {where: row for where, row in self.broken.items() if where not in self.named}
+        for part in self.world.gather(found):
+            for where in sorted(part.keys() - self.named):
+                row = {"step": step, **part[where]}
+                self.broken[where] = row
+                self.named.add(where)
+                if self.world.main:
+                    append(self.out / "broken.jsonl", [row])
+                    warn(f"{where}: {row['cause']}; the next record takes the place of {json.dumps(row['id'])}")
+        return len(self.named)
 
     def end_step(self, step, steps, policy, optimizer, *, save_every, keep, extra=dict) -> None:
         """After `step` of `steps`: write a checkpoint if one is due; leave (KeyboardInterrupt) if asked to.
@@ -309,7 +330,7 @@ class Run:
             return
         sums = dict(sorted(item for found in parts for item in found.items()))
         write_text(partial / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-        for name in ("log.jsonl", "samples.jsonl"):
+        for name in ("log.jsonl", "samples.jsonl", "broken.jsonl"):
             if (self.out / name).exists():
                 files.sync(self.out / name)
         partial.replace(folder)
@@ -399,6 +420,9 @@ class Run:
         """Make the run directory a Hugging Face model directory: config, safetensors, tokenizer, image settings."""
         self.finish()
         save_model(policy, encoder, self.out, self.world)
+        if self.named and self.world.main:
+            count = len(self.named)
+            warn(f"{count} record{'s' * (count > 1)} with a broken picture left out: see {self.out / 'broken.jsonl'}")
         if self.lock is not None:
             self.lock.close()
 

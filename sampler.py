@@ -16,14 +16,16 @@ import torch
 import torch.nn.functional as F
 
 from attention import Segments, attend, attend_padded, merge
-from model import Policy, Prompt, pack, token_logits
+from head import filter_logits, token_logits
+from model import Policy, Prompt, pack
 from training import gather_weights, release_weights
 
 
 @dataclass
 class Reply:
     """One sampled reply: ids (T,) with its end token if it reached one (finished), logps (T,) of its tokens under the
-    sampling temperature over the whole vocabulary (forbidden tokens excluded), before top-k and top-p filter it."""
+    sampling temperature over the whole vocabulary (forbidden tokens excluded), before top-k and top-p filter it; or
+    after, if the sampler says so."""
 
     ids: torch.Tensor
     logps: torch.Tensor
@@ -50,16 +52,20 @@ def sample(
     top_p: float = 1.0,
     max_new_tokens: int = 256,
     batch_tokens: int | None = None,
+    filtered_logps: bool = False,
 ) -> list[list[Reply]]:
     """Sample n replies per prompt: -> list (P) of lists (n) of Reply, on the CPU.
 
     seeds: one int per prompt. Reply g of a prompt is a function of the weights, its prompt, its seed and g.
     temperature 0 is greedy (n must be 1). top_k 0 and top_p 1.0 switch those filters off. batch_tokens bounds the KV
-    cache of one round (tokens); None: what fits in memory.
+    cache of one round (tokens); None: what fits in memory. filtered_logps: log-probs among the tokens that the filters
+    kept, as a trainer with a head.TokenFilter has them.
     """
     if temperature == 0 and n != 1:
         raise ValueError("greedy decoding gives one reply: n must be 1")
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    choose = partial(
+        sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p, filtered_logps=filtered_logps
+    )  # fmt: skip
     replies = [None] * len(prompts)
     # Ranks sample different prompts and end at different times: they must not wait for each other's weights.
     gather_weights(policy)
@@ -74,15 +80,19 @@ def sample(
                 break
             used += needed
             round_.append(waiting.pop(0))
-        sampled = sample_round(policy, [prompts[i] for i in round_], n, [seeds[i] for i in round_], **options)
+        asked = [prompts[i] for i in round_], n, [seeds[i] for i in round_]
+        sampled = sample_round(policy, *asked, temperature, max_new_tokens, choose)
         for index, group in zip(round_, sampled, strict=True):
             replies[index] = group
     release_weights(policy)
     return replies
 
 
-def sample_round(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_tokens):
-    """One round of `sample`: prefill R prompts, then decode all R·n replies together, one token a step."""
+def sample_round(policy, prompts, n, seeds, temperature, max_new_tokens, choose):
+    """One round of `sample`: prefill R prompts, then decode all R·n replies together, one token a step.
+
+    choose(logits, uniform) is sample_tokens.
+    """
     device, total = policy.forbidden.device, len(prompts) * n
     prefill = pack([(prompt, []) for prompt in prompts]).to(device)
     prefill.layout.kv_cache = {}
@@ -106,10 +116,10 @@ def sample_round(policy, prompts, n, seeds, temperature, top_k, top_p, max_new_t
     # Steps between looks at who has ended: on a GPU a look waits for it.
     pause = 16 if policy.forbidden.is_cuda else 1
 
-    token, logp = sample_tokens(logits, uniform[:, 0].view(-1, n), temperature, top_k, top_p)
+    token, logp = choose(logits, uniform[:, 0].view(-1, n))
     for step in range(max_new_tokens):
         if step:
-            token, logp = sample_tokens(logits, uniform[active, step, None], temperature, top_k, top_p)
+            token, logp = choose(logits, uniform[active, step, None])
         token = token.flatten()
         tokens[active, step] = token
         logps[active, step] = logp.flatten()
@@ -242,17 +252,18 @@ def rms_norm(norm, x):
 # From logits to tokens
 
 
-def sample_tokens(logits, uniform, temperature: float, top_k: int, top_p: float, block: int = 512):
+def sample_tokens(
+    logits, uniform, temperature: float, top_k: int, top_p: float, block: int = 512, filtered_logps: bool = False
+):
     """Sample n tokens from each row of logits (R, V) by inverting its cumulative distribution at `uniform` (R, n).
 
-    Returns tokens (R, n) and their log-probs (R, n) under the unfiltered distribution. temperature 0: the largest
-    logit. The distribution is summed up in fp64, but only over blocks of tokens and then inside the block that is hit.
+    Returns tokens (R, n) and their log-probs (R, n), before or after the filters. temperature 0: the largest logit, its
+    log-prob before. The distribution is summed up in fp64, but only over blocks of tokens and then inside the block
+    that is hit.
     """
-    lse = logits.logsumexp(-1, keepdim=True)
     if temperature == 0:
         token = logits.argmax(-1, keepdim=True)
-        return token, logits.gather(-1, token) - lse
-    # Log-probs are taken before the filters, as the trainer takes them.
+        return token, logits.gather(-1, token) - logits.logsumexp(-1, keepdim=True)
     filtered = filter_logits(logits, top_k, top_p)
     mass = (filtered - filtered.amax(-1, keepdim=True)).exp()
     mass = F.pad(mass, (0, -mass.shape[-1] % block)).unflatten(-1, (-1, block))  # (R, blocks, block)
@@ -267,21 +278,9 @@ def sample_tokens(logits, uniform, temperature: float, top_k: int, top_p: float,
     # Below the whole, so that never a token of no mass is hit.
     height = inside[..., -1:] * share[..., None].clamp(0.0, 1 - 2**-52)
     token = hit * block + torch.searchsorted(inside, height, right=True)[..., 0]
-    return token, logits.gather(-1, token) - lse
-
-
-def filter_logits(logits, top_k: int, top_p: float):
-    """Logits (R, V) with all but the top_k likeliest tokens, and all outside the nucleus of mass top_p, at -inf."""
-    if top_k and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, -1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p < 1.0:
-        # The nucleus: the smallest set of likeliest tokens whose mass reaches top_p.
-        ordered, index = logits.softmax(-1).sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p
-        outside = torch.zeros_like(beyond).scatter(-1, index, beyond)
-        logits = logits.masked_fill(outside, -math.inf)
-    return logits
+    # As the trainer takes them: before the filters, unless it replays them.
+    scored = filtered if filtered_logps else logits
+    return token, scored.gather(-1, token) - scored.logsumexp(-1, keepdim=True)
 
 
 def cache_capacity(policy: Policy) -> int:

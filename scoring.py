@@ -2,6 +2,7 @@ r"""Scores replies under a hard limit: what computes is done in a process of its
 
     scorer = Scorer(format_weight=0.5)
     scorer.score(reply, record)      what rewards.score returns
+    scorer.score_groups(records, …)  the same for a whole batch; a judge may then be asked about short free answers
     scorer.stopped                   replies that took longer than the limit; each earns 0
 
 rewards.py is bounded by construction, so the limit should never be met. It is the second line of defence: a mistake in
@@ -30,6 +31,7 @@ from typing import Any
 import judge
 import rewards
 
+JUDGED = "text"  # the answer type of short free answers, which no rule compares well
 MEMORY = 4 * 2**30  # bytes that the process may have
 START = 120.0  # seconds in which it must have imported rewards.py, on a slow disk too
 # What torchrun says to the members of its group, and how they find their GPU
@@ -120,11 +122,12 @@ def end_process(process: subprocess.Popen, line: socket.socket, owner: int) -> N
 class Scorer:
     """Scores replies; a reply that takes longer than `seconds` earns 0 and is counted.
 
-    options: keyword arguments of rewards.score. May be used from several threads: they take turns.
+    options: keyword arguments of rewards.score. judge: a judge.Judge that is asked where a rule cannot know; None:
+    nobody. May be used from several threads: they take turns.
     """
 
-    def __init__(self, seconds: float = 5.0, **options):
-        self.seconds, self.options = seconds, options
+    def __init__(self, seconds: float = 5.0, judge: judge.Judge | None = None, **options):
+        self.seconds, self.judge, self.options = seconds, judge, options
         self.stopped = 0
         self.worker: Worker | None = None
         self.turn = threading.Lock()
@@ -132,6 +135,31 @@ class Scorer:
     def score(self, reply: str, record: dict, progress: float = 0.0) -> dict[str, Any]:
         """What rewards.score returns. progress: step / steps of the run."""
         return self.do("score", reply, record, self.options | {"progress": progress})
+
+    def score_groups(self, records: list[dict], groups: list[list[str]], progress: float = 0.0) -> list[list[dict]]:
+        """What `score` returns for every reply, [record][reply], and where the judge was asked "judged": its verdict.
+
+        Asked are short free answers that were read and that the rule finds different from the gold, all at once. A yes
+        makes the answer right; no verdict (None) is a no. What the rule finds right is not asked about.
+        """
+        scores = []
+        for record, group in zip(records, groups, strict=True):
+            scores.append([self.score(text, record, progress) for text in group])
+        if self.judge is not None:
+            self.ask_judge(records, scores)
+        return scores
+
+    def ask_judge(self, records: list[dict], scores: list[list[dict]]) -> None:
+        open_ones = []
+        for record, group in zip(records, scores, strict=True):
+            if record["answer_type"] == JUDGED:
+                open_ones += [(record, score) for score in group if score["format"] and not score["accuracy"]]
+        verdicts = judge.same_answers(self.judge, [(record, score["answer"]) for record, score in open_ones])
+        for (_, score), verdict in zip(open_ones, verdicts, strict=True):
+            score["judged"] = verdict
+            if verdict:
+                score["accuracy"] = 1.0
+                score["reward"] += self.options.get("accuracy_weight", 1.0)
 
     def readable(self, replies: list[str], record: dict) -> list[str]:
         """Those replies that can be read in every way within the limit."""
@@ -163,6 +191,13 @@ class Scorer:
         if self.worker is not None:
             self.worker.close()
             self.worker = None
+
+
+def judge_metrics(world, scores: list[list[dict]]) -> dict[str, int]:
+    """How often a judge was asked about a batch, said yes, and could not be read: counts over all processes."""
+    said = [score["judged"] for group in scores for score in group if "judged" in score]
+    counts = world.sum(len(said), said.count(True), said.count(None))
+    return {name: int(count) for name, count in zip(("judge_asked", "judge_yes", "judge_unread"), counts, strict=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def add_training_flags(parser: Parser):
 
 # Flags of this file that may differ between a run and its resumption, like the number of processes.
 MAY_CHANGE = ("resume", "overwrite", "steps", "save_every", "keep", "max_skipped", "timeout", "measure_peak")
-MAY_CHANGE += ("shard", "replicas", "offload", "accumulate", "max_image_pixels")
+MAY_CHANGE += ("shard", "replicas", "offload", "accumulate", "max_image_pixels", "strict_data")
 
 
 def load_options(args) -> dict:

@@ -25,7 +25,7 @@ PAGE = ROOT / "docs" / "house.md"
 BEFORE = "286ab61"
 ORDER = (  # reading order; files that are not named here follow by name
     "grpo.py", "dpo.py", "rewards.py", "distill.py", "jigsaw.py", "eval.py", "report.py", "records.py", "training.py",
-    "families.py", "attention.py", "model.py", "sampler.py", "vllm_sampler.py",
+    "families.py", "attention.py", "encoder.py", "model.py", "sampler.py", "vllm_sampler.py",
 )  # fmt: skip
 
 # Measured in November 2026, on each project's main branch of that month.

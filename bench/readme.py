@@ -1,8 +1,8 @@
-"""Rebuild the tables and the figure from committed logs, so that no number in the README or in docs/ is typed by hand.
+"""Rebuild the tables from committed logs, so that no number in the README or in docs/ is typed by hand.
 
-    python bench/readme.py                                   # logs in bench/results -> README.md, docs/*.md, curves.png
-    python bench/readme.py --collect runs/demo runs/photos runs/embedded/grpo    # first take over finished runs
-    python bench/readme.py --check                           # exit 1 if a page does not say what the logs say
+    python bench/readme.py                                            # logs in bench/results -> README.md, docs/*.md
+    python bench/readme.py --collect runs/photos runs/embedded/grpo   # first take over finished runs
+    python bench/readme.py --check                                    # exit 1 if a page does not say what the logs say
 
 A table stands between two markers, on whichever page holds them:
 
@@ -16,9 +16,9 @@ commit of its logs. The rules:
                             whose rows have a column for it may mix commits
     none                    no number is shown: the table's place says how to measure it
 
-Logs in bench/results: a demo run is demo-SEED.json (summaries of its evaluations, the main keys of every stage's log,
-and the seconds it took), a run on photographs photos-SEED.json, `python grpo.py` alone embedded.json, the comparison
-with other libraries (bench/versus.py) versus.json, several processes (bench/worlds.py) worlds.json, memory plans
+Logs in bench/results: a run on photographs is photos-SEED.json, `python grpo.py` alone embedded.json, the study of
+SPECS (bench/study_specs.py, which also draws the front page's figure) study_specs.json, the comparison with other
+libraries (bench/versus.py) versus.json, several processes (bench/worlds.py) worlds.json, memory plans
 (bench/worlds.py --plans) plans.json.
 """
 
@@ -31,18 +31,8 @@ from statistics import fmean, median
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
-STAGES = {
-    "base": "base",
-    "zero": "GRPO-zero",
-    "cold-dpo-sft": "cold start DPO+SFT",
-    "cold-sft": "cold start SFT",
-    "rl-dpo-sft": "DPO+SFT, then GRPO",
-    "rl-sft": "SFT, then GRPO",
-}
-KEPT = ("step", "reward", "accuracy", "format", "kl", "entropy", "loss", "preference_accuracy")
-SIZES = ("2x1", "3x1", "4x1", "2x2")
+KEPT = ("step", "reward", "accuracy", "format", "kl", "entropy", "loss")
 PEERS = ("TRL", "TRL at once", "generate", "vLLM", "vLLM eager")
-SEEDS = {1: "one seed", 2: "two seeds", 3: "three seeds"}
 
 
 class Refused(Exception):
@@ -113,18 +103,6 @@ def collect_photos(folder: Path) -> dict:
     }
 
 
-def collect_demo(folder: Path) -> dict:
-    """Read a finished demo run: what the tables need of it."""
-    run = {"commit": commit_of(folder), "stages": {}, "logs": {}}
-    for stage in STAGES:
-        result = json.loads((folder / "results" / f"{stage}.json").read_text())
-        run["stages"][stage] = {"sources": result["sources"], "gf": result["gf"]}
-        run["logs"][stage] = main_keys(folder / stage / "log.jsonl")
-    run["seed"] = json.loads((folder / "zero" / "args.json").read_text())["seed"]
-    run["seconds"] = float((folder / "seconds").read_text())
-    return run
-
-
 def collect(folder: Path) -> None:
     """Take over one finished run, of whatever kind."""
     if (folder / "log.jsonl").exists():
@@ -138,8 +116,7 @@ def collect(folder: Path) -> None:
         run = collect_photos(folder)
         name = f"photos-{run['seed']}"
     else:
-        run = collect_demo(folder)
-        name = f"demo-{run['seed']}"
+        raise Refused(f"{folder}: neither a run of grpo.py nor one of recipes/photos.sh")
     (RESULTS / f"{name}.json").write_text(json.dumps(run) + "\n")
 
 
@@ -164,68 +141,34 @@ def embedded_text() -> str:
     return f"{text} (one seed, commit `{commit}`)."
 
 
-def spread(values: list[float]) -> str:
-    """Mean and range over the seeds, in percent: "97.5 (96.5–98.5)"."""
-    text = f"{fmean(values):.1f}"
-    return f"{text} ({min(values):.1f}–{max(values):.1f})" if len(values) > 1 else text
-
-
 def headline() -> str:
-    """The front page's table: each seed's own numbers on the trained size, before and after."""
-    logs = read_results("demo-*.json")
+    """The front page's table: means over the study's seeds, from the base to the end, and GF of the cold starts."""
+    import study_specs as study
+
+    logs = read_results("study_specs.json")
     commit = source(commits_of(logs))
     if commit is None:
-        return unmeasured("make demo", "runs/demo")
-    lines = [f"| after (commit `{commit}`) | format | accuracy, chance 50 |", "|---|---|---|"]
-    for stage in ("base", "zero", "rl-dpo-sft"):
-        found = [run["stages"][stage]["sources"]["jigsaw-pair-2x1"] for run in logs.values()]
-        cells = [", ".join(f"{100 * numbers[key]:.1f}" for numbers in found) for key in ("format", "accuracy")]
-        lines.append(f"| {STAGES[stage]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def demo_tables() -> str:
-    """Accuracy and format after every stage of the demo, and the generalization factor of its cold starts."""
-    logs = read_results("demo-*.json")
-    commit = source(commits_of(logs))
-    if commit is None:
-        return unmeasured("make demo", "runs/demo")
-    runs = list(logs.values())
-    seeds = ", ".join(str(run["seed"]) for run in runs)
-    count = SEEDS.get(len(runs), f"{len(runs)} seeds")
-    range_ = ": mean (lowest–highest)" if len(runs) > 1 else ""
-    lines = [
-        f"`make demo`, {count} ({seeds}){range_}; commit `{commit}`.",
-        "Held-out pictures, replies sampled at temperature 1, percent.",
-        "",
-        "| after | format 2x1 | accuracy 2x1 | of readable answers | 3x1 | 4x1 | 2x2 |",
-        "|---|---|---|---|---|---|---|",
-    ]
-
-    def number(stage, size, key):
-        return [100 * run["stages"][stage]["sources"][f"jigsaw-pair-{size}"][key] for run in runs]
-
-    for stage, name in STAGES.items():
-        cells = [number(stage, "2x1", key) for key in ("format", "accuracy", "accuracy_read")]
-        cells += [number(stage, size, "accuracy") for size in SIZES[1:]]
-        lines.append(f"| {name} | " + " | ".join(map(spread, cells)) + " |")
-    lines += [
-        # The best constant guess: of the 12 ordered pairs of a 2x2, 2 lie straight above each other.
-        "| best constant guess | – | 50 | 50 | 50 | 50 | 16.7 |",
-        "",
-        f"Format gained over the base, percentage points, and the generalization factor of the cold starts ({count}):",
-        "",
-        "| cold start | gain, trained format | gain, five other formats | GF |",
-        "|---|---|---|---|",
-    ]
-    for stage in ("cold-dpo-sft", "cold-sft"):
-        gains = [run["stages"][stage]["gf"] for run in runs]
-        cells = [[each["gain_id"] for each in gains], [each["gain_ood"] for each in gains]]
-        # Logs may be older than the rule that a negative gain leaves the factor undefined.
-        cells.append([None if min(each["gain_id"], each["gain_ood"]) < 0 else each["gf"] for each in gains])
-        shown = [spread(values) if None not in values else "not defined" for values in cells]
-        lines.append(f"| {STAGES[stage].removeprefix('cold start ')} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+        return "No measurement with a known commit is kept yet: docs/specs_study.md says how to measure."
+    seeds = logs["study_specs.json"]["seeds"]
+    stages = {
+        "base": lambda run: run["zero"][0]["formats"],
+        "GRPO-zero": lambda run: run["zero"][-1]["formats"],
+        "cold start SFT": lambda run: run["cold"]["sft"][-1]["formats"],
+        "cold start DPO + SFT": lambda run: run["cold"]["specs"][-1]["formats"],
+        "SFT, then GRPO": lambda run: run["rl"]["sft"],
+        "DPO + SFT, then GRPO": lambda run: run["rl"]["specs"],
+    }
+    rows = []
+    for name, formats_of in stages.items():
+        formats = study.over(seeds, formats_of)
+        kept, right = ([each["trained"][key] for each in formats] for key in ("format", "accuracy"))
+        cells = [study.cell(values) for values in (kept, [study.other_formats(each) for each in formats], right)]
+        rows.append([name, *cells])
+    named = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    titles = [f"after ({named}, commit `{commit}`)", "trained format", "other formats", "accuracy, chance 50"]
+    sft, specs = ([study.last(run, name, "gf") for run in seeds.values()] for name in ("sft", "specs"))
+    told = f"Generalization factor of the cold starts: SFT {study.cell(sft)}, DPO + SFT {study.cell(specs)}."
+    return f"{study.table(titles, rows)}\n\n{told}"
 
 
 def photos_tables() -> str:
@@ -383,45 +326,11 @@ def plans_table() -> str:
 BLOCKS = {
     "headline": headline,
     "embedded": embedded_text,
-    "results": lambda: f"{demo_tables()}\n\n{photos_tables()}",
-    "demo": demo_tables,
     "photos": photos_tables,
     "speed": speed_tables,
     "worlds": worlds_table,
     "plans": plans_table,
 }
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The figure
-
-
-def draw_curves(path: Path) -> str:
-    """Format and accuracy along the three GRPO runs of the first seed, one panel each: -> what became of it."""
-    logs = read_results("demo-*.json")
-    commit = source(commits_of(logs))
-    if commit is None:
-        return f"{path.name} is left as it is: the demo's logs do not say at which commit they were measured"
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    run = next(iter(logs.values()))
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3), dpi=110, sharex=True)
-    for panel, key in zip(panels, ("format", "accuracy"), strict=True):
-        for stage in ("zero", "rl-dpo-sft", "rl-sft"):
-            rows = run["logs"][stage]
-            mean = [fmean(row[key] for row in rows[max(0, i - 4) : i + 5]) for i in range(len(rows))]
-            panel.plot([row["step"] for row in rows], mean, label=STAGES[stage])
-        panel.set(title=f"{key} of sampled replies", xlabel="GRPO step", ylim=(0, 1.02))
-        panel.grid(alpha=0.3)
-    panels[1].axhline(0.5, color="grey", lw=0.8, ls=":")
-    panels[1].legend(loc="lower right", fontsize=8)
-    figure.text(0.995, 0.01, f"seed {run['seed']}, commit {commit}", ha="right", fontsize=6, color="grey")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})
-    return f"{path.name} is drawn (commit {commit})"
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The pages
@@ -463,7 +372,6 @@ def main(argv=None) -> int:
             return int(bool(stale))
         for page in stale:
             page.write_text(texts[page])
-        print(draw_curves(RESULTS / "curves.png"))
     except Refused as reason:
         print(f"error: {reason}", file=sys.stderr)
         return 1

@@ -1,11 +1,11 @@
-"""How much memory does a run need on each GPU? Asked before anybody rents one.
+"""How much memory does a run need on each GPU, and how many hours? Asked before anybody rents one.
 
     python recipes/plan.py 7B --gpus 8
     python recipes/plan.py 72B --gpus 64 --accumulate shards --sampler vllm --vllm-tp 8
     python recipes/plan.py --command "torchrun --nproc_per_node=8 grpo.py --model Qwen/Qwen2.5-VL-7B-Instruct …"
     python recipes/plan.py --recipe recipes/one_node.sh 7B Qwen/Qwen2.5-VL-7B-Instruct data.jsonl runs/x
 
-The last two end with status 1 if something does not fit.
+The last two end with status 1 if something does not fit, and say how long each stage takes.
 
 Nothing is loaded, no GPU and no second process is needed. The real classes are built on the meta device and sharded by
 the trainers' own `training.shard` in a fake process group of that size: weights, gradients and optimizer state are
@@ -15,6 +15,10 @@ on their way) is taken at its largest, so a plan is some 10 % above what a run n
 
 Not in the plan: CUDA itself and NCCL (1-2 GiB) and fragmentation. Of the sampler's KV cache it holds the least that a
 run must have, the replies to one prompt; the sampler takes more where there is more.
+
+Hours are an estimate. Counted: the FLOPs of sampling and learning, by the formula that the trainers log (model.Cost:
+each prompt once, nothing that is computed again). Assumed: the share of the GPUs' peak that they reach, the same in all
+phases (--mfu), replies as long as --mean-reply, pictures as large as allowed. Not in them: loading, saving, scoring.
 
 Legend: a "unit" is what FSDP shards at a time (Policy.units), the "root" all weights outside them. Bytes everywhere.
 """
@@ -32,6 +36,7 @@ import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,6 +53,8 @@ from training import DEFAULT_SHARDING, Sharding, integer, real
 
 GIB = 2**30
 CUDA_GIB = 2  # CUDA itself and NCCL
+PEAK = 989.0  # TFLOP/s of bf16 by the data sheet of an H100; of an A100: 312
+MFU = (0.08, 0.23)  # what EasyR1 reports of its 3B and 7B runs on eight H100
 STAGES = ("grpo", "dpo", "distill", "eval")  # those that run a model
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,7 +106,7 @@ def published(size: str) -> tempfile.TemporaryDirectory:
     from toy.tiny_model import QWEN_MARKS, make_tokenizer, qwen_image_processor
 
     shape = SHAPES[size]
-    tokenizer = make_tokenizer(QWEN_MARKS, 0)
+    tokenizer = make_tokenizer(QWEN_MARKS, "primer", 0)
     picture, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     text = {
         "hidden_size": shape.hidden,
@@ -408,6 +415,7 @@ def parse_command(command: str) -> tuple[str, argparse.Namespace, int]:
     return stage, args, launched.nproc_per_node * launched.nnodes
 
 
+@functools.cache
 def largest_picture(folder: str, max_pixels: int) -> int:
     """The most image tokens that a picture of max_pixels takes, of shapes between 1:1 and 2:1."""
     _, encoder = model.build(folder, torch.float32, max_pixels)
@@ -428,12 +436,12 @@ def judge(
 
     models: what stands for a --model that is not there yet, such as {"runs/zero": "7B"}. A prompt is taken to be
     `words` tokens of text and a picture of --max-pixels; without that flag, of `image` tokens. reply: tokens of a
-    pair's replies, for dpo.py, which has no flag for it. A run fits if CUDA_GIB stay free. DataError as for
-    parse_command, and for a model that nobody knows.
+    pair's replies, for dpo.py, which has no flag for it. Of distill.py the policy is planned, the base where the
+    policy is behind a server. A --judge of this machine is not counted. A run fits if CUDA_GIB stay free. DataError as
+    for parse_command, and for a model that nobody knows.
     """
     stage, args, gpus = parse_command(command)
-    name = str(args.policy if stage == "distill" else args.model)
-    folder = folder_of((models or {}).get(name, name))
+    name, folder = model_of(stage, args, models)
     if args.max_pixels:
         image = largest_picture(folder, args.max_pixels)
     bf16 = args.dtype != "fp32"  # auto is bf16 on a GPU
@@ -454,6 +462,15 @@ def judge(
     explanation += f"{peaks[phase]:.1f} GiB in phase {phase} of {gpu_gib:g} less {CUDA_GIB} for CUDA; most of it: "
     explanation += "; ".join(f"{size / GIB:.1f} {what}" for what, size in largest)
     return fits, peaks[phase], explanation
+
+
+def model_of(stage: str, args: argparse.Namespace, models: dict[str, str] | None) -> tuple[str, str]:
+    """(what a stage's flags call its model, a directory to build it from). models: as for `judge`."""
+    if stage == "distill":  # a policy behind a server takes no memory here
+        name = str(args.base if args.policy_url or not args.policy else args.policy)
+    else:
+        name = str(args.model)
+    return name, folder_of((models or {}).get(name, name))
 
 
 def training_settings(stage: str, args: argparse.Namespace, gpus: int, reply: int) -> tuple[dict, str]:
@@ -481,10 +498,15 @@ def training_settings(stage: str, args: argparse.Namespace, gpus: int, reply: in
     return settings, f"{args.group} replies of {args.max_new_tokens} tokens"
 
 
+@functools.cache
+def number_of_weights(folder: str) -> int:
+    return sum(weight.numel() for weight in bare_policy(folder, torch.float32, bf16=True).parameters())
+
+
 def plan_inference(folder: str, args: argparse.Namespace, bf16: bool, prompt: int, gpu_gib: float) -> dict:
     """As `plan`, for a stage that only samples: every process holds the whole model."""
     width = 2 if bf16 else 4
-    numbers = sum(weight.numel() for weight in bare_policy(folder, torch.float32, bf16=bf16).parameters())
+    numbers = number_of_weights(folder)
     always = {"weights": width * numbers}
     if args.sampler == "vllm":
         share = args.vllm_memory * gpu_gib * GIB
@@ -492,6 +514,86 @@ def plan_inference(folder: str, args: argparse.Namespace, bf16: bool, prompt: in
         return {"always": always, "sample": {"vLLM": vllm_bytes(folder, width * numbers, 1, share, bf16, tokens)}}
     replies = cache_bytes(folder, bf16) * (prompt + args.samples * args.max_new_tokens)
     return {"always": always, "sample": {"KV cache of one prompt's replies, at least": replies}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hours
+
+
+class Lengths(NamedTuple):
+    """A prompt as model.Cost looks at it."""
+
+    ids: range
+    grids: torch.Tensor | None
+
+
+@functools.cache
+def cost_of(folder: str, freeze_vision: bool) -> model.Cost:
+    return model.Cost(bare_policy(folder, torch.float32, bf16=True, freeze_vision=freeze_vision))
+
+
+def group_of(cost: model.Cost, prompt: int, image: int, replies: int, reply: int) -> tuple[Lengths, list[range]]:
+    """A prompt of `prompt` tokens, `image` of them a nearly square picture's; its replies of `reply` tokens each."""
+    grids = None
+    if image:
+        rows = math.isqrt(image)
+        grids = cost.family.merge * torch.tensor([[0, rows, round(image / rows)]])
+        grids[0, 0] = 1
+    return Lengths(range(prompt), grids), [range(reply)] * replies
+
+
+def work(
+    command: str, *, models: dict[str, str] | None = None, words: int = 76, image: int = 324, reply: int = 512,
+    mean_reply: int = 0, records: int = 0,
+) -> float | None:  # fmt: skip
+    """FLOPs of a stage's command line, on all its GPUs together; None if they depend on a number of records not given.
+
+    models, words, image, reply: as for `judge`. mean_reply: tokens of a reply; 0: as many as are allowed. records: how
+    many a stage reads that has no --steps and no --limit.
+    """
+    stage, args, _ = parse_command(command)
+    folder = model_of(stage, args, models)[1]
+    if args.max_pixels:
+        image = largest_picture(folder, args.max_pixels)
+    cost = cost_of(folder, getattr(args, "freeze_vision", False))
+    longest = reply if stage == "dpo" else args.max_new_tokens
+    length = min(mean_reply or longest, longest)
+
+    def forward(replies):
+        return sum(cost.forward([group_of(cost, words + image, image, replies, length)]))
+
+    def learn(replies, reference=False):
+        return cost.learn([group_of(cost, words + image, image, replies, length)], reference)
+
+    if stage == "grpo":
+        one = forward(args.group) + args.updates * learn(args.group, reference=args.kl > 0)
+        return args.steps * args.prompts * one
+    if stage == "dpo":
+        pairs = args.steps * args.batch or records
+        # The reference looks at each pair once.
+        return pairs * (learn(1) if args.loss == "sft" else learn(2) + forward(2)) or None
+    questions = args.limit or records
+    runs = (args.policy is not None) + (args.reject_from == "base") if stage == "distill" else 1
+    return runs * questions * forward(args.samples) or None
+
+
+def hours_of(flops: float | None, gpus: int, peak: float, mfu: float | None) -> tuple[float, float] | None:
+    """(least, most) hours; None if the work is not known. peak: TFLOP/s of a GPU. mfu: the share of it, None: MFU."""
+    if flops is None:
+        return None
+    alone = flops / (gpus * peak * 1e12) / 3600
+    return (alone / MFU[1], alone / MFU[0]) if mfu is None else (alone / mfu, alone / mfu)
+
+
+def in_hours(hours: tuple[float, float] | None) -> str:
+    if hours is None:
+        return "hours depend on --records"
+    least, most = (f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in hours)
+    return f"{least} hours" if least == most else f"{least} to {most} hours"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
 
 
 def commands_of(recipe: str, arguments: list[str]) -> list[str]:
@@ -515,7 +617,9 @@ def commands_of(recipe: str, arguments: list[str]) -> list[str]:
     for line in lines:
         words = shlex.split(line)
         script = next((Path(word).stem for word in words if word.endswith(".py")), "")
-        if script in STAGES and "--report" not in words:  # a report runs no model
+        # a report runs no model, nor do gold answers without a rejected reply
+        without_model = "--report" in words or {"--gold", "none"} <= set(words)
+        if script in STAGES and not without_model:
             found.append(line)
     return found
 
@@ -549,7 +653,14 @@ def parse_args(argv=None):
     add("--prompt", type=integer("[1, 1e7]"), default=400, help="tokens of a prompt, image tokens included")
     add("--image", type=integer("[0, 1e7]"), default=324, help="image tokens among them")
     add("--group", type=integer("[1, 1e5]"), default=8, help="replies per prompt (2: a DPO pair)")
-    add("--reply", type=integer("[1, 1e7]"), default=512, help="tokens of a reply")
+    add("--reply", type=integer("[1, 1e7]"), default=512, help="tokens of a reply; of a pair's longest, in a recipe")
+    add("--mean-reply", type=integer("[0, 1e7]"), default=0,
+        help="for hours: tokens of a reply on the mean; 0: as many as are allowed")  # fmt: skip
+    add("--records", type=integer("[0, 1e9]"), default=0,
+        help="for hours: how many a stage reads that has no --steps and no --limit; 0: unknown")  # fmt: skip
+    add("--peak", type=real("[1, 1e6]"), default=PEAK, help="for hours: TFLOP/s of a GPU in bf16, by its data sheet")
+    add("--mfu", type=real("(0, 1]"),
+        help=f"for hours: the share of the peak that is reached (default: {MFU[0]} to {MFU[1]}, EasyR1's)")  # fmt: skip
     args = parser.parse_args(argv)
     if sum(thing is not None for thing in (args.model, args.command, args.recipe)) != 1:
         parser.error("one of a model, --command and --recipe must be given")
@@ -580,14 +691,20 @@ def print_plan(args: argparse.Namespace) -> None:
 
 def judge_all(commands: list[str], args: argparse.Namespace, models: dict[str, str]) -> bool:
     """Print the verdict on each command: -> whether all fit. What is trained is as large as what it began from."""
-    models, all_fit = dict(models), True
+    models, all_fit, known = dict(models), True, []
     for command in commands:
         fits, _, explanation = judge(command, args.gpu_gib, models=models, reply=args.reply)
         all_fit &= fits
-        print(f"{'fits' if fits else 'does NOT fit'}: {explanation}")
-        stage, flags, _ = parse_command(command)
+        stage, flags, gpus = parse_command(command)
+        lengths = {"reply": args.reply, "mean_reply": args.mean_reply, "records": args.records}
+        hours = hours_of(work(command, models=models, **lengths), gpus, args.peak, args.mfu)
+        known += [hours] if hours else []
+        print(f"{'fits' if fits else 'does NOT fit'}: {explanation}; {in_hours(hours)}")
         if stage in ("grpo", "dpo"):
             models[flags.out] = models.get(flags.model, flags.model)
+    if len(commands) > 1 and known:
+        least, most = map(sum, zip(*known, strict=True))
+        print(f"in all: {in_hours((least, most))}, of {len(known)} of {len(commands)} stages")
     return all_fit
 
 

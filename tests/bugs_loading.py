@@ -22,8 +22,29 @@ LIMITS = some("test_families", "limits_in_every_spelling_give_the_sizes_of_trans
 TOGETHER = some("test_loading", "what_one_process_cannot_load_is_refused_by_all_before_they_wait_for_each_other")
 FINITE = some("test_loading", "every_way_to_load_looks_for_nan")
 
+BROKEN = some("test_broken_pictures", "a_run_goes_on_with_the_next_record_in_the_broken_ones_place")
+SIZE = some("test_pictures", "a_size_is_known_before_any_pixel_is_decoded")
+
 # fmt: off
 BUGS = [
+    # ---- pictures that are broken behind their header
+    ("a PNG is decoded to learn its size", "pictures.py",
+     'header_only = image.format == "PNG" and', "header_only = 0 and", SIZE),
+    ("what stands behind the pixels of a PNG is overlooked", "pictures.py",
+     "if pixels and kind in", "if 0 and kind in", SIZE),
+    ("the answer of the broken record is rewarded", "grpo.py",
+     "mine = [prompt.record for prompt in prompts]", "mine = chosen", BROKEN),
+    ("the replies of the broken pair are learned", "dpo.py",
+     "encode_reply(prompt.record[name])", "encode_reply(pair[name])", BROKEN),
+    ("a resumed run tries what was broken again", "run_directory.py",
+     'self.broken = {row["where"]: row for row in kept}', "pass", some(
+         "test_broken_pictures", "a_resumed_run_knows_what_was_broken_up_to_its_checkpoint")),
+    ("what is broken is named at every step", "run_directory.py",
+     "sorted(part.keys() - self.named)", "sorted(part)", some(
+         "test_broken_pictures", "what_one_rank_found_all_ranks_know_and_it_is_named_once")),
+    ("a picture of another size is taken", "encoder.py", "!= count:\n", "!= count < 0:\n", some(
+         "test_broken_pictures", "a_picture_that_changed_its_size_is_broken")),
+
     # ---- pictures.py
     ("a picture's size is not bounded", "pictures.py", "if width * height > max_pixels:", "if False:", REFUSED),
     ("a pipe is opened like a picture", "pictures.py", "if not stat.S_ISREG(kind):", "if stat.S_ISDIR(kind):", ODD),
@@ -32,7 +53,7 @@ BUGS = [
      "    except Exception:\n        # Viewers", "    except KeyError:\n        # Viewers", SHOWN),
     ("PostScript runs a program", "pictures.py", "Image.open(path, formats=known)", "Image.open(path)", REFUSED),
 
-    # ---- model_directory.py, model.py, families.py
+    # ---- model_directory.py, model.py, encoder.py, families.py
     ("the scales of quantised weights are ignored", "model_directory.py",
      'if name.endswith(SCALES) or "quant_state" in name:', "if False:", WEIGHTS),
     ("integers are taken for weights", "model_directory.py",
@@ -55,8 +76,8 @@ BUGS = [
      "finite = torch.stack(extremes).isnan().logical_not().all(1)", WEIGHTS),
     ("a problem of another rank is not heard", "model.py", "world.gather(problem)):", "[problem]):", TOGETHER),
     ("weights that the model has not are dropped", "model.py", "    if further:\n", "    if False:\n", WEIGHTS),
-    ("a chat template may run for hours", "model.py", "    if left < 0:", "    if False:", TEMPLATES),
-    ("a chat template may hide the picture", "model.py",
+    ("a chat template may run for hours", "encoder.py", "    if left < 0:", "    if False:", TEMPLATES),
+    ("a chat template may hide the picture", "encoder.py",
      "if words not in text or shown !=", "if words not in text and shown !=", TEMPLATES),
     ("a limit inside of size is not read", "families.py",
      'size.get("longest_edge"), size.get("max_pixels"))', 'size.get("longest_edge"))', LIMITS),

@@ -2,6 +2,7 @@
 
 PUZZLES = "tests/test_puzzles.py"
 SETS = "tests/test_puzzle_sets.py"
+LAZY = "tests/test_lazy_puzzles.py"
 
 
 def some(file, *names):
@@ -28,6 +29,23 @@ BUGS = [
     ("patches are not mixed", "mixing.py", "order = shuffled(len(boxes), rng, derange=False)",
      "order = list(range(1, len(boxes) + 1))",
      some(PUZZLES, "the_asked_hole_and_the_moved_rectangle_are_equally_likely_everywhere")),
+
+    ("what the frame hides is compared", "mixing.py", "crop((x + left, y, x + w - left, y + 1))",
+     "crop((x, y, x + w, y + 1))", some(PUZZLES, "two_identical_pieces_are_enough_and_they_are_named")),
+
+    # ---- lazy_puzzles.py
+    ("a lazy puzzle has no frame", "lazy_puzzles.py", 'if "mask_ratio" in puzzle:', "if False:",
+     some(LAZY, "a_lazy_puzzle_shows_the_pixels_that_would_have_been_saved")),
+    ("a lazy puzzle is always shrunk sharply", "lazy_puzzles.py", 'puzzle.get("resample", "lanczos"))', '"lanczos")',
+     some(LAZY, "a_lazy_puzzle_shows_the_pixels_that_would_have_been_saved")),
+    ("boxes may lie below the photograph", "lazy_puzzles.py",
+     "x2 > trimmed[0] or y2 > trimmed[1] for", "x2 > trimmed[0] for",
+     some(LAZY, "a_picture_that_does_not_fit_its_puzzle_is_named_before_anything_is_decoded")),
+    ("all puzzles of a photograph are one to the encoder", "encoder.py", "key = shown.whole",
+     'key = shown._replace(puzzle="", number=0)',
+     some(LAZY, "puzzles_of_one_photograph_are_told_apart_and_each_is_made_once_and_ahead")),
+    ("a piece may come twice", "lazy_puzzles.py", "if not sound or len(set(order)) < n:", "if not sound:",
+     some(LAZY, "a_puzzle_that_cannot_be_made_is_named_with_file_line_and_cause")),
 
     # ---- questions.py
     ("the inverse is not inverted", "questions.py", "mixed.order.index(original) + 1 for original in positions",

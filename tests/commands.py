@@ -21,8 +21,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+import model
 import run_directory
 import training
+from toy.tiny_model import make_tiny
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks torch for one
 
@@ -193,6 +195,19 @@ def distance(one, other):
     """Largest difference between two sets of weights."""
     assert one.keys() == other.keys()
     return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def parrot(folder, said, records, updates=8):
+    """Make a tiny model directory that says `said` to records like these, and to most others."""
+    world = training.World(rank=0, size=1, device=torch.device("cpu"))
+    make_tiny(folder)
+    policy, encoder = model.load(str(folder), world, train=True)
+    optimizer = training.adamw(policy, 1e-2)
+    groups = [(prompt, [encoder.encode_reply(said)]) for prompt in encoder.prompts(records)]
+    for _ in range(updates):
+        (-model.log_probs(policy, groups)[0].sum()).backward()
+        training.update(policy, optimizer, 1e-2, 1.0)
+    run_directory.save_model(policy, encoder, folder, world)
 
 
 def write(path, records):

@@ -10,10 +10,12 @@ import signal
 import flash
 import pytest
 import torch
+from server import KEY, Server
 
 import jigsaw
 import model
 import training
+from endpoint import Endpoint
 from records import read_records, write_jsonl
 from toy.scenes import scene
 from toy.tiny_model import make_tiny
@@ -42,6 +44,22 @@ def signals_as_before():
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(answer, …) -> (server, its endpoint with pauses of milliseconds)."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    servers = []
+
+    def start(answer, model="m", **options):
+        servers.append(Server(answer))
+        return servers[-1], Endpoint(servers[-1].url, model, **{"pause": 0.001, "timeout": 5.0} | options)
+
+    yield start
+    for server in servers:
+        server.close()
 
 
 @pytest.fixture(scope="session")

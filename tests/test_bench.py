@@ -16,10 +16,10 @@ import versus
 
 
 def test_a_table_names_the_one_clean_commit_of_its_logs():
-    assert readme.source({"demo-0.json": "abc", "demo-1.json": "abc"}) == "abc"
+    assert readme.source({"one.json": "abc", "two.json": "abc"}) == "abc"
 
 
-@pytest.mark.parametrize("logs", [{}, {"demo-0.json": None}, {"demo-0.json": "abc", "demo-1.json": None}])
+@pytest.mark.parametrize("logs", [{}, {"one.json": None}, {"one.json": "abc", "two.json": None}])
 def test_a_log_that_does_not_say_its_commit_is_not_shown(logs):
     assert readme.source(logs) is None
 
@@ -27,8 +27,8 @@ def test_a_log_that_does_not_say_its_commit_is_not_shown(logs):
 @pytest.mark.parametrize(
     "logs, why",
     [
-        ({"demo-0.json": "abc", "demo-1.json": "def"}, r"several commits: demo-0.json \(abc\), demo-1.json \(def\)"),
-        ({"demo-0.json": "abc+"}, r"files changed since the commit: demo-0.json \(abc\+\)"),
+        ({"one.json": "abc", "two.json": "def"}, r"several commits: one.json \(abc\), two.json \(def\)"),
+        ({"one.json": "abc+"}, r"files changed since the commit: one.json \(abc\+\)"),
     ],
 )
 def test_logs_of_several_commits_or_of_a_changed_tree_are_refused_by_name(logs, why):
@@ -92,8 +92,43 @@ def test_a_marker_that_nobody_builds_is_refused(pages, capsys):
 
 def test_a_run_that_does_not_say_its_commit_is_not_taken_over(pages, capsys):
     folder, _ = pages
-    assert readme.main(["--collect", str(folder / "runs/demo")]) == 1
+    (folder / "run/photos").mkdir(parents=True)
+    assert readme.main(["--collect", str(folder / "run")]) == 1
     assert "no file says at which commit" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_kind_is_not_taken_over(pages, capsys):
+    folder, _ = pages
+    assert readme.main(["--collect", str(folder / "runs/demo")]) == 1
+    assert "runs/demo: neither a run of grpo.py nor one of recipes/photos.sh" in capsys.readouterr().err
+    assert list((folder / "results").iterdir()) == []
+
+
+def test_the_front_page_shows_means_over_the_seeds_of_the_study(pages):
+    folder, _ = pages
+
+    def formats(kept, accuracy):
+        other = {"seen": {"format": kept - 20, "accuracy": 1}, "unseen": {"format": kept - 40, "accuracy": 2}}
+        return {"trained": {"format": kept, "accuracy": accuracy}} | other
+
+    def seed(more):
+        curves = {name: [{"formats": formats(41, 21)}, {"formats": formats(end + more, 50), "gf": end}]
+                  for name, end in (("zero", 90), ("sft", 92), ("specs", 86))}  # fmt: skip
+        rl = {"sft": formats(95, 96), "specs": formats(97, 98 + more)}
+        return {"zero": curves["zero"], "cold": curves, "rl": rl}
+
+    study = {"commit": "0123456789ab", "seeds": {"0": seed(0), "4": seed(1)}}
+    (folder / "results/study_specs.json").write_text(json.dumps(study))
+    rows = dict(line.strip("| ").split(" | ", 1) for line in readme.headline().splitlines() if line.startswith("| "))
+    assert rows["after (2 seeds, commit `0123456789ab`)"] == "trained format | other formats | accuracy, chance 50"
+    assert rows["base"] == "41.0 (41.0 … 41.0) | 11.0 (11.0 … 11.0) | 21.0 (21.0 … 21.0)"
+    assert rows["GRPO-zero"] == "90.5 (90.0 … 91.0) | 60.5 (60.0 … 61.0) | 50.0 (50.0 … 50.0)"
+    assert rows["cold start DPO + SFT"].startswith("86.5 (86.0 … 87.0)")
+    assert rows["DPO + SFT, then GRPO"] == "97.0 (97.0 … 97.0) | 67.0 (67.0 … 67.0) | 98.5 (98.0 … 99.0)"
+    assert "SFT 92.0 (92.0 … 92.0), DPO + SFT 86.0" in readme.headline()
+    (folder / "results/study_specs.json").write_text(json.dumps(study | {"commit": "0123456789ab+"}))
+    with pytest.raises(readme.Refused, match="study_specs.json"):
+        readme.headline()
 
 
 def test_every_row_of_the_speed_table_names_its_commit():

@@ -176,6 +176,8 @@ def test_the_account_says_who_was_dropped_why_and_how_the_pairs_look():
     assert (told["questions"], told["pairs"], told["corruptions"]) == (4, 1, {"malformed already": 1})
     assert told["dropped"] == {"policy never right": ["b", "d"], "base never right": ["c"]}
     assert told["chosen_characters"] == {"least": len(GOOD), "mean": len(GOOD), "most": len(GOOD)}
+    # 16 for <think> and </answer>, 10 for what becomes ".\nA" before "nswer", 2 for ": " behind it
+    assert told["edit_distance"] == 28
     assert told["overlap"] == 0.0 and distill.overlap({1, 2, 3}, {2, 3, 4}) == 0.5
 
 
@@ -192,6 +194,43 @@ def test_coupled_pairs_may_differ_in_correctness():
 def test_the_chosen_reply_itself_can_be_corrupted():
     pair, _ = pair_of([GOOD], [], reject_from="chosen")
     assert pair["rejected"] == distill.corrupt(GOOD, pair["corruption"])
+
+
+def test_without_a_rejected_reply_the_base_is_not_asked():
+    pair, why = pair_of([WRONG, TWISTED, GOOD], [], reject_from="none")
+    assert why is None and pair == {**RECORD, "chosen": GOOD}
+    assert pair_of([WRONG, LOOSE], [], reject_from="none") == (None, "policy never right")
+    told = distill.account([{"id": "a"}, {"id": "b"}], [(pair, None), (None, "policy never right")])
+    assert told["chosen_characters"]["most"] == len(GOOD) and told["dropped"] == {"policy never right": ["b"]}
+    assert (told["pairs"], told["corruptions"]) == (1, {}) and not {"overlap", "rejected_characters"} & set(told)
+    assert distill.summary([(pair, None)]).split("\n") == ["1 questions", "      1  100.0 %  gave a pair"]
+
+
+GOLDS = [  # answer type, gold, what its reply says
+    ("letter", "B", "B"),
+    ("digit", 12, "12"),
+    ("grid", [2, 1, 4, 3], "2 1 4 3"),
+    ("box", [10, 20.5, 30.123456789012, 44], "10, 20.5, 30.12, 44"),
+    ("point", [10, 20, 21, 60], "15.5, 40.0"),
+    ("math", r"\frac{1}{2}", r"\frac{1}{2}"),
+    ("text", ["two dogs", "2 dogs"], "two dogs"),
+]
+
+
+@pytest.mark.parametrize("kind, gold, said", GOLDS)
+@pytest.mark.parametrize("form", ["bare", "boxed"])
+def test_a_gold_reply_is_the_gold_in_the_records_format_and_earns_the_whole_reward(kind, gold, said, form):
+    record = {"answer_type": kind, "answer": gold, "think": False, "reply_format": form, "rows": 2, "cols": 2}
+    reply = distill.gold_reply(record)
+    assert reply == (said if form == "bare" else rf"\boxed{{{said}}}")
+    assert rewards.score(reply, record)["reward"] > 1.49
+    assert pair_of([reply], [], record, reject_from="none")[0]["chosen"] == reply
+
+
+@pytest.mark.parametrize("form", ["think", "tags", "json", "line"])
+def test_a_format_with_a_reason_has_no_gold_reply(form):
+    with pytest.raises(ValueError, match=f"--gold: the reply format {form} asks for a reason"):
+        distill.gold_reply({**RECORD, "reply_format": form})
 
 
 def test_a_grid_must_be_wholly_right_and_a_box_half():
@@ -369,6 +408,42 @@ def test_rejected_can_come_from_chosen_without_a_base(place):
         assert pair["rejected_from"] == str(place / "parrot")
 
 
+def without(given, *names):
+    """A command line without these flags and their values."""
+    for name in names:
+        place = given.index(name)
+        given = given[:place] + given[place + 2 :]
+    return given
+
+
+def test_for_sft_the_models_own_right_replies_are_kept_and_nothing_is_rejected(place):
+    given = flags(place, out=place / "own.jsonl", **{"reject-from": "none"})
+    distill.main(without(given, "--base"))
+    pairs = lines_of(place / "own.jsonl")
+    right = [record["id"] for record in lines_of(place / "records.jsonl") if record["answer"] == "B"]
+    assert [pair["id"] for pair in pairs] == right
+    for pair in pairs:
+        assert (pair["chosen"], pair["chosen_from"]) == (SAID, str(place / "parrot"))
+        assert not {"rejected", "rejected_from", "corruption"} & set(pair)
+
+
+def test_for_sft_the_gold_answers_are_written_without_a_model(place, monkeypatch):
+    monkeypatch.setattr(model, "load", None)
+    rows = [{**row, "think": False} for row in lines_of(place / "records.jsonl")]
+    write_jsonl(place / "bare.jsonl", rows)
+    given = without(flags(place, data=place / "bare.jsonl", out=place / "gold.jsonl"), "--policy", "--base")
+    given += ["--gold", "--reject-from", "none"]
+    distill.main(given)
+    pairs = lines_of(place / "gold.jsonl")
+    assert [(pair["id"], pair["chosen"]) for pair in pairs] == [(row["id"], row["answer"]) for row in rows]
+    assert {pair["chosen_from"] for pair in pairs} == {"gold"} and "rejected" not in pairs[0]
+    read_records(place / "gold.jsonl", rewards.check_gold, ("chosen",))  # as dpo.py --loss sft reads it
+    assert not (place / "gold.jsonl.partial").exists()
+    distill.main([*given, "--resume"])  # a finished file is known again
+    with pytest.raises(DataError, match=r"records\.jsonl:1: --gold: the reply format think asks for a reason"):
+        distill.main([*given, "--data", str(place / "records.jsonl")])
+
+
 def test_an_untrained_model_gives_no_pairs_and_the_account_says_why(place, capsys):
     with pytest.raises(DataError, match="no pairs: none of the 3 questions"):
         distill.main(flags(place, policy=place / "tiny", out=place / "none.jsonl", limit=3))
@@ -446,7 +521,17 @@ def test_a_flag_out_of_range_is_exit_status_two(more, capsys):
 
 def test_the_base_is_needed_unless_the_chosen_reply_is_corrupted():
     given = ["--policy", "p", "--data", "d", "--out", "o"]
-    for rest in ([], ["--reject-from", "chosen", "--coupled"]):
+    for rest in ([], ["--reject-from", "chosen", "--coupled"], ["--reject-from", "none", "--coupled"]):
         with pytest.raises(SystemExit):
             distill.parse_args(given + rest)
     assert distill.parse_args([*given, "--reject-from", "chosen"]).base is None
+    assert distill.parse_args([*given, "--reject-from", "none"]).base is None
+
+
+def test_the_chosen_replies_come_from_a_policy_or_from_the_gold_and_not_from_both(capsys):
+    given = ["--data", "d", "--out", "o", "--reject-from", "none"]
+    for rest in ([], ["--policy", "p", "--gold"]):
+        with pytest.raises(SystemExit):
+            distill.parse_args(given + rest)
+        assert "one of --policy and --gold" in capsys.readouterr().err
+    assert distill.parse_args([*given, "--gold"]).policy is None

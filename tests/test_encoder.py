@@ -12,6 +12,7 @@ from groups import every_family
 from PIL import Image
 
 import model
+from lazy_puzzles import Shown
 from pictures import open_picture
 from records import DataError
 
@@ -77,7 +78,7 @@ def test_pixels_are_those_that_the_processor_makes_when_it_resizes_itself(limite
     limits = {"shortest_edge": limited.family.min_pixels, "longest_edge": 40_000}
     assert len(gallery) == 10
     for name, path in gallery.items():
-        pixels, grid = limited.picture(path)
+        pixels, grid = limited.picture(Shown(path))
         # Of what a person sees: under transparency the processor alone would show the colour that nobody sees.
         images = [open_picture(path)]
         expected = limited.family.processor(images=images, do_resize=True, size=limits, return_tensors="pt")
@@ -108,15 +109,19 @@ def test_a_picture_that_vanished_is_named(models, tmp_path):
 
 def test_a_picture_is_encoded_once_and_then_kept(models, gallery):
     _, encoder = models["qwen2_5_vl"]
-    first, again = encoder.picture(gallery["large"]), encoder.picture(gallery["large"])
+    first, again = encoder.picture(Shown(gallery["large"])), encoder.picture(Shown(gallery["large"]))
     assert first[0] is again[0] and first[1] is again[1]
 
 
 def test_a_full_cache_forgets_the_oldest_picture_and_encodes_it_again(models, tiny_dirs, gallery):
     policy, _ = models["qwen2_5_vl"]
     parts = tiny_dirs["qwen2_5_vl"], policy.family, policy.hf
-    names = [gallery[name] for name in ("rgb", "grey", "photo")]
-    sizes = [model.Encoder(*parts).picture(name)[0].nbytes for name in names]
+    names = [Shown(gallery[name]) for name in ("rgb", "grey", "photo")]
+    sizes = []
+    for name in names:
+        fresh = model.Encoder(*parts)
+        (image,) = fresh.images([name])
+        sizes.append(fresh.picture(name)[0].nbytes + len(image.tobytes()))
     encoder = model.Encoder(*parts, cache_bytes=sum(sizes) - 1)
     first, second, third = (encoder.picture(name) for name in names)
     assert list(encoder._pictures) == names[1:], "the third pushed the first out"
@@ -124,17 +129,18 @@ def test_a_full_cache_forgets_the_oldest_picture_and_encodes_it_again(models, ti
     again = encoder.picture(names[0])
     assert again[0] is not first[0] and torch.equal(again[0], first[0])
     assert names[1] in encoder._pictures and names[2] not in encoder._pictures, "the one not used for longest goes"
-    held = [future.result() for future in encoder._pictures.values()]
-    assert encoder._bytes_left == sum(sizes) - 1 - sum(entry[0].nbytes for entry in held)
+    held = sum(size for name, size in zip(names, sizes, strict=True) if name in encoder._pictures)
+    assert encoder._bytes_left == sum(sizes) - 1 - held
 
 
 def test_pictures_asked_for_ahead_are_encoded_once_and_are_the_same(models, tiny_dirs, gallery, monkeypatch):
     policy, _ = models["qwen2_5_vl"]
-    names = [gallery[name] for name in ("rgb", "grey", "photo")]
+    paths = [gallery[name] for name in ("rgb", "grey", "photo")]
+    names = [Shown(path) for path in paths]
     encoder, plain = (model.Encoder(tiny_dirs["qwen2_5_vl"], policy.family, policy.hf) for _ in range(2))
     encoded, encode = [], encoder._encode
-    monkeypatch.setattr(encoder, "_encode", lambda path: encoded.append(path) or encode(path))
-    encoder.prefetch([{"images": names[:2]}, {"images": names}, {"images": []}])
+    monkeypatch.setattr(encoder, "_encode", lambda key: encoded.append(key) or encode(key))
+    encoder.prefetch([question("?", *paths[:2]), question("?", *paths), question("?")])
     for name in names:
         for found, expected in zip(encoder.picture(name), plain.picture(name), strict=True):
             assert torch.equal(found, expected)
@@ -161,7 +167,7 @@ def test_a_prompt_holds_one_token_for_every_merged_square_of_its_pictures(models
 def test_pictures_lie_in_a_prompt_in_the_order_of_the_record(models, gallery, family):
     _, encoder = models[family]
     prompt = encoder.prompt(question("One <image> and <image>, two.", gallery["rgb"], gallery["exact"]))
-    (first, first_grid), (second, second_grid) = (encoder.picture(gallery[name]) for name in ("rgb", "exact"))
+    (first, first_grid), (second, second_grid) = (encoder.picture(Shown(gallery[name])) for name in ("rgb", "exact"))
     assert torch.equal(prompt.pixels, torch.cat([first, second]))
     assert prompt.grids.tolist() == [first_grid.tolist(), second_grid.tolist()]
 

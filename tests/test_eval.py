@@ -24,7 +24,8 @@ def row(source="s", accuracy=(1.0,), form=(1.0,), length=(10,), **more):
     """A scored row; parsed and finished follow the format unless given."""
     base = {"id": "r", "source": source, "role": "data", "file": "f", "accuracy": list(accuracy), "format": list(form)}
     base["reward"] = [a + 0.5 * f for a, f in zip(accuracy, form, strict=True)]
-    return base | {"length": list(length), "parsed": [f == 1 for f in form], "finished": [True] * len(form)} | more
+    base |= {"length": list(length), "parsed": [f == 1 for f in form], "finished": [True] * len(form), "distinct": 1}
+    return base | more
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_ids_and_pixels_are_those_of_transformers_own_processor(tiny_dirs, galle
     for record in gallery:
         prompt = encoder.prompt(record)
         # Qwen: in the size that every engine gets, which keeps long strips below the largest area.
-        images = encoder.images(record["images"])
+        images = encoder.images(prompt.images)
         expected = own(images=images, text=[encoder.chat(record)], return_tensors="pt")
         assert torch.equal(prompt.ids, expected["input_ids"][0]), record["id"]
         torch.testing.assert_close(prompt.pixels, expected["pixel_values"], **EXACT)

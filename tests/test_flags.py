@@ -18,8 +18,8 @@ import training
 
 sys.path.append(str(ROOT / "recipes"))  # plan.py
 
-STAGES = ("grpo", "dpo", "distill", "eval", "jigsaw", "report", "toy.primer", "toy.tiny_model")
-STAGES += ("toy.downstream", "plan")
+STAGES = ("grpo", "dpo", "distill", "eval", "jigsaw", "importers", "report", "toy.primer", "toy.tiny_model")
+STAGES += ("toy.downstream", "toy.formats", "plan")
 # A command line that parses, to which a flag is added.
 NEEDED = {
     "grpo": ["--model", "m", "--data", "d", "--out", "o"],
@@ -27,9 +27,11 @@ NEEDED = {
     "distill": ["--policy", "p", "--base", "b", "--data", "d", "--out", "o"],
     "eval": ["--model", "m", "--id", "d", "--ood", "e", "--baseline", "b", "--out", "o"],
     "jigsaw": ["--scenes", "4", "--count", "4", "--out", "o"],
+    "importers": ["--set", "orsta", "--data", "d", "--out", "o"],
     "report": ["--runs", "r", "--out", "o"],
     "toy.primer": ["--scenes", "4", "--count", "4", "--out", "o"],
     "toy.tiny_model": ["o"],
+    "toy.formats": ["words", "--count", "4", "--out", "o"],
     "toy.downstream": ["--count", "4", "--split", "test", "--out", "o"],
     "plan": ["7B"],
 }

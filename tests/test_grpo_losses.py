@@ -26,6 +26,7 @@ from test_losses import (
 
 import grpo
 import model
+import rollouts
 import sampler
 import training
 from records import epoch_order, read_records
@@ -62,6 +63,100 @@ def test_leave_one_out_gives_equal_rewards_and_groups_of_one_exactly_nothing(sca
 def test_another_baseline_is_refused():
     with pytest.raises(ValueError, match="median"):
         grpo.group_advantages(f64(REWARDS), baseline="median")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights of groups: how much a group can teach
+
+
+def test_a_group_counts_most_when_half_of_it_is_right_and_nothing_when_all_or_none_is():
+    accuracy = f64([[1, 0, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0.75, 0.25, 0.5, 0.75]])
+    # 4 * 1/2 * 1/2, 4 * 1/4 * 3/4, 0, 0, 4 * 9/16 * 7/16
+    close(grpo.group_weights(accuracy), [1.0, 0.75, 0.0, 0.0, 0.984375])
+    # times the roots of the dispersions: 1/2, 1, 1, 0, 4/5
+    dispersion = f64([0.25, 1.0, 1.0, 0.0, 0.64])
+    close(grpo.group_weights(accuracy, dispersion), [0.5, 0.75, 0.0, 0.0, 0.7875])
+
+
+@pytest.mark.parametrize(
+    ("answers", "options", "dispersion"),
+    [
+        ("AABB", 2, 1.0),
+        ("AAAA", 2, 0.0),
+        # -(3/4 ln 3/4 + 1/4 ln 1/4) / ln 2, and / ln 4
+        ("ABBB", 2, 0.8112781245),
+        ("ABBB", 4, 0.4056390622),
+        # of the paper's example: one right answer, the others alike or spread over 6 options
+        ("ABBBBBBB", 6, 0.2102794308),
+        ("ABBCCDEF", 6, 0.9671320181),
+        # an unreadable reply is one more answer, and nothing is above 1
+        (["A", None, None, None], 2, 0.8112781245),
+        (["A", "B", None, None], 2, 1.0),
+        # open answers: (distinct - 1) / (G - 1)
+        ([[1, 2], [2, 1], [1, 2], [1, 2]], 0, 1 / 3),
+        ([[1, 2], [2, 1], None, [1]], 0, 1.0),
+        (["4", "4", "5"], 0, 0.5),
+        (["4"], 0, 0.0),
+        ("AAB", 1, 0.5),  # a single option has no entropy to divide by
+    ],
+)
+def test_the_dispersion_of_answers_is_their_entropy_or_how_many_differ(answers, options, dispersion):
+    assert grpo.answer_dispersion(list(answers), options) == pytest.approx(dispersion, abs=1e-9)
+
+
+def group_of(rewards, accuracies, answers, options):
+    scores = [
+        {"reward": reward, "accuracy": accuracy, "answer": answer}
+        for reward, accuracy, answer in zip(rewards, accuracies, answers, strict=True)
+    ]
+    return rollouts.Rollout({"options": options} if options else {}, (), [], [], scores)
+
+
+def test_the_signal_of_a_group_is_its_weight_where_rewards_differ_within_the_bounds():
+    batch = [
+        group_of([1.5, 0.5], [1, 0], "AB", ["x", "y"]),
+        group_of([1.5, 1.5], [1, 1], "AA", ["x", "y"]),
+        group_of([0.5, 0.0], [0, 0], ["B", None], ["x", "y"]),  # they differ in their format only
+        group_of([0.9, 0.1], [0.9, 0.1], [[1, 2], [2, 1]], None),
+    ]
+    close(grpo.signal_of(batch, 0.0, 1.0, "none"), [1.0, 0.0, 1.0, 1.0])
+    close(grpo.signal_of(batch, 0.5, 1.0, "none"), [1.0, 0.0, 0.0, 1.0])
+    close(grpo.signal_of(batch, 0.0, 1.0, "difficulty"), [1.0, 0.0, 0.0, 1.0])
+    collapsed = group_of([0.9, 0.8, 0.1, 0.1], [0.9, 0.8, 0.1, 0.1], "AABB", list("xyzw"))
+    # d = 0.475; the entropy is ln 2 of ln 4
+    close(grpo.signal_of([collapsed], 0.0, 1.0, "dispersion"), [4 * 0.475 * 0.525 * math.sqrt(0.5)])
+    # a rank that has no slot to fill weighs no groups
+    assert grpo.weights_of([], "dispersion").tolist() == []
+
+
+def test_advantages_are_multiplied_by_the_weight_of_their_group(material, tmp_path, monkeypatch):
+    scored, advantages, score_replies, loss = [], [], grpo.score_replies, grpo.grpo_loss
+
+    def watched_score(encoder, records, *args):
+        texts, scores = score_replies(encoder, records, *args)
+        scored.extend(zip(records, scores, strict=True))
+        return texts, scores
+
+    def watched_loss(logp, old, ref, advantage, *args, **options):
+        advantages.extend(advantage.view(-1, 6).tolist())
+        return loss(logp, old, ref, advantage, *args, **options)
+
+    monkeypatch.setattr(grpo, "score_replies", watched_score)
+    monkeypatch.setattr(grpo, "grpo_loss", watched_loss)
+    # the KL keeps every group in the loss
+    call("grpo", **material.grpo(out=tmp_path, steps=1, group=6, kl=0.1, group_weights="dispersion"))
+    accuracy = f64([[score["accuracy"] for score in scores] for _, scores in scored])
+    spread = [
+        grpo.answer_dispersion([score["answer"] for score in scores], len(record.get("options", [])))
+        for record, scores in scored
+    ]
+    weights = grpo.group_weights(accuracy, f64(spread))
+    rewards = torch.tensor([[score["reward"] for score in scores] for _, scores in scored])
+    expected = grpo.group_advantages(rewards) * weights[:, None].float()
+    # micro-batches have the groups in another order
+    torch.testing.assert_close(torch.tensor(sorted(advantages)), torch.tensor(sorted(expected.tolist())))
+    assert ((0 < weights) & (weights < 1)).any()
+    assert rows(tmp_path)[0]["group_weight"] == pytest.approx(weights.mean().item())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,7 +453,9 @@ def test_a_step_of_truncated_replies_only_changes_nothing(material, tmp_path):
 @pytest.mark.parametrize(
     "bad",
     [["--overlong-buffer", "9", "--max-new-tokens", "8"], ["--accuracy-low", "0.6", "--accuracy-high", "0.5"],
-            ["--max-refill", "1", "--one-step-off-policy", "--sampler", "vllm"]],
+            ["--max-refill", "1", "--one-step-off-policy", "--sampler", "vllm"],
+            ["--prompt-weights", "difficulty", "--one-step-off-policy", "--sampler", "vllm"],
+            ["--replay-filter", "--top-k=5", "--one-step-off-policy", "--sampler", "vllm"]],
 )  # fmt: skip
 def test_bounds_that_contradict_each_other_are_refused(capsys, bad):
     with pytest.raises(SystemExit) as stop:
@@ -425,14 +522,16 @@ def test_refilling_ends_when_it_was_tried_often_enough(material, tmp_path, monke
     assert [(row["prompts_sampled"], row["grad_norm"]) for row in rows(tmp_path / "run")] == [(12, 0), (12, 0)]
 
 
-def test_a_resumed_run_goes_on_in_the_stream_where_refilling_had_left_it(material, tmp_path):
-    settings = material.grpo(data=half_useless(material, tmp_path), max_refill=3, group=6)
+def test_a_resumed_run_goes_on_in_the_stream_where_refilling_and_weights_had_left_it(material, tmp_path):
+    settings = material.grpo(data=half_useless(material, tmp_path), max_refill=3, group=6, prompt_weights="dispersion")
     call("grpo", **settings | {"out": tmp_path / "whole", "steps": 4})
     call("grpo", **settings | {"out": tmp_path / "halves", "steps": 2})
     call("grpo", **settings | {"out": tmp_path / "halves", "steps": 4, "resume": True})
     assert timeless(tmp_path / "halves") == timeless(tmp_path / "whole")
     assert distance(weights(tmp_path / "halves"), weights(tmp_path / "whole")) == 0
-    assert sum(row["prompts_sampled"] for row in rows(tmp_path / "whole")[:2]) > 8
+    log = rows(tmp_path / "whole")
+    assert sum(row["prompts_sampled"] for row in log[:2]) > 8
+    assert sum(row["prompts_passed_over"] for row in log[2:]) > 0  # by weights that stood in the checkpoint
 
 
 def test_groups_outside_the_accuracy_interval_make_room_too(material, tmp_path, monkeypatch):
@@ -441,10 +540,31 @@ def test_groups_outside_the_accuracy_interval_make_room_too(material, tmp_path, 
     assert [len(ids) for ids in asked.ids] == [4, 4]  # no mean of four accuracies lies there
 
 
+def test_the_pictures_of_the_next_round_are_decoded_while_replies_are_sampled(material, tmp_path, monkeypatch):
+    asked, fetched, ahead, prefetch = Asked(monkeypatch), [], [], model.Encoder.prefetch
+    sample = sampler.sample
+
+    def watched_prefetch(encoder, records):
+        fetched.append([record["id"] for record in records])
+        return prefetch(encoder, records)
+
+    def watched_sample(*args, **options):
+        ahead.append(fetched[-1])  # what is under way by now
+        return sample(*args, **options)
+
+    monkeypatch.setattr(model.Encoder, "prefetch", watched_prefetch)
+    monkeypatch.setattr(sampler, "sample", watched_sample)
+    settings = material.grpo(data=half_useless(material, tmp_path), steps=3, group=6, lr=1e-5, max_refill=8)
+    call("grpo", **settings | {"out": tmp_path / "run"})
+    assert len(asked.ids) == len(ahead) > 4
+    for early, late in zip(ahead, asked.ids[1:], strict=False):
+        assert early[: len(late)] == late  # a further round of the step, or the first of the next
+
+
 def test_two_processes_refill_and_evaluate_as_one_does(material, tmp_path):
     refill = material.grpo(
         data=half_useless(material, tmp_path), max_refill=3, group=6, lr=1e-5, mask_truncated=True, normalizer="token",
-        max_new_tokens=4,
+        max_new_tokens=4, prompt_weights="difficulty", group_weights="dispersion", top_k=20, replay_filter=True,
     )  # fmt: skip
     held_out = material.dpo(
         eval_data=material.pair_data, eval_every=2, lr=1e-5, quality_weight=0.5, reward_shift="mean", sft_mean="replies"
@@ -465,6 +585,58 @@ def test_two_processes_refill_and_evaluate_as_one_does(material, tmp_path):
         assert distance(weights(tmp_path / f"{stage}-1"), weights(tmp_path / f"{stage}-2")) < 1e-5
     assert max(row["prompts_sampled"] for row in rows(tmp_path / "grpo-2")) > 4
     assert "eval_margin" in rows(tmp_path / "dpo-2")[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts that have taught little are asked less often
+
+
+def test_prompts_that_teach_nothing_are_passed_over_in_most_epochs(material, tmp_path, monkeypatch):
+    data, asked = half_useless(material, tmp_path), Asked(monkeypatch)
+    settings = material.grpo(data=data, steps=10, group=6, lr=1e-6, max_new_tokens=4)
+    call("grpo", **settings | {"out": tmp_path / "weighed", "prompt_weights": "difficulty"})
+    log, ids = rows(tmp_path / "weighed"), sum(asked.ids, [])
+    useless = [name in ("q1", "q3", "q5", "q7") for name in ids]
+    # each of the four once in the first epoch, then in a tenth of the epochs
+    assert sum(useless[:8]) == 4 and sum(useless[8:]) < 6 and len(ids) == 40
+    assert sum(row["useful_groups"] for row in log[2:]) / 8 > 1.3 * sum(row["useful_groups"] for row in log[:2]) / 2
+    assert log[0]["prompts_passed_over"] == 0 and sum(row["prompts_passed_over"] for row in log[2:]) > 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sampler's filters in the trainer's log-probs
+
+
+def test_with_replayed_filters_ratio_and_importance_weights_are_1_at_the_first_update(material, tmp_path, monkeypatch):
+    seen, loss = [], grpo.grpo_loss
+
+    def watched(logp, old, ref, advantage, mask, weight, *, correction, **options):
+        seen.append(((logp.detach() - old)[mask], correction[mask], (ref - logp.detach())[mask]))
+        return loss(logp, old, ref, advantage, mask, weight, correction=correction, **options)
+
+    monkeypatch.setattr(grpo, "grpo_loss", watched)
+    settings = {"steps": 2, "updates": 2, "top_k": 6, "top_p": 0.9, "kl": 0.1, "temperature": 0.8}
+    call("grpo", **material.grpo(out=tmp_path / "replayed", replay_filter=True, **settings))
+    first, second = seen[:2]
+    assert (first[0] == 0).all() and (first[1] - 1).abs().max() < 1e-4
+    assert (first[2] == 0).all()  # the reference, which is the policy still, chooses among the same tokens
+    assert second[0].abs().max() > 1e-3 and torch.equal(second[1], first[1])
+    log = rows(tmp_path / "replayed")
+    assert all(row["sampler_gap"] < 1e-4 and row["importance_capped"] == 0 for row in log)
+
+    call("grpo", **material.grpo(out=tmp_path / "plain", **settings))
+    plain = rows(tmp_path / "plain")
+    assert plain[0]["reward"] == log[0]["reward"]  # the same replies; both log-probs are before the filters
+    assert plain[0]["sampler_gap"] < 1e-4 and plain[0]["entropy"] > log[0]["entropy"]
+    assert distance(weights(tmp_path / "plain"), weights(tmp_path / "replayed")) > 1e-4
+
+
+def test_without_a_filter_there_is_nothing_to_replay(capsys):
+    with pytest.raises(SystemExit):
+        grpo.parse_args(["--model", "m", "--data", "d", "--out", "o", "--replay-filter"])
+    assert "--replay-filter needs --top-k or --top-p" in capsys.readouterr().err
+    for taken in (["--top-k", "5"], ["--top-p", "0.9"]):
+        assert grpo.parse_args(["--model", "m", "--data", "d", "--out", "o", "--replay-filter", *taken]).replay_filter
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,10 +19,12 @@ from PIL import Image
 
 import files
 import jigsaw
+import lazy_puzzles
 import mixing
 import picture_files
 import pictures
 import questions
+import replies
 import rewards
 from toy.primer import render
 from toy.scenes import scene
@@ -421,7 +423,7 @@ def test_bad_input_ends_with_status_2_and_one_line_that_names_the_cause(tmp_path
 def test_puzzles_from_a_folder_need_nothing_of_the_project_but_how_it_opens_pictures(tmp_path):
     photographs(tmp_path / "in", [(1, 2, 3)])
     (tmp_path / "alone").mkdir()
-    for file in (jigsaw, mixing, questions, picture_files, pictures, files):
+    for file in (jigsaw, lazy_puzzles, mixing, questions, replies, picture_files, pictures, files):
         shutil.copy(file.__file__, tmp_path / "alone")
     command = [sys.executable, "alone/jigsaw.py", "--images", "in", "--count", "2", "--out", "out"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -200,7 +200,7 @@ def test_the_glossary_has_every_key_a_training_step_logs_and_no_other():
     from test_stages import DPO_KEYS, GRPO_KEYS
 
     optional = {key.replace("tflops", "mfu") for key in GRPO_KEYS if key.startswith("tflops")}
-    optional |= {"staleness", "overlong", "prompts_sampled"}
+    optional |= {"staleness", "overlong", "prompts_sampled", "prompts_passed_over", "group_weight"}
     quality = {"loss_quality"}
     named = ("loss", "reward", "margin", "preference_accuracy")
     held_out = {f"eval_{key}" for key in DPO_KEYS | quality if any(name in key for name in named)}
@@ -212,6 +212,7 @@ def test_the_glossary_has_every_key_a_training_step_logs_and_no_other():
 def test_the_glossary_has_every_key_of_a_result_file():
     row = {"id": "a", "source": "s", "role": "id", "file": "f"}
     row |= {key: [1.0] * 4 for key in ("accuracy", "format", "reward", "length", "parsed", "finished")}
+    row |= {"distinct": 1, "entropy": [1.0] * 4, "rbf": [2.0] * 4}
     rows = [row, row | {"role": "ood", "source": "t"}]
     metrics = evaluation.summarise(rows)["overall"]
     gains = evaluation.format_gains(rows, {("f", "a"): row})

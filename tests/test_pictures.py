@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
 import jigsaw
 import model
+from lazy_puzzles import Shown
 from pictures import PictureError, as_seen, open_picture, picture_size
 from records import DataError, read_records, write_jsonl
 
@@ -110,8 +111,8 @@ def test_encoder_sampler_and_jigsaw_see_the_same(tmp_path, models):
         width, height = picture_size(path)
         shown = jigsaw.load_picture(path, None)
         assert np.asarray(shown).std() > 50, "a picture, not a white or black field"
-        assert encoder.family.resize(shown).tobytes() == encoder.image(str(path)).tobytes()
-        pixels, grid = encoder.picture(str(path))
+        assert encoder.family.resize(shown).tobytes() == encoder.images([Shown(str(path))])[0].tobytes()
+        pixels, grid = encoder.picture(Shown(str(path)))
         assert grid.tolist() == list(encoder.family.grid(width, height))
         assert torch.equal(pixels, torch.from_numpy(encoder.family.pixels(encoder.family.resize(shown))))
 
@@ -284,6 +285,26 @@ def test_what_is_no_file_is_refused_without_being_opened(tmp_path, monkeypatch, 
         picture_size("a.png")
 
 
+def test_a_size_is_known_before_any_pixel_is_decoded(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a.png", "a.jpg", "a.webp"):
+        saved(tmp_path, name, Image.new("RGB", (60, 40), (1, 2, 3)), exif=exif)
+    # As other programs write PNG: what says how it is turned stands behind the pixels.
+    data = (tmp_path / "a.png").read_bytes()
+    begin, end = data.index(b"eXIf") - 4, data.index(b"IEND") - 4
+    length = 12 + int.from_bytes(data[begin : begin + 4], "big")
+    behind = data[:begin] + data[begin + length : end] + data[begin : begin + length] + data[end:]
+    (tmp_path / "behind.png").write_bytes(behind)
+    assert picture_size(tmp_path / "behind.png") == open_picture(tmp_path / "behind.png").size == (40, 60)
+
+    saved(tmp_path, "plain.png", Image.new("RGB", (60, 40)))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("pixels were decoded"))
+    assert picture_size(tmp_path / "plain.png") == (60, 40)
+    for name in ("a.png", "a.jpg", "a.webp"):
+        assert picture_size(tmp_path / name) == (40, 60)
+
+
 def test_a_link_to_a_picture_is_a_picture(tmp_path):
     saved(tmp_path, "a.png", RED)
     (tmp_path / "b.png").symlink_to("a.png")
@@ -301,11 +322,12 @@ def test_the_largest_picture_is_a_setting_of_reader_and_encoder(tmp_path, tiny_d
         assert not jigsaw_sees
     policy, encoder = models["qwen2_5_vl"]
     small = model.Encoder(tiny_dirs["qwen2_5_vl"], policy.family, policy.hf, max_image_pixels=60 * 40 - 1)
-    for ask in (small.prompt, small.length):
+    unread = {name: value for name, value in record.items() if name != "_sizes"}
+    for ask in (lambda: small.length(unread), lambda: small.prompt(record)):
         with pytest.raises(DataError, match="^.*r.jsonl:1: .*more than --max-image-pixels 2399$"):
-            ask(record)
+            ask()
     with pytest.raises(PictureError):
-        small.images(record["images"])
+        small.images([Shown(record["images"][0])])
     assert encoder.length(record) > 1
 
 

@@ -1,6 +1,7 @@
 """recipes/plan.py counts, before a run, the memory that the run will need. These tests compare it with real ones."""
 
 import json
+import random
 import sys
 
 import pytest
@@ -34,8 +35,6 @@ def measured(folder, world, **options):
 
     In every process of a group.
     """
-    import random
-
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
     policy, encoder = model.load(folder, world, train=True, **options)
@@ -159,6 +158,12 @@ def test_a_command_line_is_judged_by_the_flags_of_its_stage():
     assert judged(pairs, reply=10240)[1] > judged(pairs)[1]
 
 
+def test_a_teacher_behind_a_server_takes_no_memory_here():
+    pairs = f"python distill.py --policy teacher --base {LARGE} --data a.jsonl --out b.jsonl"
+    here = pairs.replace("teacher", LARGE)
+    assert judged(pairs + " --policy-url http://localhost:8000/v1") == judged(here)
+
+
 def test_a_command_that_cannot_be_judged_says_why():
     command = "python grpo.py --data a.jsonl --out b --model "
     with pytest.raises(DataError, match="runs/zero: neither a model directory"):
@@ -190,21 +195,90 @@ def test_it_is_a_command_of_its_own(folder):
 
 RECIPES = {
     "one_node.sh": ["7B", "-", "-", "-"],
-    "specs_7b.sh": ["train.jsonl", "test.jsonl", "out"],
-    "jigsaw_r1_3b.sh": ["coco", "out"],
-}
+    "specs_7b.sh": ["orsta", "virl39k", "benchmarks.jsonl", "out"],
+}  # test_readme.py judges the others
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_command_of_a_recipe_fits_80_gib(name, capsys):
+def test_every_command_of_a_recipe_fits_80_gib(name, capsys, monkeypatch):
+    monkeypatch.setenv("ABLATIONS", "1")
     recipe = str(ROOT / "recipes" / name)
     # the longest replies that a pair of specs_7b.sh can hold
     plan.main(["--reply", "10240", "--as", "-", "7B", "--recipe", recipe, *RECIPES[name]])
     verdicts = capsys.readouterr().out.splitlines()
+    if len(verdicts) > 1:
+        assert verdicts.pop().startswith("in all: ")
     stages = [line.split()[1].rstrip(",") for line in verdicts]
     assert all(line.startswith("fits: ") for line in verdicts)
-    trainings = {"one_node.sh": 1, "specs_7b.sh": 3, "jigsaw_r1_3b.sh": 2}[name]
+    trainings = {"one_node.sh": 1, "specs_7b.sh": 3 + 2 * 9}[name]  # zero, cold, specs, and 9 ablations of two
     assert sum(stage in ("grpo.py", "dpo.py") for stage in stages) == trainings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hours
+
+
+@pytest.fixture(scope="module")
+def real(folder):
+    """(model.Cost of the real model, a real prompt, image tokens among it)."""
+    policy, encoder = model.load(str(folder), training.setup(), train=True)
+    picture, record = jigsaw.make_puzzle(scene(random.Random(0)), 2, 1, "pair", random.Random(0))
+    path = f"{folder}/picture-hours.png"
+    picture.save(path)
+    prompt = encoder.prompt({**record, "id": "p", "images": [path]})
+    return model.Cost(policy), prompt, int((prompt.ids == encoder.image_id).sum())
+
+
+def test_the_work_of_each_stage_is_what_the_trainers_would_log(folder, real):
+    cost, prompt, image = real
+
+    def group(replies, reply):
+        return [(prompt, [torch.arange(reply)] * replies)]
+
+    def work(flags, **lengths):
+        words = len(prompt.ids) - image
+        return plan.work(f"python {flags} --data d --out o", words=words, image=image, **lengths)
+
+    sampled, learned = sum(cost.forward(group(8, 40))), cost.learn(group(8, 40), reference=True)
+    grpo = f"grpo.py --model {folder} --steps 3 --prompts 4 --group 8 --updates 2 --kl 0.04 --max-new-tokens "
+    assert work(grpo + "40") == 3 * 4 * (sampled + 2 * learned)
+    assert work(grpo + "200", mean_reply=40) == 3 * 4 * (sampled + 2 * learned)
+    assert work(grpo + "40", mean_reply=200) == 3 * 4 * (sampled + 2 * learned)
+
+    dpo = f"dpo.py --model {folder} --batch 7 "
+    pair = cost.learn(group(2, 30)) + sum(cost.forward(group(2, 30)))
+    assert work(dpo + "--steps 5", reply=30) == 5 * 7 * pair
+    assert work(dpo, reply=30, records=100) == 100 * pair and work(dpo, reply=30) is None
+    assert work(dpo + "--steps 5 --loss sft", reply=30) == 5 * 7 * cost.learn(group(1, 30))
+
+    distill = f"distill.py --policy {folder} --samples 4 --max-new-tokens 20 --limit 10 "
+    sampled = sum(cost.forward(group(4, 20)))
+    assert work(distill + f"--base {folder}") == 2 * 10 * sampled
+    assert work(distill + "--reject-from none", records=99) == 10 * sampled
+    gold = distill.replace(f"--policy {folder}", "--gold")
+    assert work(gold + f"--base {folder}") == 10 * sampled
+    evaluate = f"eval.py --model {folder} --samples 4 --temperature 1 --max-new-tokens 20"
+    assert work(evaluate, records=6) == 6 * sampled and work(evaluate + " --limit 9") == 9 * sampled
+
+
+def test_hours_by_hand():
+    # 5.76e16 FLOPs on 4 GPUs of 10 TFLOP/s at 0.4 of it: 3600 s
+    assert plan.hours_of(5.76e16, 4, 10.0, 0.4) == pytest.approx((1.0, 1.0))
+    least, most = plan.hours_of(5.76e16, 4, 10.0, None)
+    assert (least * 0.23, most * 0.08) == pytest.approx((0.4, 0.4))
+    assert plan.hours_of(None, 4, 10.0, 0.4) is None
+    assert plan.in_hours((1.0, 1.0)) == "1.00 hours" and plan.in_hours((2.345, 67.8)) == "2.35 to 68 hours"
+    assert plan.in_hours(None) == "hours depend on --records"
+
+
+def test_a_recipe_is_told_how_long_its_stages_take_together(tmp_path, folder, capsys):
+    recipe = tmp_path / "two.sh"
+    stage = f"python eval.py --model {folder} --data d --out"
+    recipe.write_text(f'python distill.py --gold --reject-from none --data d --out p\n{stage} a\n{stage} b --limit 9\n')
+    plan.main(["--recipe", str(recipe), "--mfu", "0.5", "--peak", "1"])
+    first, second, total = capsys.readouterr().out.splitlines()  # gold answers run no model
+    assert first.endswith("; hours depend on --records") and second.endswith("; 0.00 hours")
+    assert total == "in all: 0.00 hours, of 1 of 2 stages"
 
 
 def test_a_recipe_that_does_not_fit_ends_with_status_1(tmp_path):

@@ -247,8 +247,9 @@ def test_jpeg_files_differ_from_the_puzzle_by_compression_only(tmp_path):
 
 def test_the_box_filter_decodes_large_jpeg_files_in_part_and_shows_the_same(tmp_path, monkeypatch):
     scene(random.Random(1), 512).save(tmp_path / "large.jpg", quality=95)
-    decoded = []
-    monkeypatch.setattr(picture_files, "as_seen", lambda image: decoded.append(image.size) or image.convert("RGB"))
+    decoded, resize = [], Image.Image.resize
+    watch = lambda image, *a, **b: decoded.append(image.size) or resize(image, *a, **b)  # noqa: E731
+    monkeypatch.setattr(Image.Image, "resize", watch)
     sharp = picture_files.load_picture(tmp_path / "large.jpg", 100)
     fast = picture_files.load_picture(tmp_path / "large.jpg", 100, "box")
     assert decoded == [(512, 512), (128, 128)] and sharp.size == fast.size == (100, 100)

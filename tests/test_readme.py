@@ -34,7 +34,8 @@ OUR_NAMES = [page for page in PAGES if page.name != "from_trl_verl.md"]
 RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
 
 STAGES = ("grpo", "dpo", "distill", "eval", "jigsaw", "rewards", "judge")
-MODULES = (*STAGES, "records", "training", "families", "attention", "model", "sampler", "vllm_sampler", "report")
+MODULES = (*STAGES, "endpoint", "records", "training", "families", "attention", "model", "sampler", "vllm_sampler")
+MODULES += ("report",)
 
 
 def name_of(path):
@@ -55,6 +56,8 @@ if words[-1].endswith("recipes/stages.py"):  # its input is command lines withou
 with open({noted!r}, "a") as file:
     file.writelines(json.dumps(call) + "\\n" for call in calls)
 out = words[words.index("--out") + 1] if "--out" in words[:-1] else None
+if any(word.endswith("stages.py") for word in words):
+    sys.stdin.read()  # who writes to it must not find the pipe closed
 if out and any(word.endswith("photos.py") for word in words):
     for folder in ("train/one", "test/two"):
         os.makedirs(os.path.join(out, folder), exist_ok=True)
@@ -230,7 +233,7 @@ def verdicts(found):
         if path not in ("grpo.py", "dpo.py", "distill.py", "eval.py") or is_sketch(flags):
             continue
         given = dict(zip(flags, flags[1:], strict=False))
-        name = given.get("--policy") or given.get("--model", "")
+        name = given.get("--base" if "--policy-url" in given else "--policy") or given.get("--model", "")
         if name not in {*models, *plan.HUB}:  # a tiny model
             continue
         models[given["--out"]] = models.get(name, name)
@@ -332,6 +335,8 @@ def test_every_function_named_on_a_page_exists(page):
 def test_every_flag_named_on_a_page_is_one_of_ours(page):
     files = [file for folder in (".", "toy", "bench", "recipes", "tests") for file in ROOT.glob(f"{folder}/*.py")]
     known = set(re.findall(r'"(--[a-z][a-z-]+)"', "".join(path.read_text() for path in files)))
+    roles = re.findall(r'f"--\{role\}(-[a-z-]+)"', (ROOT / "endpoint.py").read_text())
+    known |= {f"--{role}{rest}" for role in ("judge", "policy") for rest in roles}
     known |= {"--no-think", "--help", "--nproc_per_node"}
     named = {word for span in spans(page) for word in re.findall(r"(?<!\S)(--[a-z][a-z_-]+)", span)}
     assert named - known == set()
@@ -410,7 +415,7 @@ def test_a_file_is_measured_by_hand():
 # Tables with numbers that no script rebuilds: facts, definitions, settings. By page, the first words of their header.
 BY_HAND = {
     "deviations.md": ["paper"],
-    "formats.md": ["`answer_type`", "`--question`", "field", "file"],
+    "formats.md": ["`answer_type`", "`--question`", "`--set`", "field", "file"],
     "from_trl_verl.md": ["ours"],
     "gpus.md": ["status"],
     "learn.md": ["key"],  # what is normal in a log; the worked numbers above it are printed by test_learn.py

@@ -222,3 +222,97 @@ def test_a_result_from_before_cut_was_called_truncated_is_still_read(tmp_path):
     path.write_text(json.dumps(old))
     report.main(["--out", str(tmp_path / "r.html"), "--results", str(path)])
     assert report.read_result(path)["overall"]["replies"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several runs side by side, and one run along its steps
+
+
+def alts_of(folder, *arguments):
+    """The words under which a page shows its pictures."""
+    report.main(["--out", str(folder / "r.html"), *map(str, arguments)])
+    page = Page((folder / "r.html").read_text(encoding="utf-8"))
+    return [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+
+
+def test_stability_is_shown_side_by_side_for_runs_of_one_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MOST_FIGURES", 0)  # of each run by itself
+    for name, slope in (("a", 1), ("b", 3)):
+        rows = [{"step": s, "reward": 0.5, "format": slope * s / 9, "loss": slope * s} for s in (1, 2)]
+        make_run(tmp_path / f"grpo-{name}", [row | {"grad_norm": 2.0} for row in rows])
+        rows = [{"step": s, "loss": 7.0, "chosen_reward": slope * s, "rejected_reward": -slope * s} for s in (1, 2)]
+        make_run(tmp_path / f"dpo-{name}", rows)
+    alts = alts_of(tmp_path, "--runs", *sorted(tmp_path.glob("*-?")))
+    shared = [alt for alt in alts if " runs, to step" in alt]
+    assert "Format, all runs, to step 2: grpo-a from 0.111 to 0.222; grpo-b from 0.333 to 0.667." in alts
+    # The loss of DPO is no policy loss.
+    assert "Policy loss, GRPO runs, to step 2: grpo-a from 1 to 2; grpo-b from 3 to 6." in alts
+    assert "Gradient norm, GRPO runs, to step 2: grpo-a from 2 to 2; grpo-b from 2 to 2." in alts
+    assert "Reward of chosen replies, DPO runs, to step 2: dpo-a from 1 to 2; dpo-b from 3 to 6." in alts
+    assert any(alt.startswith("Reward of rejected replies") and "dpo-b from -3 to -6" in alt for alt in alts)
+    assert len(shared) == 5
+    assert (tmp_path / "r-all-loss.png").exists()
+
+
+def point(step, gain_id, gain_ood, factor, form):
+    metrics = {"accuracy": 0.5, "accuracy_read": 0.5, "format": form}
+    gains = {"gain_id": gain_id, "gain_ood": gain_ood, "gf": factor, "ood_gains": {"s:json": gain_ood}}
+    return {"step": step, "model": "m", "overall": {}, "sources": {"s": metrics}, "gf": gains}
+
+
+def write_curve(path, points):
+    shown = {key: points[-1][key] for key in ("model", "overall", "sources", "gf")}
+    path.write_text(json.dumps(shown | {"rows": [], "curve": points}))
+    return path
+
+
+def test_a_result_that_follows_a_run_is_drawn_by_step(tmp_path):
+    points = [point(0, 0, 0, 0.0, 0.25), point(10, 40, -5, None, 0.5), point(30, 60, 20, 23.0, 0.75)]
+    one = write_curve(tmp_path / "one.json", points)
+    alts = alts_of(tmp_path, "--results", one)
+    # Where GF is not defined its curve has no point.
+    assert alts[0] == "Gains and GF, to step 30: gf from 0 to 23; gain_id from 0 to 60; gain_ood from 0 to 20."
+    assert [alt.split(",")[0] for alt in alts[1:]] == ["Format by source", "Accuracy by source"]
+    assert alts[1].endswith("s from 0.25 to 0.75.") and (tmp_path / "r-one-steps-gains.png").exists()
+    last = points[2] | {"sources": {name: points[2]["sources"]["s"] for name in ("s", "s:json")}}
+    two = write_curve(tmp_path / "two.json", [points[0], last])
+    alts = alts_of(tmp_path, "--results", one, two)
+    titles = [alt.split(",")[0] for alt in alts]
+    assert titles[:3] == ["Generalization factor (GF)", "Gain ID", "Gain OOD"]
+    assert titles.count("Gain OOD by source") == 1
+    assert "one from 0 to 23; two from 0 to 23." in alts[0]
+
+
+def test_of_many_sources_the_first_are_drawn_and_the_others_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MOST_SOURCES", 2)
+    metrics = point(0, 0, 0, 0, 0.5)["sources"]["s"]
+    points = [point(step, 1, 1, 1, 0.5) | {"sources": dict.fromkeys("abcde", metrics)} for step in (0, 10)]
+    alts = alts_of(tmp_path, "--results", write_curve(tmp_path / "one.json", points))
+    assert alts[1].endswith("a from 0.5 to 0.5; b from 0.5 to 0.5.")
+    assert "3 more sources are left out." in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_a_curve_without_gains_shows_metrics_only(tmp_path):
+    points = [point(step, 1, 1, 1, 0.5) | {"gf": None} for step in (0, 10)]
+    alts = alts_of(tmp_path, "--results", write_curve(tmp_path / "one.json", points))
+    assert [alt.split(",")[0] for alt in alts] == ["Format by source", "Accuracy by source"]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"step": -1}, '"curve" must be null or a list of objects with a step'),
+        ({"step": "1"}, '"curve" must be null or a list of objects with a step'),
+        ({"sources": [1]}, '"sources" must be dict'),
+        ({"sources": {"s": {"accuracy": 1}}}, "source 's' must have the numbers"),
+        ({"gf": {"gf": 1}}, '"gf" must be null or have the numbers'),
+    ],
+)
+def test_a_damaged_curve_is_refused(tmp_path, capsys, change, words):
+    path = write_curve(tmp_path / "one.json", [point(0, 0, 0, 0, 0.5) | change, point(1, 0, 0, 0, 0.5)])
+    assert words in says(capsys, "--out", tmp_path / "r.html", "--results", path)
+    for damaged in ("x", 3, {"step": 1}, [1], []):
+        result = json.loads(write_curve(path, [point(1, 0, 0, 0, 0.5)]).read_text())
+        path.write_text(json.dumps(result | {"curve": damaged}))
+        if damaged:
+            assert '"curve" must be' in says(capsys, "--out", tmp_path / "r.html", "--results", path)

@@ -34,6 +34,7 @@ from commands import (
     write,
 )
 
+import endpoint
 import grpo
 import model
 import rewards
@@ -45,13 +46,13 @@ from records import DataError, epoch_order, read_records
 
 LN2 = 0.6931471805599453
 DPO_KEYS = {"step", "loss", "loss_dpo", "loss_sft", "chosen_reward", "rejected_reward", "margin", "preference_accuracy",
-            "grad_norm", "skipped", "lr", "seconds", "samples_per_s", "seconds_rest", "seconds_learn", "tflops_learn",
-            "peak_memory_gib"}  # fmt: skip
+            "grad_norm", "skipped", "broken_pictures", "lr", "seconds", "samples_per_s", "seconds_rest",
+            "seconds_learn", "tflops_learn", "peak_memory_gib"}  # fmt: skip
 SFT_KEYS = DPO_KEYS - {"loss_dpo", "chosen_reward", "rejected_reward", "margin", "preference_accuracy"}
 GRPO_KEYS = {"step", "reward", "accuracy", "format", "length", "finished", "loss", "kl", "clip_fraction", "entropy",
-             "useful_groups", "grad_norm", "skipped", "lr", "sampler_gap", "sampler_gap_mean", "importance_capped",
-             "rollouts_per_s", "tokens_per_s", "seconds_sample", "seconds_score", "seconds_learn", "seconds_rest",
-             "tflops_sample", "tflops_learn", "peak_memory_gib"}  # fmt: skip
+             "useful_groups", "grad_norm", "skipped", "broken_pictures", "lr", "sampler_gap", "sampler_gap_mean",
+             "importance_capped", "rollouts_per_s", "tokens_per_s", "seconds_sample", "seconds_score", "seconds_learn",
+             "seconds_rest", "tflops_sample", "tflops_learn", "peak_memory_gib"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -469,7 +470,7 @@ BAD_LINES = {
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_a_line_is_refused_by_file_and_number_for(material, tmp_path, capsys, stage, name):
     changes, word = BAD_LINES[name]
-    (tmp_path / "broken.png").write_bytes((material.folder / material.records[0]["images"][0]).read_bytes()[:-400])
+    (tmp_path / "broken.png").write_bytes((material.folder / material.records[0]["images"][0]).read_bytes()[8:])
     data, out = third_line(material, tmp_path, **changes), tmp_path / "out"
     check_one_line(refuse(capsys, stage, **getattr(material, stage)(data=data, out=out)), f"{data}:3", word)
     assert not out.exists()
@@ -574,12 +575,18 @@ def stages():
 # The groups of each stage's --help, in their order. What is said of the machine is said in one place.
 GROUPS = {
     "dpo": ["loss", "optimiser", "evaluation", "model and machine", "run directory"],
-    "grpo": ["sampling", "reward and advantage", "loss", "optimiser", "sampler", "model and machine", "run directory"],
-    "distill": ["pairs", "sampling", "sampler", "model and machine"],
-    "eval": ["what to evaluate", "generalization factor (GF)", "replies", "sampler", "model and machine", "report"],
+    "grpo": [
+        "sampling", "reward and advantage", "loss", "optimiser", "judge", "sampler", "model and machine",
+        "run directory",
+    ],
+    "distill": ["pairs", "sampling", "judge", "teacher, and servers", "sampler", "model and machine"],
+    "eval": [
+        "what to evaluate", "generalization factor (GF)", "replies", "judge", "sampler", "model and machine", "report",
+    ],
+    "importers": [],
     "jigsaw": [],
     "report": [],
-}
+}  # fmt: skip
 
 
 def test_all_stages_are_known():
@@ -601,7 +608,7 @@ def parser_of(monkeypatch):
     return caught
 
 
-@pytest.mark.parametrize("stage", [*stages(), "toy.primer", "toy.tiny_model", "toy.downstream"])
+@pytest.mark.parametrize("stage", [*stages(), "toy.primer", "toy.tiny_model", "toy.downstream", "toy.formats"])
 def test_help_ends_with_0_and_explains_every_flag_of(stage, parser_of):
     parser = parser_of(stage)
     assert parser.allow_abbrev is False
@@ -626,7 +633,7 @@ def test_help_shows_each_group_and_each_flag_once_of(stage, parser_of):
 # What add_training_flags gives both trainers: of args.json these are the machine's and the run directory's part.
 MACHINE = {"max_pixels", "max_image_pixels", "dtype", "attn", "freeze_vision", "micro_tokens", "gradient_checkpointing",
            "shard", "replicas", "offload", "accumulate", "measure_peak", "save_every", "keep", "timeout",
-           "max_skipped"}  # fmt: skip
+           "max_skipped", "strict_data"}  # fmt: skip
 COMMON = {"model", "data", "skip_bad", "out", "seed", "steps", "lr", "schedule", "warmup", "grad_clip"}
 SETTINGS = {
     "dpo": COMMON | MACHINE | {
@@ -634,11 +641,13 @@ SETTINGS = {
         "quality_weight", "reward_shift", "batch", "eval_data", "eval_every",
     },
     "grpo": COMMON | MACHINE | {
-        "prompts", "group", "max_refill", "temperature", "top_k", "top_p", "max_new_tokens", "reward", "format_weight",
-        "overlong_buffer", "accuracy_low", "accuracy_high", "advantage_scale", "advantage_baseline", "surrogate",
-        "clip_low", "clip_high", "ratio", "kl", "entropy_bonus", "normalizer", "mask_truncated", "importance",
-        "importance_cap", "importance_floor", "importance_outside", "updates", "sampler", "vllm_memory", "vllm_tp",
-        "parity_every", "one_step_off_policy",
+        "prompts", "group", "max_refill", "prompt_weights", "temperature", "top_k", "top_p", "replay_filter",
+        "max_new_tokens", "reward", "format_weight", "overlong_buffer", "accuracy_low", "accuracy_high",
+        "advantage_scale", "advantage_baseline", "group_weights", "surrogate", "clip_low", "clip_high", "ratio", "kl",
+        "entropy_bonus", "normalizer", "mask_truncated", "importance", "importance_cap", "importance_floor",
+        "importance_outside", "updates", "sampler", "vllm_memory", "vllm_tp", "parity_every", "one_step_off_policy",
+        "judge", "judge_model", "judge_tokens", "judge_url", "judge_key", "judge_cache", "judge_price_in",
+        "judge_price_out", "judge_options", "concurrency", "retries", "endpoint_timeout",
     },
 }  # fmt: skip
 
@@ -657,7 +666,8 @@ def open_run(args, **changes):
     """Open args.out as grpo.py does, and put back what it does to signals."""
     handlers = {number: signal.getsignal(number) for number in run_directory.SIGNALS}
     try:
-        return run_directory.Run.open(vars(args) | changes, training.setup(), vllm_sampler.MAY_CHANGE)
+        may_change = vllm_sampler.MAY_CHANGE + endpoint.MAY_CHANGE
+        return run_directory.Run.open(vars(args) | changes, training.setup(), may_change)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -665,8 +675,9 @@ def open_run(args, **changes):
 
 # Flags that a resumed run may be given anew: they change neither data nor weights, but how far, how safe and how fast.
 MAY_CHANGE = {"steps", "save_every", "keep", "timeout", "max_skipped", "measure_peak", "max_image_pixels",
-              "shard", "replicas", "offload", "accumulate", "vllm_tp",
-              "vllm_memory", "parity_every"}  # fmt: skip
+              "shard", "replicas", "offload", "accumulate", "vllm_tp", "strict_data",
+              "vllm_memory", "parity_every", "judge_url", "judge_key", "judge_cache", "judge_price_in",
+              "judge_price_out", "concurrency", "retries", "endpoint_timeout"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(SETTINGS["grpo"] - {"out"}))

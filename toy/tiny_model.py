@@ -5,8 +5,8 @@
 The classes are the real ones of transformers, so whatever runs on it runs on the published checkpoints. FAMILIES says
 what a small config of each architecture is; a new architecture is one function and one entry there.
 
-The tokenizer is a byte-level BPE that learns its merges from the prompts of jigsaw.py and the replies of toy/primer.py:
-their words are single tokens, and any other text still encodes, byte by byte.
+The tokenizer is a byte-level BPE that learns its merges from the prompts of jigsaw.py and the replies of toy/primer.py,
+or from toy/formats.py: their words are single tokens, and any other text still encodes, byte by byte.
 """
 
 import json
@@ -23,6 +23,7 @@ if __name__ == "__main__":  # Python looks for modules beside a script: jigsaw.p
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jigsaw
+from toy import formats
 from toy.primer import primer_items
 from toy.scenes import scene
 
@@ -82,11 +83,15 @@ def tiny_corpus(seed: int) -> list[str]:
     return texts
 
 
-def make_tokenizer(marks: Marks, seed: int) -> Any:
+# What the tokenizer of a tiny model learns, by the name of --corpus.
+CORPORA: dict[str, Callable[[int], list[str]]] = {"primer": tiny_corpus, "formats": lambda seed: formats.corpus()}
+
+
+def make_tokenizer(marks: Marks, corpus: str, seed: int) -> Any:
     from transformers import Qwen2Tokenizer
 
     untrained = Qwen2Tokenizer(eos_token="<|im_end|>", additional_special_tokens=SPECIAL + marks.special)
-    tokenizer = untrained.train_new_from_iterator(tiny_corpus(seed), TOKENS, show_progress=False)
+    tokenizer = untrained.train_new_from_iterator(CORPORA[corpus](seed), TOKENS, show_progress=False)
     tokenizer.chat_template = CHAT.replace("PICTURE", marks.picture)
     if marks.named:
         # Training a tokenizer forgets these; transformers has no public way to set them afterwards.
@@ -282,6 +287,7 @@ def make_tiny(
     vision_layers: int = 0,
     vocab: int = 0,
     decoder: str = "",
+    corpus: str = "primer",
     seed: int = 0,
 ) -> None:
     """Write a random small model, its tokenizer and its image settings to `folder`. Same seed, same bytes.
@@ -292,6 +298,7 @@ def make_tiny(
     vision_layers    vision blocks; 0: half as many as layers, but 2 at least.
     vocab            rows of the embedding; 0: as many as the tokenizer has.
     decoder          of InternVL: qwen2 (as in InternVL3) or qwen3 (as in InternVL3.5); "": qwen2.
+    corpus           a name in CORPORA: the texts whose words the tokenizer has whole.
     """
     # Imported here: transformers takes seconds, and --help should not.
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
@@ -301,7 +308,7 @@ def make_tiny(
     if decoder and decoder not in DECODERS.get(family, ()):
         raise ValueError(f"family {family!r} has no decoder {decoder!r} to choose")
     marks, parts_of = FAMILIES[family]
-    tokenizer = make_tokenizer(marks, seed)
+    tokenizer = make_tokenizer(marks, corpus, seed)
     special = SPECIAL + marks.special
     ids = dict(zip(special, tokenizer.convert_tokens_to_ids(special), strict=True))
     blocks = vision_layers or max(2, layers // 2)
@@ -358,6 +365,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     )
     choices = sorted(set(sum(DECODERS.values(), ())))
     add("--decoder", default="", choices=["", *choices], help="decoder of --family internvl (default: qwen2)")
+    add(
+        "--corpus",
+        default="primer",
+        choices=list(CORPORA),
+        help="whose words are single tokens: those of toy/primer.py or of toy/formats.py (default %(default)s)",
+    )
     add(
         "--seed",
         type=jigsaw.integer("[0, 4294967295]"),

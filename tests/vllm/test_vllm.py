@@ -17,6 +17,7 @@ import model
 import sampler
 import training
 import vllm_sampler
+from head import TokenFilter
 from records import DataError, read_records
 from toy.tiny_model import make_tiny
 
@@ -182,6 +183,19 @@ def test_after_top_k_the_log_probs_are_those_of_the_filtered_distribution(engine
         logp, mask = model.log_probs(policy, groups)
     kept = (logp[mask] - torch.cat([reply.logps for group in replies for reply in group])).exp()  # mass of the three
     assert kept.max() < 1 + 1e-4 and kept.min() < 0.95
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.6}])
+def test_the_filters_are_those_that_the_trainer_replays(engine, filters):
+    policy, vllm, prompts = engine
+    replies = ask(policy, vllm, prompts, temperature=0.7, **filters)
+    groups = [(prompt, [reply.ids for reply in group]) for prompt, group in zip(prompts, replies, strict=True)]
+    with torch.no_grad():
+        token_filter = TokenFilter(filters.get("top_k", 0), filters.get("top_p", 1.0))
+        logp, mask = model.log_probs(policy, groups, 0.7, token_filter)
+    # so that importance weights are 1 up to rounding
+    assert (logp[mask] - torch.cat([reply.logps for group in replies for reply in group])).abs().max() < 1e-4
+    assert gap(policy, prompts, replies, 0.7) > 0.05  # without the filter
 
 
 def test_a_policy_that_learns_is_sent_for_every_call_and_one_that_does_not_once(engine, monkeypatch):

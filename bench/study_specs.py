@@ -1,0 +1,496 @@
+"""The study of recipes/study_specs.sh: SPECS in miniature, from finished runs to the tables of docs/specs_study.md.
+
+    python bench/study_specs.py --collect runs/study_specs     # runs -> bench/results, then the page
+    python bench/study_specs.py                                # that file -> the page's tables, and the figures
+    python bench/study_specs.py --check                        # exit 1 if the page says something else
+    python bench/study_specs.py --table runs/study_specs/0     # print the tables of one seed, as far as it is
+
+A number in a table is a mean over seeds, in brackets the 95 % interval of a bootstrap over seeds: how far the mean
+would move with other seeds, and nothing about other models. The committed file names the commit and the machine.
+
+Legend: seeds: {"0": run}; a run is what `collect_seed` keeps of one seed; gains and GF are percentage points.
+"""
+
+import json
+import platform
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+RESULTS = HERE / "results/study_specs.json"
+PAGE = HERE.parent / "docs/specs_study.md"
+FIGURES = HERE.parent / "docs/figures"
+
+COLD = {"sft": "SFT", "dpo": "DPO", "half": "DPO + 0.5 SFT", "specs": "DPO + SFT"}
+PAIRS = {
+    "specs": "GRPO-zero, decoupled, judged (SPECS)",
+    "unjudged": "the same without the judge",
+    "coupled": "coupled: the rejected reply may be wrong",
+    "chosen": "rejected: the chosen reply, corrupted",
+    "base": "chosen: a reply of the base",
+}
+RL = {
+    "none": "no cold start",
+    "sft": "SFT",
+    "specs": "DPO + SFT",
+    "half": "DPO + 0.5 SFT",
+    "dpo": "DPO",
+    "coupled": "DPO + SFT on coupled pairs",
+}
+FORMATS = {
+    "trained": "trained format",
+    "tags": "tags, new words",
+    "seen": "other shapes, new words",
+    "unseen": "new shapes, new words",
+    "tags-asked-anew": "tags, new words, asked for in a new way",
+}
+EXPLORED = {
+    "base": "base",
+    "zero": "GRPO-zero",
+    "cold-sft": "cold start SFT",
+    "cold-specs": "cold start DPO + SFT",
+    "rl-none": "GRPO alone",
+    "rl-sft": "SFT, then GRPO",
+    "rl-specs": "DPO + SFT, then GRPO",
+}
+RL_KEYS = ("step", "reward", "accuracy", "format", "loss", "grad_norm", "entropy")
+COLD_KEYS = ("step", "loss_sft", "chosen_reward", "rejected_reward", "preference_accuracy")
+
+
+class Refused(Exception):
+    """The message says what is missing, and how to get it."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collecting
+
+
+def read_log(path: Path, keys: tuple[str, ...]) -> list[dict]:
+    """The fields of a run's log.jsonl that figures need, to five digits."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: float(f"{row[key]:.5g}") for key in keys if row.get(key) is not None} for row in rows]
+
+
+def by_format(result: dict) -> dict[str, dict[str, float]]:
+    """{format: {"format", "accuracy"}} of what eval.py wrote about the test sets, in percent."""
+    return {
+        name.removeprefix("formats-"): {key: round(100 * source[key], 3) for key in ("format", "accuracy")}
+        for name, source in result["sources"].items()
+    }
+
+
+def curve_of(result: dict) -> list[dict]:
+    """Along a cold start: step, the two gains, GF and the formats kept."""
+    curve = []
+    for point in result["curve"]:
+        gains = point["gf"] or {}
+        row = {name: gains.get(name) for name in ("gain_id", "gain_ood", "gf")}
+        curve.append({"step": point["step"], **row, "formats": by_format(point)})
+    return curve
+
+
+def read_seed(folder: Path) -> dict:
+    """What the tables and figures need of one seed's runs, as far as they have finished."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))}
+    pairs = {}
+    for path in sorted(folder.glob("pairs*.jsonl")):
+        pairs[path.stem.removeprefix("pairs").removeprefix("-") or "specs"] = len(path.read_text().splitlines())
+    explored = {}
+    for name in [name for name in EXPLORED if f"explore-{name}" in results]:
+        overall = results[f"explore-{name}"]["overall"]
+        explored[name] = {key: overall[key] for key in overall if key.startswith("pass@")}
+        explored[name] |= {key: overall[key] for key in ("rbf", "entropy", "distinct")}
+    logs = {"zero": read_log(folder / "zero/log.jsonl", RL_KEYS)} if "zero" in results else {}
+    for part, names, keys in (("rl", RL, RL_KEYS), ("cold", COLD, COLD_KEYS)):
+        for name in [name for name in names if f"{part}-{name}" in results]:
+            logs[f"{part}-{name}"] = read_log(folder / part / name / "log.jsonl", keys)
+    return {
+        "follow": by_format(results["follow"]) if "follow" in results else {},
+        "zero": curve_of(results["zero"]) if "zero" in results else [],
+        "cold": {name[5:]: curve_of(result) for name, result in results.items() if name.startswith("cold-")},
+        "rl": {name[3:]: by_format(result) for name, result in results.items() if name.startswith("rl-")},
+        "explore": explored,
+        "pairs": pairs,
+        "logs": logs,
+    }
+
+
+def collect_seed(folder: Path) -> dict:
+    """read_seed of a chain that has finished. Refused if it has not."""
+    needed = ["follow", "zero", "rl-none", "rl-sft", "rl-specs"]
+    needed += [f"cold-{name}" for name in COLD] + [f"explore-{name}" for name in EXPLORED]
+    missing = [name for name in needed if not (folder / f"results/{name}.json").exists()]
+    if missing:
+        raise Refused(f"{folder}: {missing[0]} is missing; bash recipes/study_specs.sh {folder.parent} {folder.name}")
+    return read_seed(folder)
+
+
+def collect(folder: Path) -> None:
+    """Take over every finished seed of a study."""
+    import torch
+    import transformers
+
+    seeds, left_out = {}, []
+    for path in sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name)):
+        try:
+            seeds[path.name] = collect_seed(path)
+        except Refused as cause:
+            left_out.append(str(cause))
+    for cause in left_out:
+        print(f"left out: {cause}", file=sys.stderr)
+    if not seeds:
+        raise Refused(f"{folder}: no seed has finished")
+    commit = (folder / "commit").read_text().strip() if (folder / "commit").exists() else "unknown"
+    found = {"commit": commit, "machine": f"{platform.machine()}, torch {torch.__version__}, transformers "
+             f"{transformers.__version__}", "seeds": seeds}  # fmt: skip
+    RESULTS.write_text(json.dumps(found, separators=(",", ":")) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Means and intervals
+
+
+def interval(values: list[float], samples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile bootstrap of the mean over seeds; the generator's seed is fixed, so a page can be checked."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(np.array(values), (samples, len(values))).mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def cell(values: list[float | None], digits: int = 1, signed: bool = False) -> str:
+    """ "mean (low … high)" over seeds; a value that is not defined for a seed leaves it out, and says so."""
+    defined = [value for value in values if value is not None]
+    if not defined:
+        return "–"
+    sign = "+" if signed else ""
+    text = f"{fmean(defined):{sign}.{digits}f}"
+    if len(defined) > 1:
+        low, high = interval(defined)
+        text += f" ({low:{sign}.{digits}f} … {high:{sign}.{digits}f})"
+    if len(defined) < len(values):
+        text += f", {len(defined)} of {len(values)} seeds"
+    return text
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    lines = [" | ".join(titles), "|".join("---" for _ in titles), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" if index != 1 else f"|{line}|" for index, line in enumerate(lines))
+
+
+def over(seeds: dict, get: Callable[[dict], float | None]) -> list[float | None]:
+    return [get(run) for run in seeds.values()]
+
+
+def with_part(seeds: dict, part: str, name: str) -> dict:
+    """The seeds whose runs have an ablation."""
+    return {seed: run for seed, run in seeds.items() if name in run[part]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def subject_table(found: dict) -> str:
+    """Can the subject copy what the prompt shows, and what does the base keep of it?"""
+    seeds = found["seeds"]
+    rows = []
+    for key, title in FORMATS.items():
+        rows.append([
+            title,
+            cell(over(seeds, lambda run, key=key: run["follow"].get(key, {}).get("format"))),
+            cell(over(seeds, lambda run, key=key: run["zero"][0]["formats"][key]["format"])),
+            cell(over(seeds, lambda run, key=key: run["zero"][-1]["formats"][key]["format"])),
+        ])  # fmt: skip
+    return table(["format kept, percent", "taught to follow always", "base", "GRPO-zero"], rows)
+
+
+def last(run: dict, name: str, key: str) -> float | None:
+    return run["cold"][name][-1][key]
+
+
+def best_step(seeds: dict, name: str) -> tuple[int, list[float | None]]:
+    """The step with the highest mean GF, and the values there. A choice after the fact: the table says so."""
+    steps = [point["step"] for point in next(iter(seeds.values()))["cold"][name]][1:]
+    values = {
+        step: [next(p["gf"] for p in run["cold"][name] if p["step"] == step) for run in seeds.values()]
+        for step in steps
+    }
+    step = max(steps, key=lambda s: fmean([v for v in values[s] if v is not None] or [-1.0]))
+    return step, values[step]
+
+
+def cold_rows(seeds: dict, names: dict[str, str], part: str = "cold") -> list[list[str]]:
+    rows = []
+    for name, title in names.items():
+        having = with_part(seeds, part, name)
+        if not having:
+            continue
+        step, best = best_step(having, name)
+        rows.append([
+            title,
+            cell(over(having, lambda run, name=name: last(run, name, "gain_id")), signed=True),
+            cell(over(having, lambda run, name=name: last(run, name, "gain_ood")), signed=True),
+            cell(over(having, lambda run, name=name: last(run, name, "gf"))),
+            f"{cell(best)} at {step}",
+        ])  # fmt: skip
+    return rows
+
+
+COLD_TITLES = ["", "gain, trained format", "gain, other formats", "GF at the end", "highest GF, at update"]
+
+
+def cold_table(found: dict) -> str:
+    return table(["cold start", *COLD_TITLES[1:]], cold_rows(found["seeds"], COLD))
+
+
+def pairs_table(found: dict) -> str:
+    having = with_part(found["seeds"], "cold", "coupled")
+    if not having:
+        return "The ablations have not run."
+    rows = cold_rows(having, PAIRS)
+    for row, name in zip(rows, PAIRS, strict=True):
+        row.insert(1, cell(over(having, lambda run, name=name: float(run["pairs"][name])), 0))
+    return table(["pairs", "how many", *COLD_TITLES[1:]], rows)
+
+
+def early(run: dict, name: str, key: str, steps: int = 25) -> float:
+    """Mean of a log's first steps, in percent."""
+    return 100 * fmean(row[key] for row in run["logs"][f"rl-{name}"][:steps])
+
+
+def whole(run: dict, name: str, key: str) -> float:
+    return fmean(row[key] for row in run["logs"][f"rl-{name}"])
+
+
+def other_formats(formats: dict) -> float:
+    """Mean share of formats kept over those that were not trained."""
+    return fmean(values["format"] for key, values in formats.items() if key != "trained")
+
+
+def rl_table(found: dict) -> str:
+    rows = []
+    for name, title in RL.items():
+        having = with_part(found["seeds"], "rl", name)
+        if not having:
+            continue
+        rows.append([
+            title,
+            f"{len(having)}",
+            cell(over(having, lambda run, name=name: run["rl"][name]["trained"]["accuracy"])),
+            cell(over(having, lambda run, name=name: run["rl"][name]["trained"]["format"])),
+            cell(over(having, lambda run, name=name: other_formats(run["rl"][name]))),
+            cell(over(having, lambda run, name=name: early(run, name, "format"))),
+            cell(over(having, lambda run, name=name: whole(run, name, "reward")), 2),
+        ])  # fmt: skip
+    titles = ["GRPO from", "seeds", "accuracy", "format", "other formats", "format, 25 steps", "reward, all steps"]
+    return table(titles, rows)
+
+
+def explore_table(found: dict) -> str:
+    seeds = found["seeds"]
+    rows = []
+    for name, title in EXPLORED.items():
+        got = [run["explore"][name] for run in seeds.values()]
+        rows.append([title, *(cell([100 * one[f"pass@{k}"] for one in got]) for k in (1, 8, 64)),
+                     cell([one["distinct"] for one in got], 1), cell([one["rbf"] for one in got], 2),
+                     cell([one["entropy"] for one in got], 3)])  # fmt: skip
+    return table(["after", "pass@1", "pass@8", "pass@64", "distinct of 64", "RBF", "entropy, nats a token"], rows)
+
+
+def spread(values: list[float]) -> float:
+    """Mean absolute change from one step to the next."""
+    return fmean(abs(b - a) for a, b in zip(values, values[1:], strict=False))
+
+
+def stability_table(found: dict) -> str:
+    """Of the last 50 steps of GRPO: how high the format reward stands, and how much a step moves."""
+    rows = []
+    for name, title in RL.items():
+        having = with_part(found["seeds"], "rl", name)
+        if not having:
+            continue
+
+        def tail(run, key, name=name):
+            return [row[key] for row in run["logs"][f"rl-{name}"][-50:]]
+
+        rows.append([
+            title,
+            cell(over(having, lambda run: 0.5 * fmean(tail(run, "format"))), 3),
+            cell(over(having, lambda run: 0.5 * spread(tail(run, "format"))), 3),
+            cell(over(having, lambda run: float(np.std(tail(run, "loss")))), 4),
+            cell(over(having, lambda run: fmean(tail(run, "grad_norm"))), 2),
+        ])  # fmt: skip
+    titles = ["GRPO from", "format reward (most: 0.5)", "its change a step", "spread of the loss", "gradient norm"]
+    return table(titles, rows)
+
+
+def provenance(found: dict) -> str:
+    named = ", ".join(found["seeds"])
+    ablated = ", ".join(with_part(found["seeds"], "cold", "coupled")) or "none"
+    return (
+        f"Seeds {named}; ablations: seeds {ablated}. Commit `{found['commit']}`; {found['machine']}. Means over seeds, "
+        "in brackets 95 % bootstrap intervals over seeds."
+    )
+
+
+BLOCKS: dict[str, Callable[[dict], str]] = {
+    "provenance": provenance,
+    "subject": subject_table,
+    "cold": cold_table,
+    "pairs": pairs_table,
+    "rl": rl_table,
+    "explore": explore_table,
+    "stability": stability_table,
+}
+
+def aligned(markdown: str) -> str:
+    """A table with its cells padded, to be read on a terminal."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    rows[1] = ["-" * width for width in widths]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def print_tables(folder: Path) -> None:
+    """The page's main tables, of one seed whose chain need not be finished or whole."""
+    run = read_seed(folder)
+    if not run["zero"]:
+        raise Refused(f"{folder}: results/zero.json is missing: no seed of recipes/study_specs.sh or recipes/demo.sh")
+    for name in ("subject", "cold", "rl"):
+        text = BLOCKS[name]({"seeds": {folder.name: run}})
+        if text.count("\n") > 1:  # some of its rows have run
+            print("\n" + aligned(text))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def mean_curve(seeds: dict, name: str, key: str) -> tuple[list[int], list[float], list[float], list[float]]:
+    """(steps, mean, low, high) of a curve along a cold start; points that no seed defines are left out."""
+    steps, means, lows, highs = [], [], [], []
+    for index, point in enumerate(next(iter(seeds.values()))["cold"][name]):
+        values = [run["cold"][name][index][key] for run in seeds.values()]
+        values = [value for value in values if value is not None]
+        if values:
+            low, high = interval(values) if len(values) > 1 else (values[0], values[0])
+            steps.append(point["step"])
+            means.append(fmean(values))
+            lows.append(low)
+            highs.append(high)
+    return steps, means, lows, highs
+
+
+def draw(found: dict) -> None:
+    """specs_gf.png: gains and GF along the cold starts; specs_rl.png: GRPO from each start."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    seeds = found["seeds"]
+    figure, panels = plt.subplots(1, 4, figsize=(14, 3.2), dpi=110)
+    for panel, key, title in zip(
+        panels, ("gain_id", "gain_ood", "gf"), ("gain, trained format", "gain, other formats", "GF"), strict=False
+    ):
+        for name, label in COLD.items():
+            steps, means, lows, highs = mean_curve(seeds, name, key)
+            (line,) = panel.plot(steps, means, marker="o", ms=3, label=label)
+            panel.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.15, lw=0)
+        panel.set(title=f"{title} (points)", xlabel="update")
+        panel.axhline(0, color="grey", lw=0.8, ls=":")
+    panels[0].legend(fontsize=7)
+    for name, label in COLD.items():
+        if name != "sft":
+            rows = [run["logs"][f"cold-{name}"] for run in seeds.values()]
+            steps = [row["step"] for row in rows[0]]
+            chosen, rejected = (
+                np.mean([[row[f"{side}_reward"] for row in log] for log in rows], 0) for side in ("chosen", "rejected")
+            )
+            (line,) = panels[3].plot(steps, chosen, label=label)
+            panels[3].plot(steps, rejected, color=line.get_color(), ls="--")
+    panels[3].set(title="implicit reward: chosen —, rejected - -", xlabel="update")
+    panels[3].legend(fontsize=7)
+    finish(figure, FIGURES / "specs_gf.png", found)
+
+    figure, panels = plt.subplots(1, 4, figsize=(14, 3.2), dpi=110)
+    for panel, key in zip(panels, ("format", "accuracy", "loss", "grad_norm"), strict=True):
+        for name, label in RL.items():
+            having = with_part(seeds, "rl", name)
+            if not having or name == "coupled":
+                continue
+            logs = [run["logs"][f"rl-{name}"] for run in having.values()]
+            mean = np.mean([[row[key] for row in log] for log in logs], 0)
+            smooth = [mean[max(0, i - 4) : i + 5].mean() for i in range(len(mean))]
+            panel.plot([row["step"] for row in logs[0]], smooth, label=label)
+        panel.set(title={"loss": "policy loss", "grad_norm": "gradient norm"}.get(key, key), xlabel="GRPO step")
+    panels[0].legend(fontsize=7)
+    finish(figure, FIGURES / "specs_rl.png", found)
+
+
+def finish(figure, path: Path, found: dict) -> None:
+    for panel in figure.axes:
+        panel.grid(alpha=0.3)
+    note = f"{len(found['seeds'])} seeds, commit {found['commit']}"
+    figure.text(0.995, 0.01, note, ha="right", fontsize=6, color="grey")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Software": None})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def rebuilt(text: str, found: dict) -> str:
+    """The page with every block between its markers made anew."""
+    for name, build in BLOCKS.items():
+        block = f"<!-- {name}: rebuilt by bench/study_specs.py -->\n{build(found)}\n<!-- end of {name} -->"
+        pattern = rf"<!-- {name}: rebuilt by bench/study_specs.py -->.*?<!-- end of {name} -->"
+        text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+        if not count:
+            raise Refused(f"{PAGE.name}: the block {name} is missing")
+    return text
+
+
+def parse_args(argv=None):
+    from training import Parser
+
+    parser = Parser(__doc__)
+    parser.add_argument("--collect", type=Path, metavar="DIR", help="the study's folder, to take over first")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is not up to date")
+    parser.add_argument("--table", type=Path, metavar="DIR", help="print the tables of one seed's folder, and no more")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    try:
+        if args.table:
+            print_tables(args.table)
+            return 0
+        if args.collect:
+            collect(args.collect)
+        found = json.loads(RESULTS.read_text())
+        text = rebuilt(PAGE.read_text(), found)
+        if args.check:
+            stale = text != PAGE.read_text()
+            if stale:
+                print(f"{PAGE.name} does not say what {RESULTS.name} says; run bench/study_specs.py", file=sys.stderr)
+            return int(stale)
+        PAGE.write_text(text)
+        draw(found)
+    except Refused as reason:
+        print(f"error: {reason}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""SPECS' study: its recipe runs from a base to the page's tables, and the page says what the committed runs say."""
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT, call
+
+from toy import formats
+from toy.tiny_model import make_tiny
+
+spec = importlib.util.spec_from_file_location("study_specs", ROOT / "bench/study_specs.py")
+study = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(study)
+
+
+def test_a_bootstrap_interval_is_that_of_means_of_samples_with_replacement():
+    assert study.interval([3.0, 3.0, 3.0]) == (3.0, 3.0)
+    # Two seeds: a sample has both the lower, both the higher, or one of each, so the interval spans them.
+    assert study.interval([1.0, 2.0]) == (1.0, 2.0)
+    low, high = study.interval([0.0, 0.0, 0.0, 0.0, 10.0])
+    assert low == 0.0 and 4.0 <= high <= 6.0  # P(at least 4 of 5 samples are the 10) is below 2.5 %, at least 2 is not
+
+
+def test_a_cell_says_of_how_many_seeds_a_value_is():
+    assert study.cell([1.0, 2.0]) == "1.5 (1.0 … 2.0)"
+    assert study.cell([1.0, None]) == "1.0, 1 of 2 seeds"
+    assert study.cell([None]) == "–"
+    assert study.cell([-1.25], 1, signed=True) == "-1.2"
+
+
+def test_the_best_step_is_the_one_of_the_highest_mean():
+    curves = ([None, 30.0, 10.0], [None, 10.0, 20.0])
+    seeds = {
+        str(seed): {"cold": {"sft": [{"step": 6 * index, "gf": gf} for index, gf in enumerate(curve)]}}
+        for seed, curve in enumerate(curves)
+    }
+    assert study.best_step(seeds, "sft") == (6, [30.0, 10.0])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model that has learned one format by heart and keeps it half of the time: all a smoke test needs."""
+    folder = tmp_path_factory.mktemp("base")
+    make_tiny(folder / "random", corpus="formats", layers=2)
+    formats.main(["replies", "--format", "trained", "--follow", "0.5", "--count", "96", "--scenes", "12",
+                  "--per-picture", "8", "--out", str(folder / "half")])  # fmt: skip
+    call("dpo", model=folder / "random", data=folder / "half/records.jsonl", out=folder / "model", loss="sft",
+         batch=16, steps=60, lr=4e-3, schedule="linear", save_every=0)  # fmt: skip
+    return folder / "model"
+
+
+def test_a_small_part_of_the_study_runs_and_makes_every_table(base, tmp_path, monkeypatch):
+    settings = os.environ | {"PART": "0.02", "BASE": str(base), "OMP_NUM_THREADS": "1"}
+    settings["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{settings['PATH']}"
+    command = ["bash", ROOT / "recipes/study_specs.sh", tmp_path / "study", "7"]
+    for _ in range(2):
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert " done " in done.stdout and " s " not in done.stdout  # the second time there is nothing left to do
+
+    folder = tmp_path / "study/7"
+    result = json.loads((folder / "results/zero.json").read_text())
+    (folder / "results/follow.json").write_text(json.dumps(result))  # what BASE leaves out
+    for name in ("base", "chosen", "coupled", "unjudged"):  # the ablations take as long again, and are the same stages
+        (folder / f"results/cold-{name}.json").write_text((folder / "results/cold-specs.json").read_text())
+        (folder / f"pairs-{name}.jsonl").write_text((folder / "pairs.jsonl").read_text())
+    for name in ("dpo", "half", "coupled"):
+        (folder / f"results/rl-{name}.json").write_text((folder / "results/rl-specs.json").read_text())
+        shutil.copytree(folder / "rl/specs", folder / "rl" / name)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "study.json")
+    study.collect(tmp_path / "study")
+    found = json.loads((tmp_path / "study.json").read_text())
+    tables = {name: build(found) for name, build in study.BLOCKS.items()}
+    assert all(title in tables["cold"] for title in study.COLD.values())
+    assert all(title in tables["pairs"] for title in study.PAIRS.values())
+    assert all(title in tables["rl"] for title in study.RL.values())
+    assert tables["subject"].count("\n") == 1 + len(study.FORMATS)
+    monkeypatch.setattr(study, "FIGURES", tmp_path)
+    study.draw(found)
+    assert (tmp_path / "specs_gf.png").stat().st_size > 10_000
+
+
+def lines_of(recipe, out, folder, **settings):
+    """(command lines that a recipe hands to stages.py, other calls of python), nothing of which is run."""
+    noted = folder / "noted"
+    folder.mkdir()
+    (folder / "python").write_text(f'#!/bin/sh\ncase $1 in */stages.py) cat ;; *) echo "$*" ;; esac >> {noted}\n')
+    (folder / "python").chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["bash", ROOT / recipe, *out], env=os.environ | settings | {"PATH": path}, check=True)
+    lines = [line.removeprefix(f"{ROOT}/") for line in noted.read_text().splitlines()]
+    return lines, [line for line in lines if line.startswith(("report.py", "bench/"))]
+
+
+def out_of(line):
+    """Where a line writes."""
+    words = shlex.split(line)
+    return words[words.index("--out") + 1] if "--out" in words else words[1]
+
+
+@pytest.mark.parametrize("runs, count", [("chain", 40), ("sources", 12), ("further", 6)])
+def test_every_line_of_the_study_is_one_that_its_stage_takes(runs, count, tmp_path):
+    lines, others = lines_of("recipes/study_specs.sh", [tmp_path / "out", "0"], tmp_path / "bin", RUNS=runs)
+    assert len(lines) == count and not others
+    for line in lines:
+        script, *flags = shlex.split(line)
+        importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse_args(flags)
+
+
+def test_the_demo_is_the_study_without_its_ablations_word_for_word(tmp_path):
+    study_lines, _ = lines_of("recipes/study_specs.sh", [tmp_path / "out", "3"], tmp_path / "study")
+    lines, shown = lines_of("recipes/demo.sh", [tmp_path / "out/3", "3"], tmp_path / "demo")
+    lines = [line for line in lines if line not in shown]
+    assert set(lines) < set(study_lines) and len(set(lines)) == len(lines)
+    left_out = {out_of(line).removeprefix(f"{tmp_path}/out/3/") for line in set(study_lines) - set(lines)}
+    explored = {f"results/explore-{name}.json" for name in study.EXPLORED}
+    assert left_out - explored == {"cold/dpo", "cold/half", "rl/none", "results/cold-dpo.json",
+                                   "results/cold-half.json", "results/rl-none.json"}  # fmt: skip
+    # Everything that the report shows, and the folder of the tables, is something that the demo has made.
+    made = {out_of(line) for line in lines}
+    report, table = (shlex.split(line) for line in shown)
+    inputs = [word.split("=")[-1] for word in report[report.index("--pairs") :] if not word.startswith("--")]
+    assert len(inputs) == 12 and set(inputs) <= made
+    assert table == ["bench/study_specs.py", "--table", str(tmp_path / "out/3")]
+
+
+def test_the_tables_of_an_unfinished_seed_have_the_rows_that_have_run(tmp_path, capsys):
+    def result(kept):
+        sources = {f"formats-{name}": {"format": kept, "accuracy": 0.25} for name in study.FORMATS}
+        return {"sources": sources, "gf": {"gain_id": 40.0, "gain_ood": 20.0, "gf": 22.2}}
+
+    folder = tmp_path / "3"
+    (folder / "results").mkdir(parents=True)
+    assert study.main(["--table", str(folder)]) == 1
+    assert "zero.json is missing" in capsys.readouterr().err
+    for run in ("zero", "cold/specs", "cold/half"):
+        (folder / run).mkdir(parents=True)
+        (folder / run / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    curve = {"curve": [{"step": 0, **result(0.3)}, {"step": 12, **result(0.9)}]}
+    for name in ("zero", "cold-specs"):
+        (folder / f"results/{name}.json").write_text(json.dumps(curve))
+    assert study.main(["--table", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "trained format                           –                        30.0  90.0" in lines
+    (row,) = [line for line in lines if line.startswith("DPO")]
+    assert row.split("  ")[0] == "DPO + SFT" and row.split()[3:] == ["+40.0", "+20.0", "22.2", "22.2", "at", "12"]
+    assert not any(line.startswith("GRPO from") for line in lines)  # none has run
+
+
+def test_the_page_says_what_the_committed_runs_say():
+    assert study.rebuilt(study.PAGE.read_text(), json.loads(study.RESULTS.read_text())) == study.PAGE.read_text()

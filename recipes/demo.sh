@@ -20,7 +20,7 @@ base_and_questions | stages
 step "2 GRPO-zero, a short run that learns to keep one format; pairs: its replies against the base's, broken in format"
 zero_and_pairs | stages
 
-step "3 cold starts of the base by SFT and by DPO + SFT, then GRPO from each: side by side, two to three minutes"
+step "3 cold starts of the base by SFT and by DPO + SFT, then GRPO from each: side by side, about two minutes"
 branch() { # branch NAME flags…: cold start, its GF along the updates, then GRPO and what came of it
     cold "$D/pairs.jsonl" "$D/cold/$1" "${@:2}"
     evaluate "$D/results/cold-$1.json" --checkpoints "$D/cold/$1"

@@ -18,9 +18,14 @@ import subprocess
 import sys
 import tokenize
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import pages  # noqa: E402
+
 PAGE = ROOT / "docs" / "house.md"
 BEFORE = "286ab61"
 ORDER = (  # reading order; files that are not named here follow by name
@@ -163,15 +168,9 @@ def tables(now: str) -> str:
     return "\n".join(lines)
 
 
-BLOCK = re.compile(r"(<!-- house: rebuilt by bench/house.py -->\n).*?(\n<!-- end of house -->)", re.S)
-
-
 def rebuilt(page: str, now: str) -> str:
     """The page with its block made anew for the commit `now`."""
-    new = tables(now)
-    text, count = BLOCK.subn(lambda found: found[1] + new + found[2], page)
-    assert count == 1, f"{PAGE.name} must hold the block house once"
-    return text
+    return pages.rebuilt(page, {"house": partial(tables, now)}, "bench/house.py", PAGE.name, each_once=True)
 
 
 def main(argv: list[str] | None = None) -> int:

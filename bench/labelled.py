@@ -18,11 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import rewards  # noqa: E402
+from bench import pages  # noqa: E402
 
 DATA = ROOT / "tests" / "data"
 PAGE = ROOT / "docs" / "answers.md"
-OPENS = "<!-- labelled: rebuilt by bench/labelled.py -->"
-CLOSES = "<!-- end of labelled -->"
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -113,8 +112,8 @@ def main() -> None:
     tables = "\n\n".join("\n".join(lines) for lines in (answers_table(), golds_table(), units_table(), search_table()))
     print(tables)
     page = PAGE.read_text(encoding="utf-8")
-    before, after = page.split(OPENS)[0], page.split(CLOSES)[1]
-    rebuilt = f"{before}{OPENS}\n\n{tables}\n\n{CLOSES}{after}"
+    blocks = {"labelled": f"\n{tables}\n"}  # a blank line before the tables and one after them
+    rebuilt = pages.rebuilt(page, blocks, "bench/labelled.py", PAGE.name, each_once=True)
     if args.write:
         PAGE.write_text(rebuilt, encoding="utf-8")
     if args.check and rebuilt != page:

@@ -37,12 +37,12 @@ import dpo  # noqa: E402
 import grpo  # noqa: E402
 import jigsaw  # noqa: E402
 import rewards  # noqa: E402
+from bench import pages  # noqa: E402
 from records import DataError, write_text  # noqa: E402
 from training import Parser, integer, run  # noqa: E402
 
 RESULT = ROOT / "bench/results/outside.json"
 PAGE = ROOT / "docs/answers.md"
-OPENS, CLOSES = "<!-- outside: rebuilt by bench/outside.py -->", "<!-- end of outside -->"
 # Largest difference of two numbers that count as equal, relative to the larger one or to 1. All is computed in fp64,
 # but TRL's std passes through fp32.
 CLOSE = 1e-6
@@ -494,11 +494,11 @@ def table(result: dict) -> str:
 
 
 def rebuilt(page: str, block: str) -> str:
-    """A page's text with this block between our two markers. DataError for a page without them."""
-    if page.count(OPENS) != 1 or page.count(CLOSES) != 1:
-        raise DataError(f"{PAGE}: must hold each of {OPENS} and {CLOSES} once")
-    before, after = page.split(OPENS)[0], page.split(CLOSES)[1]
-    return f"{before}{OPENS}\n\n{block}\n\n{CLOSES}{after}"
+    """A page's text with this block, blank lines around it, between our two markers. DataError for one without them."""
+    try:
+        return pages.rebuilt(page, {"outside": f"\n{block}\n"}, "bench/outside.py", str(PAGE), each_once=True)
+    except pages.Refused as reason:
+        raise DataError(reason) from None
 
 
 def compare(folder: Path, count: int) -> dict:

@@ -23,12 +23,15 @@ libraries (bench/versus.py) versus.json, several processes (bench/worlds.py) wor
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from statistics import fmean, median
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from bench import pages  # noqa: E402
+
 RESULTS = HERE / "results"
 PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
 KEPT = ("step", "reward", "accuracy", "format", "kl", "entropy", "loss")
@@ -36,7 +39,7 @@ PEERS = ("TRL", "TRL at once", "generate", "vLLM", "vLLM eager")
 
 
 class Refused(Exception):
-    """A table whose logs were not measured at one clean commit, or a page or run that cannot be used."""
+    """A table whose logs were not measured at one clean commit, or a run that cannot be used."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,20 +340,11 @@ BLOCKS = {
 
 
 def rebuilt(text: str, where: str) -> str:
-    """A page's text with every block between its markers made anew. Refused for a block that nobody builds."""
-    for name in re.findall(r"<!-- (\w+): rebuilt by bench/readme.py -->", text):
-        if name not in BLOCKS:
-            raise Refused(f"{where}: nobody builds the block {name!r}; the blocks are {', '.join(BLOCKS)}")
-        block = f"<!-- {name}: rebuilt by bench/readme.py -->\n{BLOCKS[name]()}\n<!-- end of {name} -->"
-        pattern = rf"<!-- {name}: rebuilt by bench/readme.py -->.*?<!-- end of {name} -->"
-        text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
-        if not count:
-            raise Refused(f"{where}: the block {name} has no end")
-    return text
+    """A page's text with every block between its markers made anew. pages.Refused for a block that nobody builds."""
+    return pages.rebuilt(text, BLOCKS, "bench/readme.py", where)
 
 
 def parse_args(argv=None):
-    sys.path.insert(0, str(HERE.parent))
     from training import Parser
 
     parser = Parser(__doc__)
@@ -372,7 +366,7 @@ def main(argv=None) -> int:
             return int(bool(stale))
         for page in stale:
             page.write_text(texts[page])
-    except Refused as reason:
+    except (Refused, pages.Refused) as reason:
         print(f"error: {reason}", file=sys.stderr)
         return 1
     return 0

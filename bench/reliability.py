@@ -17,6 +17,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import pages  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "reliability.md"
 NOT_RUN = "not run"
@@ -229,15 +233,10 @@ def count() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 
-BLOCK = re.compile(r"(<!-- reliability: rebuilt by bench/reliability.py -->\n).*?(\n<!-- end of reliability -->)", re.S)
-
 
 def rebuilt(page: str) -> str:
     """The page with its block made anew."""
-    new = tables()
-    text, found = BLOCK.subn(lambda block: block[1] + new + block[2], page)
-    assert found == 1, f"{PAGE.name} must hold the block reliability once"
-    return text
+    return pages.rebuilt(page, {"reliability": tables}, "bench/reliability.py", PAGE.name, each_once=True)
 
 
 def main(argv: list[str] | None = None) -> int:

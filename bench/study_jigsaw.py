@@ -13,6 +13,7 @@ import json
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results/study_jigsaw.json"
 sys.path.insert(0, str(HERE.parent))
 
+from bench import pages  # noqa: E402
 from toy.primer import RECHECK  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,17 +436,13 @@ TABLES = {
 
 
 def rebuilt(text: str, study: dict) -> str:
-    """The page with the table between every pair of markers made anew. ValueError for a marker that nobody fills."""
-    for name in re.findall(r"<!-- (\w+): rebuilt by bench/study_jigsaw.py -->", text):
-        if name not in TABLES:
-            raise ValueError(f"nobody builds the table {name!r}; there are {', '.join(TABLES)}")
-        begin, end = f"<!-- {name}: rebuilt by bench/study_jigsaw.py -->", f"<!-- end of {name} -->"
-        before, _, rest = text.partition(begin)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"the table {name} has no end")
-        text = f"{before}{begin}\nCommit `{study['commit']}`.\n\n{TABLES[name](study)}\n{end}{after}"
-    return text
+    """The page with the table between every pair of markers made anew. pages.Refused for a marker that nobody fills."""
+
+    def block(make) -> str:
+        return f"Commit `{study['commit']}`.\n\n{make(study)}"
+
+    blocks = {name: partial(block, make) for name, make in TABLES.items()}
+    return pages.rebuilt(text, blocks, "bench/study_jigsaw.py", "the study's page")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

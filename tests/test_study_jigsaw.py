@@ -129,7 +129,7 @@ def test_a_page_that_says_something_else_is_noticed(tmp_path):
     page = tmp_path / "page.md"
     page.write_text((ROOT / "docs/jigsaw_study.md").read_text().replace("| chance | 50.0 |", "| chance | 51.0 |"))
     assert study.main(["--check", "--page", str(page)]) == 1
-    with pytest.raises(ValueError, match="nobody builds the table 'verse'"):
+    with pytest.raises(ValueError, match="nobody builds the block 'verse'"):
         study.rebuilt("<!-- verse: rebuilt by bench/study_jigsaw.py -->", {})
 
 

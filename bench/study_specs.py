@@ -13,9 +13,9 @@ Legend: seeds: {"0": run}; a run is what `collect_seed` keeps of one seed; gains
 
 import json
 import platform
-import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -23,11 +23,15 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+
+from bench import pages  # noqa: E402
+
 RESULTS = HERE / "results/study_specs.json"
 PAGE = HERE.parent / "docs/specs_study.md"
 FIGURES = HERE.parent / "docs/figures"
 
 COLD = {"sft": "SFT", "dpo": "DPO", "half": "DPO + 0.5 SFT", "specs": "DPO + SFT"}
+LONGER = {"longer-sft": "SFT", "longer-dpo": "DPO", "longer-specs": "DPO + SFT"}
 PAIRS = {
     "specs": "GRPO-zero, decoupled, judged (SPECS)",
     "unjudged": "the same without the judge",
@@ -50,6 +54,7 @@ FORMATS = {
     "unseen": "new shapes, new words",
     "tags-asked-anew": "tags, new words, asked for in a new way",
 }
+SEEING = ("follow", "base", "zero")
 EXPLORED = {
     "base": "base",
     "zero": "GRPO-zero",
@@ -63,7 +68,7 @@ RL_KEYS = ("step", "reward", "accuracy", "format", "loss", "grad_norm", "entropy
 COLD_KEYS = ("step", "loss_sft", "chosen_reward", "rejected_reward", "preference_accuracy")
 
 
-class Refused(Exception):
+class Refused(pages.Refused):
     """The message says what is missing, and how to get it."""
 
 
@@ -110,8 +115,10 @@ def read_seed(folder: Path) -> dict:
     for part, names, keys in (("rl", RL, RL_KEYS), ("cold", COLD, COLD_KEYS)):
         for name in [name for name in names if f"{part}-{name}" in results]:
             logs[f"{part}-{name}"] = read_log(folder / part / name / "log.jsonl", keys)
+    seen = {name: results[f"see-{name}"]["overall"]["accuracy_read"] for name in SEEING if f"see-{name}" in results}
     return {
         "follow": by_format(results["follow"]) if "follow" in results else {},
+        "see": {name: round(100 * share, 3) for name, share in seen.items()},
         "zero": curve_of(results["zero"]) if "zero" in results else [],
         "cold": {name[5:]: curve_of(result) for name, result in results.items() if name.startswith("cold-")},
         "rl": {name[3:]: by_format(result) for name, result in results.items() if name.startswith("rl-")},
@@ -125,6 +132,7 @@ def collect_seed(folder: Path) -> dict:
     """read_seed of a chain that has finished. Refused if it has not."""
     needed = ["follow", "zero", "rl-none", "rl-sft", "rl-specs"]
     needed += [f"cold-{name}" for name in COLD] + [f"explore-{name}" for name in EXPLORED]
+    needed += [f"see-{name}" for name in SEEING]
     missing = [name for name in needed if not (folder / f"results/{name}.json").exists()]
     if missing:
         raise Refused(f"{folder}: {missing[0]} is missing; bash recipes/study_specs.sh {folder.parent} {folder.name}")
@@ -198,17 +206,18 @@ def with_part(seeds: dict, part: str, name: str) -> dict:
 
 
 def subject_table(found: dict) -> str:
-    """Can the subject copy what the prompt shows, and what does the base keep of it?"""
+    """Can the subject copy what the prompt shows, and see, and what does the base keep of it?"""
     seeds = found["seeds"]
-    rows = []
+    seen = [cell(over(seeds, lambda run, name=name: run["see"].get(name))) for name in SEEING]
+    rows = [["says truly how pieces look, of the replies that can be read", *seen]]
     for key, title in FORMATS.items():
         rows.append([
-            title,
+            f"format kept: {title}",
             cell(over(seeds, lambda run, key=key: run["follow"].get(key, {}).get("format"))),
             cell(over(seeds, lambda run, key=key: run["zero"][0]["formats"][key]["format"])),
             cell(over(seeds, lambda run, key=key: run["zero"][-1]["formats"][key]["format"])),
         ])  # fmt: skip
-    return table(["format kept, percent", "taught to follow always", "base", "GRPO-zero"], rows)
+    return table(["percent of replies", "taught to follow always", "base", "GRPO-zero"], rows)
 
 
 def last(run: dict, name: str, key: str) -> float | None:
@@ -248,6 +257,13 @@ COLD_TITLES = ["", "gain, trained format", "gain, other formats", "GF at the end
 
 def cold_table(found: dict) -> str:
     return table(["cold start", *COLD_TITLES[1:]], cold_rows(found["seeds"], COLD))
+
+
+def longer_table(found: dict) -> str:
+    having = with_part(found["seeds"], "cold", "longer-specs")
+    if not having:
+        return "The longer cold starts have not run."
+    return table(["120 updates of", *COLD_TITLES[1:]], cold_rows(having, LONGER))
 
 
 def pairs_table(found: dict) -> str:
@@ -304,6 +320,43 @@ def explore_table(found: dict) -> str:
     return table(["after", "pass@1", "pass@8", "pass@64", "distinct of 64", "RBF", "entropy, nats a token"], rows)
 
 
+def seed_by_seed_table(found: dict) -> str:
+    """What a start changes against SFT, seed by seed: the base cancels out, and bases differ more than losses do."""
+
+    def after_cold(key: str) -> Callable:
+        return lambda run, name: run["cold"][name][-1][key] if name in run["cold"] else None
+
+    def after_rl(get: Callable) -> Callable:
+        return lambda run, name: get(run, name) if name in run["rl"] else None
+
+    def explored(part: str, key: str) -> Callable:
+        return lambda run, name: run["explore"].get(f"{part}-{name}", {}).get(key)
+
+    measures: dict[str, tuple[int, Callable]] = {
+        "gain, trained format": (1, after_cold("gain_id")),
+        "gain, other formats": (1, after_cold("gain_ood")),
+        "GF": (1, after_cold("gf")),
+        "RBF": (3, explored("cold", "rbf")),
+        "after GRPO: accuracy": (1, after_rl(lambda run, name: run["rl"][name]["trained"]["accuracy"])),
+        "after GRPO: format": (1, after_rl(lambda run, name: run["rl"][name]["trained"]["format"])),
+        "after GRPO: other formats": (1, after_rl(lambda run, name: other_formats(run["rl"][name]))),
+        "after GRPO: RBF": (3, explored("rl", "rbf")),
+        "GRPO's reward, all steps": (2, after_rl(lambda run, name: whole(run, name, "reward"))),
+    }
+    others = ["none", "dpo", "half", "specs"]
+    rows = []
+    for title, (digits, get) in measures.items():
+        row = [title]
+        for name in others:
+            both = [(get(run, name), get(run, "sft")) for run in found["seeds"].values()]
+            differences = [mine - sft for mine, sft in both if mine is not None and sft is not None]
+            higher = sum(difference > 0 for difference in differences)
+            count = f"; {higher} of {len(differences)}" if differences else ""
+            row.append(cell(differences, digits, signed=True) + count)
+        rows.append(row)
+    return table(["minus SFT", *(RL[name] for name in others)], rows)
+
+
 def spread(values: list[float]) -> float:
     """Mean absolute change from one step to the next."""
     return fmean(abs(b - a) for a, b in zip(values, values[1:], strict=False))
@@ -333,9 +386,12 @@ def stability_table(found: dict) -> str:
 
 def provenance(found: dict) -> str:
     named = ", ".join(found["seeds"])
-    ablated = ", ".join(with_part(found["seeds"], "cold", "coupled")) or "none"
+    parts = {"pairs": "coupled", "longer cold starts": "longer-specs"}
+    having = {title: with_part(found["seeds"], "cold", name) for title, name in parts.items()}
+    having["GRPO from more starts"] = with_part(found["seeds"], "rl", "dpo")
+    further = [f"{title}: seeds {', '.join(seeds) or 'none'}" for title, seeds in having.items()]
     return (
-        f"Seeds {named}; ablations: seeds {ablated}. Commit `{found['commit']}`; {found['machine']}. Means over seeds, "
+        f"Seeds {named}; {'; '.join(further)}. Commit `{found['commit']}`; {found['machine']}. Means over seeds, "
         "in brackets 95 % bootstrap intervals over seeds."
     )
 
@@ -344,11 +400,14 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
     "provenance": provenance,
     "subject": subject_table,
     "cold": cold_table,
+    "longer": longer_table,
     "pairs": pairs_table,
     "rl": rl_table,
+    "seeds": seed_by_seed_table,
     "explore": explore_table,
     "stability": stability_table,
 }
+
 
 def aligned(markdown: str) -> str:
     """A table with its cells padded, to be read on a terminal."""
@@ -372,6 +431,8 @@ def print_tables(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
+GAINS = {"gain_id": "gain, trained format", "gain_ood": "gain, other formats", "gf": "GF"}
+
 
 def mean_curve(seeds: dict, name: str, key: str) -> tuple[list[int], list[float], list[float], list[float]]:
     """(steps, mean, low, high) of a curve along a cold start; points that no seed defines are left out."""
@@ -388,8 +449,20 @@ def mean_curve(seeds: dict, name: str, key: str) -> tuple[list[int], list[float]
     return steps, means, lows, highs
 
 
+def draw_cold(panels, seeds: dict, names: dict[str, str]) -> None:
+    """Gains and GF along cold starts, one a panel."""
+    for panel, (key, title) in zip(panels, GAINS.items(), strict=False):
+        for name, label in names.items():
+            steps, means, lows, highs = mean_curve(seeds, name, key)
+            (line,) = panel.plot(steps, means, marker="o", ms=3, label=label)
+            panel.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.15, lw=0)
+        panel.set(title=f"{title} (points)", xlabel="update")
+        panel.axhline(0, color="grey", lw=0.8, ls=":")
+    panels[0].legend(fontsize=7)
+
+
 def draw(found: dict) -> None:
-    """specs_gf.png: gains and GF along the cold starts; specs_rl.png: GRPO from each start."""
+    """specs_gf.png: gains and GF along the cold starts, specs_longer.png: along longer ones; specs_rl.png: GRPO."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -397,16 +470,7 @@ def draw(found: dict) -> None:
 
     seeds = found["seeds"]
     figure, panels = plt.subplots(1, 4, figsize=(14, 3.2), dpi=110)
-    for panel, key, title in zip(
-        panels, ("gain_id", "gain_ood", "gf"), ("gain, trained format", "gain, other formats", "GF"), strict=False
-    ):
-        for name, label in COLD.items():
-            steps, means, lows, highs = mean_curve(seeds, name, key)
-            (line,) = panel.plot(steps, means, marker="o", ms=3, label=label)
-            panel.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.15, lw=0)
-        panel.set(title=f"{title} (points)", xlabel="update")
-        panel.axhline(0, color="grey", lw=0.8, ls=":")
-    panels[0].legend(fontsize=7)
+    draw_cold(panels, seeds, COLD)
     for name, label in COLD.items():
         if name != "sft":
             rows = [run["logs"][f"cold-{name}"] for run in seeds.values()]
@@ -419,6 +483,12 @@ def draw(found: dict) -> None:
     panels[3].set(title="implicit reward: chosen —, rejected - -", xlabel="update")
     panels[3].legend(fontsize=7)
     finish(figure, FIGURES / "specs_gf.png", found)
+
+    having = with_part(seeds, "cold", "longer-specs")
+    if having:
+        figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.2), dpi=110)
+        draw_cold(panels, having, LONGER)
+        finish(figure, FIGURES / "specs_longer.png", {**found, "seeds": having})
 
     figure, panels = plt.subplots(1, 4, figsize=(14, 3.2), dpi=110)
     for panel, key in zip(panels, ("format", "accuracy", "loss", "grad_norm"), strict=True):
@@ -450,13 +520,8 @@ def finish(figure, path: Path, found: dict) -> None:
 
 def rebuilt(text: str, found: dict) -> str:
     """The page with every block between its markers made anew."""
-    for name, build in BLOCKS.items():
-        block = f"<!-- {name}: rebuilt by bench/study_specs.py -->\n{build(found)}\n<!-- end of {name} -->"
-        pattern = rf"<!-- {name}: rebuilt by bench/study_specs.py -->.*?<!-- end of {name} -->"
-        text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
-        if not count:
-            raise Refused(f"{PAGE.name}: the block {name} is missing")
-    return text
+    blocks = {name: partial(build, found) for name, build in BLOCKS.items()}
+    return pages.rebuilt(text, blocks, "bench/study_specs.py", PAGE.name, each_once=True)
 
 
 def parse_args(argv=None):
@@ -486,7 +551,7 @@ def main(argv=None) -> int:
             return int(stale)
         PAGE.write_text(text)
         draw(found)
-    except Refused as reason:
+    except pages.Refused as reason:
         print(f"error: {reason}", file=sys.stderr)
         return 1
     return 0

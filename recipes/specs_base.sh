@@ -17,12 +17,12 @@ sft() { # sft FROM OUT UPDATES RATE SCHEDULE data…
         --schedule "$5" --warmup 20 --save-every 0 --seed "$SEED" --overwrite
 }
 echo toy/tiny_model.py "$OUT/random" --corpus formats --seed "$SEED"
-echo toy/formats.py drill --count 14400 --seed "$((SEED + 1000))" --out "$OUT/drill"
+echo toy/formats.py drill --count 16000 --seed "$((SEED + 1000))" --out "$OUT/drill"
 echo toy/formats.py words --count 8000 --scenes 1000 --per-picture 8 --seed "$((SEED + 2000))" --out "$OUT/words"
 echo toy/formats.py replies --count 8000 --scenes 1000 --per-picture 8 --seed "$((SEED + 3000))" --out "$OUT/follow"
 echo toy/formats.py replies --follow 0.5 --count 4800 --scenes 600 --per-picture 8 --seed "$((SEED + 4000))" \
     --out "$OUT/half"
-sft "$OUT/random" "$OUT/drill/model" 450 2e-3 constant "$OUT/drill/records.jsonl"
-sft "$OUT/drill/model" "$OUT/words/model" 250 2e-3 constant "$OUT/words/records.jsonl"
-sft "$OUT/words/model" "$OUT/follow/model" 400 2e-3 linear "$OUT/words/records.jsonl" "$OUT/follow/records.jsonl"
+sft "$OUT/random" "$OUT/drill/model" 500 2e-3 constant "$OUT/drill/records.jsonl"
+sft "$OUT/drill/model" "$OUT/words/model" 150 2e-3 constant "$OUT/words/records.jsonl"
+sft "$OUT/words/model" "$OUT/follow/model" 500 2e-3 linear "$OUT/words/records.jsonl" "$OUT/follow/records.jsonl"
 sft "$OUT/follow/model" "$OUT/base" 150 5e-4 linear "$OUT/half/records.jsonl"

@@ -4,26 +4,27 @@
 #
 #   bash recipes/study_specs.sh runs/study_specs 0 1 2 3 4       # seeds; killed at any moment it goes on where it was
 #   RUNS=sources bash recipes/study_specs.sh runs/study_specs 0 1 2     # ablation: where the pairs come from
+#   RUNS=longer bash recipes/study_specs.sh runs/study_specs 0 1 2      # cold starts of five times as many updates
 #   RUNS=further bash recipes/study_specs.sh runs/study_specs 0 1 2     # GRPO from the other cold starts
 #   PART=0.05 BASE=DIR bash recipes/study_specs.sh /tmp/smoke 0  # a twentieth of it, of a base you have: does it all run?
 #
 # One core is enough, and two seeds at a time are twice as fast on two. All settings were chosen in trials before the first
-# of these runs, on one seed and with other shapes. recipes/demo.sh takes its functions from here, so the demo's flags are the study's.
+# of these runs, on seeds 2, 8 and 9. recipes/demo.sh takes its functions from here, so the demo's flags are the study's.
 set -euo pipefail
 OUT=${1:-runs/study_specs}
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 export PART=${PART:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 share() { awk "BEGIN { n = $1 * $PART; n += n > int(n); print n < 2 ? 2 : int(n) }"; } # rounded up, and two at least
 
-puzzles() { # puzzles FORMAT COUNT SPLIT SEED OUT [way of asking]
+puzzles() { # puzzles FORMAT COUNT SPLIT SEED OUT flags…
     local count
     count=$(share "$2")
     echo toy/formats.py questions --format "$1" --count "$count" --scenes "$count" --split "$3" --seed "$4" --out "$5" \
-        --ask "${6:-train}"
+        "${@:6}"
 }
-grpo() { # grpo FROM OUT STEPS: SPECS' clip and token mean; the KL is ours: two trials without it stayed at chance
+grpo() { # grpo FROM OUT STEPS: SPECS' clip and token mean, and no KL
     echo grpo.py --model "$1" --data "$D/puzzles/records.jsonl" --out "$2" --steps "$(share "$3")" --prompts 16 \
-        --group 8 --lr 2e-4 --kl 0.04 --clip-high 0.28 --normalizer token --max-new-tokens 48 --save-every 0 \
+        --group 8 --lr 2e-4 --clip-high 0.28 --normalizer token --max-new-tokens 48 --save-every 0 \
         --seed "$SEED" --overwrite
 }
 pairs() { # pairs OUT flags…: the policy's replies against the base's
@@ -39,6 +40,10 @@ evaluate() { # evaluate OUT flags…: format and accuracy at temperature 1, in t
     echo eval.py --id "$D/test/trained/records.jsonl" --ood "${others[@]}" --temperature 1 --samples 4 \
         --max-new-tokens 48 --seed 1 --overwrite --out "$1" "${@:2}"
 }
+see() { # see OUT MODEL: does it say truly how pieces look, and does its letter say what its reason says?
+    echo eval.py --data "$D/test/look/records.jsonl" --temperature 1 --samples 4 --max-new-tokens 48 --seed 3 --overwrite \
+        --out "$1" --model "$2"
+}
 explore() { # explore OUT MODEL: pass@k up to 64, entropy, branching factor, in the trained format
     echo eval.py --data "$D/test/trained/records.jsonl" --limit 30 --temperature 1 --samples 64 --exploration \
         --max-new-tokens 48 --seed 2 --overwrite --out "$1" --model "$2"
@@ -49,13 +54,19 @@ base_and_questions() { # the base, its puzzles, and the questions that nothing i
     puzzles trained 1600 train "$((SEED + 5000))" "$D/puzzles"
     puzzles trained 60 test "$((SEED + 1))" "$D/test/trained"
     for format in tags seen unseen; do puzzles "$format" 60 test "$((SEED + 2000))" "$D/test/$format"; done
-    puzzles tags 60 test "$((SEED + 3000))" "$D/test/ask" test
-    # Before anything else: does the model copy words and shapes that it has never seen?
-    if [ -z "${BASE:-}" ]; then evaluate "$D/results/follow.json" --model "$D/follow/model"; fi
+    puzzles tags 60 test "$((SEED + 3000))" "$D/test/ask" --ask test
+    puzzles trained 60 test "$((SEED + 4000))" "$D/test/look" --question look
+    # Before anything else: does the model copy words and shapes that it has never seen, and does it see?
+    if [ -z "${BASE:-}" ]; then
+        evaluate "$D/results/follow.json" --model "$D/follow/model"
+        see "$D/results/see-follow.json" "$D/follow/model"
+    fi
+    see "$D/results/see-base.json" "${BASE:-$D/base}"
 }
 zero_and_pairs() { # GRPO-zero, and the pairs that it makes; its curve begins with the base
     grpo "${BASE:-$D/base}" "$D/zero" 12
     evaluate "$D/results/zero.json" --checkpoints "$D/zero"
+    see "$D/results/see-zero.json" "$D/zero"
     pairs "$D/pairs.jsonl" --policy "$D/zero"
 }
 
@@ -87,6 +98,13 @@ sources() { # where the pairs come from
     for name in base chosen coupled unjudged; do
         cold "$D/pairs-$name.jsonl" "$D/cold/$name" --loss dpo+sft --sft-weight 1
         evaluate "$D/results/cold-$name.json" --checkpoints "$D/cold/$name"
+    done
+}
+
+longer() { # five times as many updates: does a model come to know the trained format by heart, and lose the others?
+    for name in sft dpo specs; do
+        cold "$D/pairs.jsonl" "$D/cold/longer-$name" --loss "${name/specs/dpo+sft}" --steps "$(share 120)" --save-every 24
+        evaluate "$D/results/cold-longer-$name.json" --checkpoints "$D/cold/longer-$name"
     done
 }
 

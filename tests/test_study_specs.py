@@ -43,6 +43,28 @@ def test_the_best_step_is_the_one_of_the_highest_mean():
     assert study.best_step(seeds, "sft") == (6, [30.0, 10.0])
 
 
+def test_seed_by_seed_the_base_cancels_out_and_a_start_that_has_not_run_is_no_difference():
+    def run(gain, more, accuracy):
+        def cold(gained):
+            return [{"step": 24, "gain_id": gained, "gain_ood": 1.0, "gf": None}]
+
+        rl = {"trained": {"accuracy": accuracy, "format": 90.0}, "tags": {"accuracy": 0.0, "format": 10.0}}
+        names = ("sft", "specs")
+        return {
+            "cold": {"sft": cold(gain), "specs": cold(gain + more)},
+            "rl": {name: rl for name in names},
+            "explore": {"cold-sft": {"rbf": 1.0}, "cold-specs": {"rbf": 1.5}},
+            "logs": {f"rl-{name}": [{"reward": 1.0}] for name in names},
+        }
+
+    text = study.seed_by_seed_table({"seeds": {"0": run(40.0, 2.0, 50.0), "1": run(10.0, 3.0, 97.0)}})
+    rows = {row[0]: row[1:] for row in ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())}
+    assert rows["gain, trained format"] == ["–", "–", "–", "+2.5 (+2.0 … +3.0); 2 of 2"]
+    assert rows["gain, other formats"][3] == "+0.0 (+0.0 … +0.0); 0 of 2"
+    assert rows["GF"][3] == "–" and rows["RBF"][3] == "+0.500 (+0.500 … +0.500); 2 of 2"
+    assert rows["after GRPO: accuracy"][3] == "+0.0 (+0.0 … +0.0); 0 of 2"
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A model that has learned one format by heart and keeps it half of the time: all a smoke test needs."""
@@ -51,7 +73,7 @@ def base(tmp_path_factory):
     formats.main(["replies", "--format", "trained", "--follow", "0.5", "--count", "96", "--scenes", "12",
                   "--per-picture", "8", "--out", str(folder / "half")])  # fmt: skip
     call("dpo", model=folder / "random", data=folder / "half/records.jsonl", out=folder / "model", loss="sft",
-         batch=16, steps=60, lr=4e-3, schedule="linear", save_every=0)  # fmt: skip
+         batch=16, steps=120, lr=4e-3, schedule="linear", save_every=0)  # fmt: skip
     return folder / "model"
 
 
@@ -67,9 +89,12 @@ def test_a_small_part_of_the_study_runs_and_makes_every_table(base, tmp_path, mo
     folder = tmp_path / "study/7"
     result = json.loads((folder / "results/zero.json").read_text())
     (folder / "results/follow.json").write_text(json.dumps(result))  # what BASE leaves out
+    shutil.copy(folder / "results/see-base.json", folder / "results/see-follow.json")
     for name in ("base", "chosen", "coupled", "unjudged"):  # the ablations take as long again, and are the same stages
         (folder / f"results/cold-{name}.json").write_text((folder / "results/cold-specs.json").read_text())
         (folder / f"pairs-{name}.jsonl").write_text((folder / "pairs.jsonl").read_text())
+    for name in ("sft", "dpo", "specs"):
+        (folder / f"results/cold-longer-{name}.json").write_text((folder / f"results/cold-{name}.json").read_text())
     for name in ("dpo", "half", "coupled"):
         (folder / f"results/rl-{name}.json").write_text((folder / "results/rl-specs.json").read_text())
         shutil.copytree(folder / "rl/specs", folder / "rl" / name)
@@ -78,12 +103,13 @@ def test_a_small_part_of_the_study_runs_and_makes_every_table(base, tmp_path, mo
     found = json.loads((tmp_path / "study.json").read_text())
     tables = {name: build(found) for name, build in study.BLOCKS.items()}
     assert all(title in tables["cold"] for title in study.COLD.values())
+    assert all(title in tables["longer"] for title in study.LONGER.values())
     assert all(title in tables["pairs"] for title in study.PAIRS.values())
     assert all(title in tables["rl"] for title in study.RL.values())
-    assert tables["subject"].count("\n") == 1 + len(study.FORMATS)
+    assert tables["subject"].count("\n") == 2 + len(study.FORMATS)
     monkeypatch.setattr(study, "FIGURES", tmp_path)
     study.draw(found)
-    assert (tmp_path / "specs_gf.png").stat().st_size > 10_000
+    assert all((tmp_path / f"specs_{name}.png").stat().st_size > 10_000 for name in ("gf", "longer", "rl"))
 
 
 def lines_of(recipe, out, folder, **settings):
@@ -104,7 +130,7 @@ def out_of(line):
     return words[words.index("--out") + 1] if "--out" in words else words[1]
 
 
-@pytest.mark.parametrize("runs, count", [("chain", 40), ("sources", 12), ("further", 6)])
+@pytest.mark.parametrize("runs, count", [("chain", 44), ("sources", 12), ("longer", 6), ("further", 6)])
 def test_every_line_of_the_study_is_one_that_its_stage_takes(runs, count, tmp_path):
     lines, others = lines_of("recipes/study_specs.sh", [tmp_path / "out", "0"], tmp_path / "bin", RUNS=runs)
     assert len(lines) == count and not others
@@ -147,7 +173,8 @@ def test_the_tables_of_an_unfinished_seed_have_the_rows_that_have_run(tmp_path, 
         (folder / f"results/{name}.json").write_text(json.dumps(curve))
     assert study.main(["--table", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "trained format                           –                        30.0  90.0" in lines
+    (row,) = [line for line in lines if line.startswith("format kept: trained format ")]
+    assert row.split()[-3:] == ["–", "30.0", "90.0"]
     (row,) = [line for line in lines if line.startswith("DPO")]
     assert row.split("  ")[0] == "DPO + SFT" and row.split()[3:] == ["+40.0", "+20.0", "22.2", "22.2", "at", "12"]
     assert not any(line.startswith("GRPO from") for line in lines)  # none has run

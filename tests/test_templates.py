@@ -163,8 +163,21 @@ def test_questions_have_no_reply_and_words_no_format(tmp_path):
     assert {record["source"] for record in asked} == {"formats-unseen-asked-anew"}
     plain = records(tmp_path, "words", count=6, scenes=2, per_picture=3)
     assert all(record["prompt"].splitlines()[-1].startswith("B. ") for record in plain)
-    drilled = records(tmp_path, "drill", count=6)
+    looks = records(tmp_path, "questions", count=6, scenes=6, question="look", split="test")
+    assert {(record["question"], record["source"]) for record in looks} == {("look", "formats-any-look")}
+
+
+def test_the_drill_is_to_copy_what_the_prompt_shows(tmp_path):
+    drilled = records(tmp_path, "drill", count=50)
     assert all(record["prompt"].endswith(record["chosen"]) and not record["images"] for record in drilled)
+    assert len({record["chosen"] for record in drilled}) > 45
+
+
+def test_a_verdict_always_has_the_same_letter_and_pieces_are_pictures_of_their_own(tmp_path):
+    for record in records(tmp_path, "words", count=24, scenes=6, per_picture=4):
+        options = ["above", "below"] if record["question"] == "pair" else ["darker", "lighter"]
+        assert record["options"] == options and record["options"]["AB".index(record["answer"])] == record["direction"]
+        assert len(record["images"]) == 2 and record["prompt"].startswith("Position 1: <image>\nPosition 2: <image>\n")
 
 
 def test_the_same_seed_writes_the_same_bytes(tmp_path):

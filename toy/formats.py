@@ -129,9 +129,9 @@ def fill(template: str, reason: str, answer: str) -> str:
 
 
 def drill_text(rng: random.Random) -> str:
-    """Two to five words in signs, one behind the other, with no sense at all."""
+    """One to four words in signs, one behind the other, with no sense at all."""
     parts = []
-    for _ in range(rng.randint(2, 5)):
+    for _ in range(rng.randint(1, 4)):
         word = rng.choice(words("train") if rng.random() > OFTEN else ["think", "answer"])
         parts.append(rng.choice(rng.choice(list(WRAPS.values()))).format(word) + rng.choice(SEPARATORS))
     return "".join(parts).strip() or "A"
@@ -144,6 +144,7 @@ ASK = {  # ways to ask for a template; the last one is in no training
     "train": ("Write {form}", "Reply in this form: {form}", "The form of the reply is {form}"),
     "test": ("Reply as {form}",),
 }
+QUESTIONS = ("pair", "look")
 TASK = "{n} pieces were mixed."
 PAIR = "Where was {pair[0]}, seen from {pair[1]}?"
 LOOK = "How does {pair[0]} look, seen from {pair[1]}?"
@@ -154,7 +155,7 @@ def corpus() -> list[str]:
 
     Signs are left out, lest one grow together with a word: copying "zami" must not depend on what stands before it.
     """
-    said = [TASK, PAIR, LOOK, *sum(ASK.values(), ()), "think reason answer letter A. B. A B above below"]
+    said = [TASK, "Position", PAIR, LOOK, *sum(ASK.values(), ()), "think reason answer letter A. B. A B above below"]
     for cue in CUES:
         for verdict in CUES[cue][1]:
             said += [reason_about(cue, more, 1, 2, f"is {verdict}", "A") for more in (True, False)]
@@ -169,6 +170,16 @@ def corpus() -> list[str]:
 # Questions and replies
 
 
+def ordered(fields: dict) -> dict:
+    """The same question with its options in the order of the alphabet: a verdict always has the same letter.
+
+    Otherwise some tiny models never learn which letter stands before the verdict of their reason, or unlearn it with
+    the next data, and nothing that GRPO finds in their reasons reaches their answers.
+    """
+    options = sorted(fields["options"])
+    return {**fields, "options": options, "answer": jigsaw.LETTERS[options.index(fields["direction"])]}
+
+
 def ask(mixed: jigsaw.Mixed, name: str, rng: random.Random) -> tuple[str, dict, str, str]:
     """(the question's text, its fields, a reason, the letter it ends in), of a question "pair" or "look".
 
@@ -177,10 +188,10 @@ def ask(mixed: jigsaw.Mixed, name: str, rng: random.Random) -> tuple[str, dict, 
     cue = "light" if mixed.cols == 1 else "warm"
     k, j, more = sample_pair(look(mixed.picture, mixed.rows, mixed.cols)[cue], cue, rng)
     if name == "pair":
-        text, fields = PAIR, questions.pair_fields(mixed, k, j, rng)
+        text, fields = PAIR, ordered(questions.pair_fields(mixed, k, j, rng))
         verdict, verb = rng.choice(fields["options"]), "was"
     else:
-        text, fields = LOOK, look_fields(cue, more, k, j, rng)
+        text, fields = LOOK, ordered(look_fields(cue, more, k, j, rng))
         verdict, verb = fields["direction"], "is"
     letter = jigsaw.LETTERS[fields["options"].index(verdict)]
     return text, fields, reason_about(cue, more, k, j, f"{verb} {verdict}", letter), letter
@@ -188,14 +199,15 @@ def ask(mixed: jigsaw.Mixed, name: str, rng: random.Random) -> tuple[str, dict, 
 
 def make_record(kind: str, mixed: jigsaw.Mixed, args: Namespace, rng: random.Random) -> dict:
     """One record about a mixed picture, without `id` and `images`. kind: as on the command line."""
-    name = "pair" if kind == "questions" else rng.choice(("pair", "look"))
+    name = args.question if kind == "questions" else rng.choice(QUESTIONS)
     text, fields, reason, letter = ask(mixed, name, rng)
     template = sample_template(args.format, rng)
     way = rng.choice(ASK[args.ask])
     form = template if rng.random() < args.follow else PLAIN
-    prompt = questions.write_prompt(
-        mixed, text, "letter", fields, template, words={"task": {"pieces": TASK}, "reply": {"template": way}}
-    )
+    # Every piece is a picture of its own: within one, some tiny models never find the piece that they are asked about.
+    spoken = {"task": {"separate pieces": TASK}, "reply": {"template": way}}
+    prompt = questions.write_prompt(mixed, text, "letter", fields, template, separate=True, words=spoken)
+    further = ["asked-anew"] * (args.ask == "test") + ["look"] * (kind == "questions" and name == "look")
     if kind == "words":
         prompt, form = prompt.removesuffix(questions.ask_for(template, {"template": way}, "the letter")), PLAIN
     record = {
@@ -204,7 +216,7 @@ def make_record(kind: str, mixed: jigsaw.Mixed, args: Namespace, rng: random.Ran
         "answer_type": "letter",
         **fields,
         "think": False,
-        "source": f"formats-{args.format}" + ("-asked-anew" if args.ask == "test" else ""),
+        "source": "-".join(["formats", args.format, *further]),
         "rows": mixed.rows,
         "cols": mixed.cols,
         "question": name,
@@ -254,10 +266,10 @@ def write_formats(args: Namespace) -> Path:
         rng = random.Random(f"{args.split} {args.seed} {args.kind} {index}")
         with jigsaw.errors_name(pictures[number]):
             mixed = jigsaw.mix(open_picture(pictures[number]), 2, 1, rng)
-            path = jigsaw.save_image(mixed.picture, folder, saved)
+            paths = [jigsaw.save_image(shown, folder, saved) for shown in jigsaw.pictures_shown(mixed, True)]
             for _ in range(min(args.per_picture, args.count - len(records))):
                 name = f"{args.kind}-{args.format}-{args.split}-{args.seed}-{len(records):06d}"
-                records.append({"id": name, "images": [path], **make_record(args.kind, mixed, args, rng)})
+                records.append({"id": name, "images": paths, **make_record(args.kind, mixed, args, rng)})
     return jigsaw.write_lines(folder / "records.jsonl", records)
 
 
@@ -281,6 +293,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "(default %(default)s)")  # fmt: skip
     add("--ask", choices=list(ASK), default="train",
         help="in the ways of training, or in one held out (default %(default)s)")  # fmt: skip
+    add("--question", choices=QUESTIONS, default=QUESTIONS[0],
+        help="of questions: where a piece was, or how it looks (default %(default)s)")  # fmt: skip
     add("--follow", type=jigsaw.real("[0, 1]"), default=1.0,
         help="share of the replies that have the format asked for (default %(default)s)")  # fmt: skip
     add("--split", choices=jigsaw.SPLITS, default="train", help="which scenes (default %(default)s)")

@@ -11,6 +11,7 @@ def some(file, *names):
 MATCHED = some(TEMPLATES, "a_template_is_matched_word_for_word_and_each_mark_stands_where_it_belongs")
 REFUSED = some(TEMPLATES, "what_is_no_template_is_refused_before_training")
 HELD_OUT = some(TEMPLATES, "training_and_test_share_no_word_and_no_shape")
+SAME_LETTER = some(TEMPLATES, "a_verdict_always_has_the_same_letter_and_pieces_are_pictures_of_their_own")
 REPLIES = some(TEMPLATES, "half_of_the_replies_follow_and_all_say_what_is_seen")
 
 BUGS = [
@@ -33,6 +34,15 @@ BUGS = [
     ("puzzles are answered truly", "toy/formats.py", 'verdict, verb = rng.choice(fields["options"]), "was"',
      'verdict, verb = fields["direction"], "was"',
      REPLIES),
+    ("a letter is not that of the verdict", "toy/formats.py",
+     '"answer": jigsaw.LETTERS[options.index(fields["direction"])]',
+     '"answer": fields["answer"]', SAME_LETTER),
+    ("options have any order", "toy/formats.py", 'options = sorted(fields["options"])',
+     'options = list(fields["options"])', SAME_LETTER),
+    ("a difference is against another seed", "bench/study_specs.py",
+     'both = [(get(run, name), get(run, "sft")) for',
+     'both = [(get(run, name), get(found["seeds"]["0"], "sft")) for',
+     some(STUDY, "seed_by_seed_the_base_cancels_out_and_a_start_that_has_not_run_is_no_difference")),
     ("an interval is that of single seeds", "bench/study_specs.py", "(samples, len(values))).mean(1)",
      "(samples, 1)).mean(1)", some(STUDY, "a_bootstrap_interval_is_that_of_means_of_samples_with_replacement")),
     ("a seed without a GF counts as nothing", "bench/study_specs.py",

@@ -38,6 +38,7 @@ PAIRS = {
     "coupled": "coupled: the rejected reply may be wrong",
     "chosen": "rejected: the chosen reply, corrupted",
     "base": "chosen: a reply of the base",
+    "teacher": "chosen: a reply of a teacher",
 }
 RL = {
     "none": "no cold start",
@@ -46,6 +47,8 @@ RL = {
     "half": "DPO + 0.5 SFT",
     "dpo": "DPO",
     "coupled": "DPO + SFT on coupled pairs",
+    "base": "DPO + SFT on the base's pairs",
+    "teacher": "DPO + SFT on a teacher's pairs",
 }
 FORMATS = {
     "trained": "trained format",
@@ -267,7 +270,7 @@ def longer_table(found: dict) -> str:
 
 
 def pairs_table(found: dict) -> str:
-    having = with_part(found["seeds"], "cold", "coupled")
+    having = with_part(found["seeds"], "cold", "teacher")
     if not having:
         return "The ablations have not run."
     rows = cold_rows(having, PAIRS)
@@ -386,9 +389,9 @@ def stability_table(found: dict) -> str:
 
 def provenance(found: dict) -> str:
     named = ", ".join(found["seeds"])
-    parts = {"pairs": "coupled", "longer cold starts": "longer-specs"}
+    parts = {"pairs": "teacher", "longer cold starts": "longer-specs"}
     having = {title: with_part(found["seeds"], "cold", name) for title, name in parts.items()}
-    having["GRPO from more starts"] = with_part(found["seeds"], "rl", "dpo")
+    having["GRPO from more starts"] = with_part(found["seeds"], "rl", "teacher")
     further = [f"{title}: seeds {', '.join(seeds) or 'none'}" for title, seeds in having.items()]
     return (
         f"Seeds {named}; {'; '.join(further)}. Commit `{found['commit']}`; {found['machine']}. Means over seeds, "
@@ -494,7 +497,7 @@ def draw(found: dict) -> None:
     for panel, key in zip(panels, ("format", "accuracy", "loss", "grad_norm"), strict=True):
         for name, label in RL.items():
             having = with_part(seeds, "rl", name)
-            if not having or name == "coupled":
+            if not having or name in PAIRS.keys() - COLD.keys():
                 continue
             logs = [run["logs"][f"rl-{name}"] for run in having.values()]
             mean = np.mean([[row[key] for row in log] for log in logs], 0)

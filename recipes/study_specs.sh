@@ -95,7 +95,8 @@ sources() { # where the pairs come from
     pairs "$D/pairs-chosen.jsonl" --policy "$D/zero" --reject-from chosen # the chosen reply itself, corrupted
     pairs "$D/pairs-coupled.jsonl" --policy "$D/zero" --coupled           # the rejected reply may be wrong
     pairs "$D/pairs-unjudged.jsonl" --policy "$D/zero" --judge none       # no judge
-    for name in base chosen coupled unjudged; do
+    pairs "$D/pairs-teacher.jsonl" --policy "${BASE:-$D/follow/model}"    # another model, which follows always
+    for name in base chosen coupled unjudged teacher; do
         cold "$D/pairs-$name.jsonl" "$D/cold/$name" --loss dpo+sft --sft-weight 1
         evaluate "$D/results/cold-$name.json" --checkpoints "$D/cold/$name"
     done
@@ -109,7 +110,7 @@ longer() { # five times as many updates: does a model come to know the trained f
 }
 
 further() { # GRPO from the other cold starts
-    for name in dpo half coupled; do
+    for name in dpo half coupled base teacher; do
         grpo "$D/cold/$name" "$D/rl/$name" 100
         evaluate "$D/results/rl-$name.json" --model "$D/rl/$name"
     done

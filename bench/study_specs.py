@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import numpy as np
 
@@ -39,6 +39,13 @@ PAIRS = {
     "chosen": "rejected: the chosen reply, corrupted",
     "base": "chosen: a reply of the base",
     "teacher": "chosen: a reply of a teacher",
+}
+SHORT = {
+    "unjudged": "no judge",
+    "coupled": "coupled",
+    "chosen": "chosen, corrupted",
+    "base": "base",
+    "teacher": "teacher",
 }
 RL = {
     "none": "no cold start",
@@ -94,11 +101,15 @@ def by_format(result: dict) -> dict[str, dict[str, float]]:
 
 
 def curve_of(result: dict) -> list[dict]:
-    """Along a cold start: step, the two gains, GF and the formats kept."""
+    """Along a cold start: step, the two gains, GF and the formats kept.
+
+    Where a gain is below zero GF has no value, and counts as the 0 that it goes to as the gain does: were it left out,
+    a loss would be measured on those seeds alone in which it forgets nothing.
+    """
     curve = []
     for point in result["curve"]:
         gains = point["gf"] or {}
-        row = {name: gains.get(name) for name in ("gain_id", "gain_ood", "gf")}
+        row = {"gain_id": gains.get("gain_id"), "gain_ood": gains.get("gain_ood"), "gf": gains.get("gf") or 0.0}
         curve.append({"step": point["step"], **row, "formats": by_format(point)})
     return curve
 
@@ -142,6 +153,16 @@ def collect_seed(folder: Path) -> dict:
     return read_seed(folder)
 
 
+def check_lengths(seeds: dict) -> None:
+    """Refused if seeds ran with different numbers of steps (PART), for then a row would be of no one recipe."""
+    lengths: dict[str, tuple[str, int]] = {}
+    for seed, run in seeds.items():
+        for name, rows in run["logs"].items():
+            first, length = lengths.setdefault(name, (seed, len(rows)))
+            if length != len(rows):
+                raise Refused(f"{name}: {length} steps of seed {first}, {len(rows)} of seed {seed}: one PART for all")
+
+
 def collect(folder: Path) -> None:
     """Take over every finished seed of a study."""
     import torch
@@ -157,7 +178,8 @@ def collect(folder: Path) -> None:
         print(f"left out: {cause}", file=sys.stderr)
     if not seeds:
         raise Refused(f"{folder}: no seed has finished")
-    commit = (folder / "commit").read_text().strip() if (folder / "commit").exists() else "unknown"
+    check_lengths(seeds)
+    commit = " and ".join((folder / "commit").read_text().split()) if (folder / "commit").exists() else "unknown"
     found = {"commit": commit, "machine": f"{platform.machine()}, torch {torch.__version__}, transformers "
              f"{transformers.__version__}", "seeds": seeds}  # fmt: skip
     RESULTS.write_text(json.dumps(found, separators=(",", ":")) + "\n")
@@ -175,7 +197,17 @@ def interval(values: list[float], samples: int = 10_000) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def cell(values: list[float | None], digits: int = 1, signed: bool = False) -> str:
+# Student's t at 97.5 %, by degrees of freedom
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def student(values: list[float]) -> tuple[float, float]:
+    """95 % interval of a mean of two to ten values, as if they were normal."""
+    half = STUDENT[len(values) - 1] * stdev(values) / len(values) ** 0.5
+    return fmean(values) - half, fmean(values) + half
+
+
+def cell(values: list[float | None], digits: int = 1, signed: bool = False, bounds: Callable = interval) -> str:
     """ "mean (low … high)" over seeds; a value that is not defined for a seed leaves it out, and says so."""
     defined = [value for value in values if value is not None]
     if not defined:
@@ -183,7 +215,7 @@ def cell(values: list[float | None], digits: int = 1, signed: bool = False) -> s
     sign = "+" if signed else ""
     text = f"{fmean(defined):{sign}.{digits}f}"
     if len(defined) > 1:
-        low, high = interval(defined)
+        low, high = bounds(defined)
         text += f" ({low:{sign}.{digits}f} … {high:{sign}.{digits}f})"
     if len(defined) < len(values):
         text += f", {len(defined)} of {len(values)} seeds"
@@ -212,7 +244,7 @@ def subject_table(found: dict) -> str:
     """Can the subject copy what the prompt shows, and see, and what does the base keep of it?"""
     seeds = found["seeds"]
     seen = [cell(over(seeds, lambda run, name=name: run["see"].get(name))) for name in SEEING]
-    rows = [["says truly how pieces look, of the replies that can be read", *seen]]
+    rows = [["names the right letter for how a piece looks, of the replies that can be read", *seen]]
     for key, title in FORMATS.items():
         rows.append([
             f"format kept: {title}",
@@ -262,30 +294,36 @@ def cold_table(found: dict) -> str:
     return table(["cold start", *COLD_TITLES[1:]], cold_rows(found["seeds"], COLD))
 
 
-def longer_table(found: dict) -> str:
-    having = with_part(found["seeds"], "cold", "longer-specs")
-    if not having:
-        return "The longer cold starts have not run."
-    return table(["120 updates of", *COLD_TITLES[1:]], cold_rows(having, LONGER))
-
-
 def pairs_table(found: dict) -> str:
     having = with_part(found["seeds"], "cold", "teacher")
     if not having:
         return "The ablations have not run."
-    rows = cold_rows(having, PAIRS)
-    for row, name in zip(rows, PAIRS, strict=True):
-        row.insert(1, cell(over(having, lambda run, name=name: float(run["pairs"][name])), 0))
+    rows = []
+    for name, title in PAIRS.items():
+        count = cell(over(with_part(having, "cold", name), lambda run, name=name: float(run["pairs"][name])), 0)
+        rows += [[row[0], count, *row[1:]] for row in cold_rows(having, {name: title})]
     return table(["pairs", "how many", *COLD_TITLES[1:]], rows)
 
 
+def grpo_rows(run: dict, name: str) -> list[dict]:
+    """The last 100 steps: GRPO from the base has twelve more, which the cold starts had as GRPO-zero."""
+    return run["logs"][f"rl-{name}"][-100:]
+
+
 def early(run: dict, name: str, key: str, steps: int = 25) -> float:
-    """Mean of a log's first steps, in percent."""
-    return 100 * fmean(row[key] for row in run["logs"][f"rl-{name}"][:steps])
+    """Mean of the first steps, in percent."""
+    return 100 * fmean(row[key] for row in grpo_rows(run, name)[:steps])
 
 
 def whole(run: dict, name: str, key: str) -> float:
-    return fmean(row[key] for row in run["logs"][f"rl-{name}"])
+    return fmean(row[key] for row in grpo_rows(run, name))
+
+
+def steps_to(run: dict, name: str, level: float = 0.75, window: int = 10) -> float | None:
+    """Steps until the accuracy of sampled replies, on average over the last ten steps, reaches a level."""
+    accuracies = [row["accuracy"] for row in grpo_rows(run, name)]
+    steps = range(window, len(accuracies) + 1)
+    return next((float(step) for step in steps if fmean(accuracies[step - window : step]) >= level), None)
 
 
 def other_formats(formats: dict) -> float:
@@ -307,8 +345,10 @@ def rl_table(found: dict) -> str:
             cell(over(having, lambda run, name=name: other_formats(run["rl"][name]))),
             cell(over(having, lambda run, name=name: early(run, name, "format"))),
             cell(over(having, lambda run, name=name: whole(run, name, "reward")), 2),
+            cell(over(having, lambda run, name=name: steps_to(run, name)), 0),
         ])  # fmt: skip
-    titles = ["GRPO from", "seeds", "accuracy", "format", "other formats", "format, 25 steps", "reward, all steps"]
+    titles = ["GRPO from", "seeds", "accuracy", "format", "other formats", "format, 25 steps", "reward, 100 steps"]
+    titles.append("steps to 75 %")
     return table(titles, rows)
 
 
@@ -323,41 +363,75 @@ def explore_table(found: dict) -> str:
     return table(["after", "pass@1", "pass@8", "pass@64", "distinct of 64", "RBF", "entropy, nats a token"], rows)
 
 
-def seed_by_seed_table(found: dict) -> str:
-    """What a start changes against SFT, seed by seed: the base cancels out, and bases differ more than losses do."""
+def after_cold(key: str) -> Callable:
+    """A number at the end of a cold start: get(run, name), None if it has not run."""
+    return lambda run, name: run["cold"][name][-1][key] if name in run["cold"] else None
 
-    def after_cold(key: str) -> Callable:
-        return lambda run, name: run["cold"][name][-1][key] if name in run["cold"] else None
 
-    def after_rl(get: Callable) -> Callable:
-        return lambda run, name: get(run, name) if name in run["rl"] else None
+def after_rl(get: Callable) -> Callable:
+    """A number of GRPO, or of the model after it."""
+    return lambda run, name: get(run, name) if name in run["rl"] else None
 
-    def explored(part: str, key: str) -> Callable:
-        return lambda run, name: run["explore"].get(f"{part}-{name}", {}).get(key)
 
-    measures: dict[str, tuple[int, Callable]] = {
-        "gain, trained format": (1, after_cold("gain_id")),
-        "gain, other formats": (1, after_cold("gain_ood")),
-        "GF": (1, after_cold("gf")),
-        "RBF": (3, explored("cold", "rbf")),
-        "after GRPO: accuracy": (1, after_rl(lambda run, name: run["rl"][name]["trained"]["accuracy"])),
-        "after GRPO: format": (1, after_rl(lambda run, name: run["rl"][name]["trained"]["format"])),
-        "after GRPO: other formats": (1, after_rl(lambda run, name: other_formats(run["rl"][name]))),
-        "after GRPO: RBF": (3, explored("rl", "rbf")),
-        "GRPO's reward, all steps": (2, after_rl(lambda run, name: whole(run, name, "reward"))),
-    }
-    others = ["none", "dpo", "half", "specs"]
+def explored(part: str, key: str) -> Callable:
+    return lambda run, name: run["explore"].get(f"{part}-{name}", {}).get(key)
+
+
+# Measure -> (digits, get(run, name)).
+GAINED: dict[str, tuple[int, Callable]] = {
+    "gain, trained format": (1, after_cold("gain_id")),
+    "gain, other formats": (1, after_cold("gain_ood")),
+    "GF": (1, after_cold("gf")),
+}
+GRPO: dict[str, tuple[int, Callable]] = {
+    "after GRPO: accuracy": (1, after_rl(lambda run, name: run["rl"][name]["trained"]["accuracy"])),
+    "after GRPO: format": (1, after_rl(lambda run, name: run["rl"][name]["trained"]["format"])),
+    "after GRPO: other formats": (1, after_rl(lambda run, name: other_formats(run["rl"][name]))),
+    "GRPO's reward, 100 steps": (2, after_rl(lambda run, name: whole(run, name, "reward"))),
+    "GRPO's steps to 75 % accuracy": (0, after_rl(lambda run, name: steps_to(run, name))),
+}
+EXPLORING: dict[str, tuple[int, Callable]] = {
+    "RBF after the cold start": (3, explored("cold", "rbf")),
+    "RBF after GRPO": (3, explored("rl", "rbf")),
+}
+
+
+def differences(seeds: dict, reference: str, title: str, names: dict[str, str], measures: dict) -> str:
+    """Means of what a start changes against another one, seed by seed: the base cancels out, and bases differ most.
+
+    With Student's intervals: a bootstrap of five values is too narrow to tell a small difference from none.
+    """
     rows = []
-    for title, (digits, get) in measures.items():
-        row = [title]
-        for name in others:
-            both = [(get(run, name), get(run, "sft")) for run in found["seeds"].values()]
-            differences = [mine - sft for mine, sft in both if mine is not None and sft is not None]
-            higher = sum(difference > 0 for difference in differences)
-            count = f"; {higher} of {len(differences)}" if differences else ""
-            row.append(cell(differences, digits, signed=True) + count)
+    for measure, (digits, get) in measures.items():
+        row = [measure]
+        for name in names:
+            both = [(get(run, name), get(run, reference)) for run in seeds.values()]
+            values = [mine - other for mine, other in both if mine is not None and other is not None]
+            higher = f"; {sum(value > 0 for value in values)} of {len(values)}" if values else ""
+            row.append(cell(values, digits, signed=True, bounds=student) + higher)
         rows.append(row)
-    return table(["minus SFT", *(RL[name] for name in others)], rows)
+    return table([f"minus {title}", *names.values()], rows)
+
+
+def longer_table(found: dict) -> str:
+    having = with_part(found["seeds"], "cold", "longer-specs")
+    if not having:
+        return "The longer cold starts have not run."
+    rows = table(["120 updates of", *COLD_TITLES[1:]], cold_rows(having, LONGER))
+    names = {name: title for name, title in LONGER.items() if name != "longer-sft"}
+    return f"{rows}\n\n{differences(having, 'longer-sft', 'SFT, seed by seed', names, GAINED)}"
+
+
+def seed_by_seed_table(found: dict) -> str:
+    names = {name: RL[name] for name in ("none", "dpo", "half", "specs")}
+    return differences(found["seeds"], "sft", "SFT", names, GAINED | GRPO | EXPLORING)
+
+
+def pairs_by_seed_table(found: dict) -> str:
+    having = with_part(found["seeds"], "cold", "teacher")
+    if not having:
+        return "The ablations have not run."
+    return differences(having, "specs", "SPECS", SHORT, GAINED | GRPO)
 
 
 def spread(values: list[float]) -> float:
@@ -378,13 +452,14 @@ def stability_table(found: dict) -> str:
 
         rows.append([
             title,
+            f"{len(having)}",
             cell(over(having, lambda run: 0.5 * fmean(tail(run, "format"))), 3),
             cell(over(having, lambda run: 0.5 * spread(tail(run, "format"))), 3),
             cell(over(having, lambda run: float(np.std(tail(run, "loss")))), 4),
             cell(over(having, lambda run: fmean(tail(run, "grad_norm"))), 2),
         ])  # fmt: skip
-    titles = ["GRPO from", "format reward (most: 0.5)", "its change a step", "spread of the loss", "gradient norm"]
-    return table(titles, rows)
+    titles = ["GRPO from", "seeds", "format reward (most: 0.5)", "its change a step", "spread of the loss"]
+    return table([*titles, "gradient norm"], rows)
 
 
 def provenance(found: dict) -> str:
@@ -407,6 +482,7 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
     "pairs": pairs_table,
     "rl": rl_table,
     "seeds": seed_by_seed_table,
+    "pairs_seeds": pairs_by_seed_table,
     "explore": explore_table,
     "stability": stability_table,
 }
@@ -502,7 +578,7 @@ def draw(found: dict) -> None:
             logs = [run["logs"][f"rl-{name}"] for run in having.values()]
             mean = np.mean([[row[key] for row in log] for log in logs], 0)
             smooth = [mean[max(0, i - 4) : i + 5].mean() for i in range(len(mean))]
-            panel.plot([row["step"] for row in logs[0]], smooth, label=label)
+            panel.plot([row["step"] for row in logs[0]], smooth, label=f"{label}, {len(having)} seeds")
         panel.set(title={"loss": "policy loss", "grad_norm": "gradient norm"}.get(key, key), xlabel="GRPO step")
     panels[0].legend(fontsize=7)
     finish(figure, FIGURES / "specs_rl.png", found)

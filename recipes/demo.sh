@@ -14,7 +14,7 @@ step() { printf '\n== %s (%d s so far)\n' "$*" "$SECONDS"; }
 
 mkdir -p "$OUT"
 echo "What a stage prints while it runs lies beside what it writes: tail -f $OUT/base.log, $OUT/zero.log, …"
-step "1 a base that can follow the reply format in its prompt, and often does not: four SFT runs of one to two minutes"
+step "1 a base that can follow the reply format in its prompt, and often does not: four SFT runs of half a minute to two"
 base_and_questions | stages
 
 step "2 GRPO-zero, a short run that learns to keep one format; pairs: its replies against the base's, broken in format"

@@ -5,11 +5,11 @@
 #   bash recipes/study_specs.sh runs/study_specs 0 1 2 3 4       # seeds; killed at any moment it goes on where it was
 #   RUNS=sources bash recipes/study_specs.sh runs/study_specs 0 1 2     # ablation: where the pairs come from
 #   RUNS=longer bash recipes/study_specs.sh runs/study_specs 0 1 2      # cold starts of five times as many updates
-#   RUNS=further bash recipes/study_specs.sh runs/study_specs 0 1 2     # GRPO from the other cold starts
+#   RUNS=further bash recipes/study_specs.sh runs/study_specs 0 1 2     # after sources: GRPO from the other cold starts
 #   PART=0.05 BASE=DIR bash recipes/study_specs.sh /tmp/smoke 0  # a twentieth of it, of a base you have: does it all run?
 #
 # One core is enough, and two seeds at a time are twice as fast on two. All settings were chosen in trials before the first
-# of these runs, on seeds 2, 8 and 9. recipes/demo.sh takes its functions from here, so the demo's flags are the study's.
+# of these runs, on seeds 2, 8 and 9 (the base: docs/specs_study.md). recipes/demo.sh takes its functions from here, so the demo's flags are the study's.
 set -euo pipefail
 OUT=${1:-runs/study_specs}
 HERE=$(cd "$(dirname "$0")/.." && pwd)
@@ -95,7 +95,7 @@ sources() { # where the pairs come from
     pairs "$D/pairs-chosen.jsonl" --policy "$D/zero" --reject-from chosen # the chosen reply itself, corrupted
     pairs "$D/pairs-coupled.jsonl" --policy "$D/zero" --coupled           # the rejected reply may be wrong
     pairs "$D/pairs-unjudged.jsonl" --policy "$D/zero" --judge none       # no judge
-    pairs "$D/pairs-teacher.jsonl" --policy "${BASE:-$D/follow/model}"    # another model, which follows always
+    pairs "$D/pairs-teacher.jsonl" --policy "${BASE:-$D/follow/model}"    # another model, which follows always (not BASE)
     for name in base chosen coupled unjudged teacher; do
         cold "$D/pairs-$name.jsonl" "$D/cold/$name" --loss dpo+sft --sft-weight 1
         evaluate "$D/results/cold-$name.json" --checkpoints "$D/cold/$name"
@@ -109,7 +109,7 @@ longer() { # five times as many updates: does a model come to know the trained f
     done
 }
 
-further() { # GRPO from the other cold starts
+further() { # GRPO from the other cold starts, those of sources too
     for name in dpo half coupled base teacher; do
         grpo "$D/cold/$name" "$D/rl/$name" 100
         evaluate "$D/results/rl-$name.json" --model "$D/rl/$name"
@@ -120,7 +120,9 @@ further() { # GRPO from the other cold starts
 [ "${BASH_SOURCE[0]}" = "$0" ] || return 0
 
 mkdir -p "$OUT"
-git -C "$HERE" describe --always --abbrev=12 --exclude='*' --dirty=+ > "$OUT/commit" 2> /dev/null || true
+# A line for every commit that a part of the study was run at
+COMMIT=$(git -C "$HERE" describe --always --abbrev=12 --exclude='*' --dirty=+ 2> /dev/null || true)
+grep -qxF "$COMMIT" "$OUT/commit" 2> /dev/null || echo "$COMMIT" >> "$OUT/commit"
 for SEED in "${@:2}"; do
     D=$OUT/$SEED
     "${RUNS:-chain}" | python "$HERE/recipes/stages.py"

@@ -54,15 +54,44 @@ def test_seed_by_seed_the_base_cancels_out_and_a_start_that_has_not_run_is_no_di
             "cold": {"sft": cold(gain), "specs": cold(gain + more)},
             "rl": {name: rl for name in names},
             "explore": {"cold-sft": {"rbf": 1.0}, "cold-specs": {"rbf": 1.5}},
-            "logs": {f"rl-{name}": [{"reward": 1.0}] for name in names},
+            "logs": {f"rl-{name}": [{"reward": 1.0, "accuracy": 0.5}] * 20 for name in names},
         }
 
     text = study.seed_by_seed_table({"seeds": {"0": run(40.0, 2.0, 50.0), "1": run(10.0, 3.0, 97.0)}})
     rows = {row[0]: row[1:] for row in ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())}
-    assert rows["gain, trained format"] == ["–", "–", "–", "+2.5 (+2.0 … +3.0); 2 of 2"]
+    assert rows["gain, trained format"] == ["–", "–", "–", "+2.5 (-3.9 … +8.9); 2 of 2"]  # 2.5 +- 12.706 * 0.5
     assert rows["gain, other formats"][3] == "+0.0 (+0.0 … +0.0); 0 of 2"
-    assert rows["GF"][3] == "–" and rows["RBF"][3] == "+0.500 (+0.500 … +0.500); 2 of 2"
+    assert rows["GF"][3] == "–" and rows["RBF after the cold start"][3] == "+0.500 (+0.500 … +0.500); 2 of 2"
     assert rows["after GRPO: accuracy"][3] == "+0.0 (+0.0 … +0.0); 0 of 2"
+
+
+def test_a_level_is_reached_when_the_last_ten_steps_are_there_on_average():
+    def run(*accuracies):
+        return {"logs": {"rl-sft": [{"accuracy": accuracy} for accuracy in accuracies]}}
+
+    assert study.steps_to(run(*[0.5] * 5, *[1.0] * 10), "sft") == 10  # 5 halves and 5 ones: 0.75
+    assert study.steps_to(run(*[0.5] * 6, *[1.0] * 10), "sft") == 11
+    assert study.steps_to(run(*[1.0] * 9), "sft") is None and study.steps_to(run(*[0.7] * 30), "sft") is None
+
+
+def test_grpo_from_the_base_is_measured_without_the_steps_that_the_cold_starts_had_before():
+    rows = [{"accuracy": 0.0}] * 12 + [{"accuracy": 1.0}] * 100
+    run = {"logs": {"rl-none": rows, "rl-sft": rows[12:]}}
+    for name in ("none", "sft"):
+        assert study.whole(run, name, "accuracy") == 1 and study.early(run, name, "accuracy") == 100
+        assert study.steps_to(run, name) == 10
+
+
+def test_a_gf_without_a_value_is_the_zero_that_it_goes_to():
+    points = [{"step": 0, "gf": None, "sources": {}}, {"step": 6, "sources": {}, "gf":
+              {"gain_id": 40.0, "gain_ood": -3.0, "gf": None}}]  # fmt: skip
+    assert [point["gf"] for point in study.curve_of({"curve": points})] == [0.0, 0.0]
+
+
+def test_seeds_of_different_length_are_no_study():
+    seeds = {"0": {"logs": {"zero": [{}] * 12}}, "1": {"logs": {"zero": [{}] * 3}}}
+    with pytest.raises(study.Refused, match="12 steps of seed 0, 3 of seed 1"):
+        study.check_lengths(seeds)
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +132,10 @@ def test_a_small_part_of_the_study_runs_and_makes_every_table(base, tmp_path, mo
     study.collect(tmp_path / "study")
     found = json.loads((tmp_path / "study.json").read_text())
     tables = {name: build(found) for name, build in study.BLOCKS.items()}
-    assert all(title in tables["cold"] for title in study.COLD.values())
-    assert all(title in tables["longer"] for title in study.LONGER.values())
-    assert all(title in tables["pairs"] for title in study.PAIRS.values())
-    assert all(title in tables["rl"] for title in study.RL.values())
+    for name, rows in {"cold": study.COLD, "longer": study.LONGER, "pairs": study.PAIRS, "rl": study.RL}.items():
+        assert all(f"\n| {title} | " in tables[name] for title in rows.values()), name
+    # Three gains of five sources of pairs; GRPO has run from three of them, and reaches no 75 % in two steps.
+    assert tables["pairs_seeds"].count("; 0 of 1") == 5 * 3 + 3 * 4
     assert tables["subject"].count("\n") == 2 + len(study.FORMATS)
     monkeypatch.setattr(study, "FIGURES", tmp_path)
     study.draw(found)

@@ -167,6 +167,16 @@ def test_questions_have_no_reply_and_words_no_format(tmp_path):
     assert {(record["question"], record["source"]) for record in looks} == {("look", "formats-any-look")}
 
 
+@pytest.mark.parametrize(
+    "kind, flag", [("words", "--question"), ("replies", "--question"), ("drill", "--split"), ("questions", "--follow")]
+)
+def test_a_flag_that_a_kind_does_not_read_is_refused(kind, flag, capsys):
+    value = {"--question": "look", "--split": "test", "--follow": "0.5"}[flag]
+    with pytest.raises(SystemExit):
+        formats.main([kind, "--count", "2", "--out", "nowhere", flag, value])
+    assert f"{flag} would not be read: {kind} has no use for it" in capsys.readouterr().err
+
+
 def test_the_drill_is_to_copy_what_the_prompt_shows(tmp_path):
     drilled = records(tmp_path, "drill", count=50)
     assert all(record["prompt"].endswith(record["chosen"]) and not record["images"] for record in drilled)

@@ -9,7 +9,7 @@ toy/primer.py asks for six formats that have names; a model that knows those by 
 Here every prompt shows a template of its own (replies.py), put together from signs (WRAPS), separators and two made-up
 words, so the one skill that helps is to copy what the prompt shows. Shapes and words that are held out from training
 tell whether it was learned. What is asked is what toy/primer.py asks: how pieces look, which is answered truly, and
-where one was, which is guessed.
+where one was, which is guessed; but every piece is a picture of its own, and options have one order.
 
 `--follow` of the replies have the format that was asked for; all others the plain form, the reason and then the answer.
 One form, not many: with other tags in its place at random, copying itself would be unlearned.
@@ -151,7 +151,7 @@ LOOK = "How does {pair[0]} look, seen from {pair[1]}?"
 
 
 def corpus() -> list[str]:
-    """What a tokenizer learns: the words of prompts and reasons whole, and of made-up words the syllables.
+    """What a tokenizer learns: the words of prompts and reasons whole (behind a blank), of made-up words the syllables.
 
     Signs are left out, lest one grow together with a word: copying "zami" must not depend on what stands before it.
     """
@@ -277,6 +277,15 @@ def write_formats(args: Namespace) -> Path:
 # Command line
 
 
+# Flags that a kind does not read. Given all the same they are an error, not silence.
+UNREAD = {
+    "drill": ("format", "ask", "question", "follow", "scenes", "size", "per_picture", "split"),
+    "words": ("format", "ask", "question", "follow"),
+    "replies": ("question",),
+    "questions": ("follow",),
+}
+
+
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = jigsaw.Parser(__doc__)
     add = parser.add_argument
@@ -293,13 +302,17 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "(default %(default)s)")  # fmt: skip
     add("--ask", choices=list(ASK), default="train",
         help="in the ways of training, or in one held out (default %(default)s)")  # fmt: skip
-    add("--question", choices=QUESTIONS, default=QUESTIONS[0],
+    add("--question", choices=QUESTIONS, default="pair",
         help="of questions: where a piece was, or how it looks (default %(default)s)")  # fmt: skip
     add("--follow", type=jigsaw.real("[0, 1]"), default=1.0,
         help="share of the replies that have the format asked for (default %(default)s)")  # fmt: skip
     add("--split", choices=jigsaw.SPLITS, default="train", help="which scenes (default %(default)s)")
     add("--seed", type=jigsaw.integer("[0, 4294967295]"), default=0, help="fixes all of it (default %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in UNREAD[args.kind]:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} would not be read: {args.kind} has no use for it")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

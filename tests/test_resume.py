@@ -57,14 +57,11 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(material, unbr
     rng = random.Random()
     moments = {stage: (rng.randrange(4, 14), rng.uniform(0, 0.05)) for stage in SETTINGS}
     print("killed at", moments)  # shown when the test fails
-    started = {
-        stage: start(ROOT / f"{stage}.py", **getattr(material, stage)(out=tmp_path / stage, **settings))
-        for stage, settings in SETTINGS.items()
-    }
-    for stage, process in started.items():
-        stop(process, tmp_path / stage, moments[stage][0], signal.SIGKILL, moments[stage][1])
-    for stage, process in started.items():
+    # One after the other: while one was waited for, another could come to its end unseen.
+    for stage, settings in SETTINGS.items():
         out = tmp_path / stage
+        process = start(ROOT / f"{stage}.py", **getattr(material, stage)(out=out, **settings))
+        stop(process, out, moments[stage][0], signal.SIGKILL, moments[stage][1])
         assert end(process)[0] == -signal.SIGKILL
         assert not (out / "model.safetensors").exists() and 3 <= len(rows(out)) < STEPS
         # what a less lucky moment leaves behind: half a line, half a checkpoint
@@ -80,14 +77,10 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(material, unbr
 
 
 def test_sigterm_and_ctrl_c_save_a_checkpoint_end_with_130_and_resume_to_the_same_bits(material, unbroken, tmp_path):
-    started = {
-        stage: start(ROOT / f"{stage}.py", **getattr(material, stage)(out=tmp_path / stage, **settings))
-        for stage, settings in SETTINGS.items()
-    }
-    for stage, number in (("dpo", signal.SIGINT), ("grpo", signal.SIGTERM)):  # the faster one first
-        stop(started[stage], tmp_path / stage, 4, number)
-    for stage, process in started.items():
+    for stage, number in (("dpo", signal.SIGINT), ("grpo", signal.SIGTERM)):
         out = tmp_path / stage
+        process = start(ROOT / f"{stage}.py", **getattr(material, stage)(out=out, **SETTINGS[stage]))
+        stop(process, out, 4, number)
         status, _, err = end(process)
         done = len(rows(out))
         assert status == 130 and 4 <= done < STEPS

@@ -9,7 +9,8 @@
 #   PART=0.05 BASE=DIR bash recipes/study_specs.sh /tmp/smoke 0  # a twentieth of it, of a base you have: does it all run?
 #
 # One core is enough, and two seeds at a time are twice as fast on two. All settings were chosen in trials before the first
-# of these runs, on seeds 2, 8 and 9 (the base: docs/specs_study.md). recipes/demo.sh takes its functions from here, so the demo's flags are the study's.
+# of these runs, on seeds 2, 8 and 9 (docs/specs_study.md). recipes/demo.sh takes its functions from here, so the demo's
+# flags are the study's.
 set -euo pipefail
 OUT=${1:-runs/study_specs}
 HERE=$(cd "$(dirname "$0")/.." && pwd)
@@ -40,7 +41,7 @@ evaluate() { # evaluate OUT flags…: format and accuracy at temperature 1, in t
     echo eval.py --id "$D/test/trained/records.jsonl" --ood "${others[@]}" --temperature 1 --samples 4 \
         --max-new-tokens 48 --seed 1 --overwrite --out "$1" "${@:2}"
 }
-see() { # see OUT MODEL: does it say truly how pieces look, and does its letter say what its reason says?
+see() { # see OUT MODEL: does it name the right letter for how a piece looks?
     echo eval.py --data "$D/test/look/records.jsonl" --temperature 1 --samples 4 --max-new-tokens 48 --seed 3 --overwrite \
         --out "$1" --model "$2"
 }

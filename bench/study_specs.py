@@ -6,7 +6,8 @@
     python bench/study_specs.py --table runs/study_specs/0     # print the tables of one seed, as far as it is
 
 A number in a table is a mean over seeds, in brackets the 95 % interval of a bootstrap over seeds: how far the mean
-would move with other seeds, and nothing about other models; differences seed by seed have Student's instead. The committed file names the commit and the machine.
+would move with other seeds, and nothing about other models; differences seed by
+seed have Student's instead. The committed file names the commit and the machine.
 
 Legend: seeds: {"0": run}; a run is what `collect_seed` keeps of one seed; gains and GF are percentage points.
 """
